@@ -1,0 +1,347 @@
+"""FuzzyRadixCache: SGLang's radix tree, plus the fuzzy tree kept in step with it. Root layer.
+
+The plain branch of the tree holds exact KV only. A request that reused anything is exact up to
+``exact_len``: only that much of it enters the plain branch. Of the rest, stretches of fresh text
+are stored under *tagged* keys, which no prefix walk can follow because the tag is an object that
+no request can name; only the fuzzy index leads there. Copies are never stored: their sources are.
+"""
+
+import bisect
+import logging
+import time
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from kvshare_sglang import compat
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import SeamError
+from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
+from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
+from kvshare_sglang.radix_fuzzy.types import Range, complement
+from kvshare_sglang.report import Report
+from kvshare_sglang.request import RequestReuse, reuse_of
+
+logger = logging.getLogger(__name__)
+
+
+class TaggedKey:
+    """The ``extra_key`` of inexact KV. Equal only to itself, so no user's key is ever equal."""
+
+    __slots__ = ("depth", "namespace", "start")
+
+    def __init__(self, namespace: object, *, start: int, depth: int) -> None:
+        self.namespace, self.start, self.depth = namespace, start, depth
+
+
+class Nodes:
+    """The tree nodes that hold one segment: node i starts at path position ``starts[i]``."""
+
+    __slots__ = ("nodes", "starts")
+
+    def __init__(self, start: int, node: TreeNode) -> None:
+        self.starts, self.nodes = [start], [node]
+
+    def split(self, start: int, upper: TreeNode, *, at: int) -> None:
+        """The node at ``start`` became ``upper`` and, from ``at`` on, its lower rest."""
+        i = bisect.bisect_left(self.starts, start)
+        self.starts.insert(i + 1, at)
+        self.nodes.insert(i, upper)
+
+    def drop_last(self) -> None:
+        self.starts.pop()
+        self.nodes.pop()
+
+    def covering(self, start: int, stop: int) -> Iterator[tuple[TreeNode, int, int]]:
+        """``(node, lo, hi)``: offsets in each node's value that hold ``[start, stop)``."""
+        i = bisect.bisect_right(self.starts, start) - 1
+        while i < len(self.nodes) and self.starts[i] < stop:
+            base = self.starts[i]
+            size = len(self.nodes[i].key)
+            yield self.nodes[i], max(start - base, 0), min(stop - base, size)
+            i += 1
+
+
+class FuzzyRadixCache(RadixCache):
+    """SGLang's RadixCache with a fuzzy index over all that it holds."""
+
+    def __init__(self, params: Any, *, config: KVShareConfig, report: Report) -> None:
+        self.config = config
+        self.report = report
+        self.fuzzy = FuzzyTree()
+        self._adopted: dict[int, list[Range]] = {}  # req_pool_idx -> what the tree took over
+        super().__init__(params)
+
+    # ---- the fuzzy tree follows every change of the exact one -----------------------------
+
+    def reset(self) -> None:
+        super().reset()
+        self.fuzzy.clear()
+        self._adopted.clear()
+
+    def _insert_helper(self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any) -> Any:
+        prefix_len, last_node = result = super()._insert_helper(node, key, value, *args, **kw)
+        if prefix_len < len(key):
+            self._note_new_node(last_node, start=prefix_len)
+        return result
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        upper = super()._split_node(key, child, split_len)
+        segment, start = upper.kvshare = child.kvshare
+        child.kvshare = segment, start + split_len
+        segment.payload.split(start, upper, at=start + split_len)
+        return upper
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        super()._delete_leaf(node)
+        segment, start = node.kvshare
+        segment.payload.drop_last()
+        self.fuzzy.trim(segment.id, start)
+
+    def _note_new_node(self, node: TreeNode, *, start: int) -> None:
+        tag = node.key.extra_key
+        depth = 0
+        space: object = compat.namespace(node.key)
+        if isinstance(tag, TaggedKey):
+            start, depth, space = start + tag.start, tag.depth, tag.namespace
+        parent = None if node.parent is self.root_node else node.parent.kvshare[0].id
+        segment = self.fuzzy.insert(
+            space, as_tokens(node.key.token_ids), start=start, parent=parent, depth=depth
+        )
+        segment.payload = Nodes(start, node)
+        node.kvshare = segment, start
+
+    # ---- what a request leaves behind ------------------------------------------------------
+
+    def cache_unfinished_req(self, req: Any, chunked: bool = False, **kw: Any) -> None:
+        if (state := reuse_of(req)) is None or self.disable:
+            super().cache_unfinished_req(req, chunked=chunked, **kw)
+            return
+        row = compat.kv_row(req)
+        fill_ids = req.get_fill_ids()
+        kv_indices = self.req_to_token_pool.req_to_token[row.req_pool_idx, : len(fill_ids)]
+        key = self._insert_exact_part(req, state, fill_ids, chunked=chunked)
+        match = self.match_prefix(MatchPrefixParams(key=key))
+        exact = match.device_indices
+        assert len(exact) == len(key), f"{len(exact)=} {len(key)=}"
+        self.req_to_token_pool.write(
+            (row.req_pool_idx, slice(row.cache_protected_len, len(exact))),
+            exact[row.cache_protected_len :],
+        )
+        row.cache_protected_len = len(exact)
+        self.dec_lock_ref(req.last_node)
+        self.inc_lock_ref(match.last_device_node)
+        req.last_node = match.last_device_node
+        # Everything behind the exact part stays the request's own.
+        req.prefix_indices = torch.cat([exact, kv_indices[len(exact) :].to(exact.dtype)])
+
+    def insert_req(self, req: Any, *, up_to: int, **kw: Any) -> None:
+        """SGLang 0.5.18 and later: keep what can be kept; the caller frees the rest."""
+        if (state := reuse_of(req)) is None or self.disable:
+            super().insert_req(req, up_to=up_to, **kw)
+            return
+        row = compat.kv_row(req)
+        row.cache_protected_len = self._store(req, state, up_to)
+
+    def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
+        """Give back slots, except those that the tree took over a moment ago."""
+        adopted = self._adopted.get(kv.req_pool_idx)
+        if adopted:
+            ranges = [
+                tuple(left)
+                for start, stop in ranges
+                for left in complement(
+                    [r for r in adopted if start <= r.start and r.stop <= stop],
+                    start=start,
+                    stop=stop,
+                )
+            ]
+        super().free_kv_row(kv, ranges)
+
+    def on_release(self, req: Any, *, inserted: bool) -> None:
+        super().on_release(req, inserted=inserted)
+        self.release(req)
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, **kw: Any) -> None:
+        """SGLang 0.5.17: keep what can be kept and free the rest."""
+        state = reuse_of(req)
+        if state is None or self.disable:
+            super().cache_finished_req(req, is_insert=is_insert, **kw)
+        else:
+            up_to = kw["kv_len_to_handle"]
+            row = compat.kv_row(req)
+            kept = row.cache_protected_len
+            if is_insert:
+                kept = self._store(req, state, up_to)
+            adopted = self._adopted.get(row.req_pool_idx, [])
+            kv_indices = self.req_to_token_pool.req_to_token[row.req_pool_idx, :up_to]
+            self.token_to_kv_pool_allocator.free_segments(
+                [(kv_indices[a:b], a) for a, b in complement(adopted, start=kept, stop=up_to)]
+            )
+            if req.last_node is not None:
+                self.dec_lock_ref(req.last_node)
+        self.release(req)
+
+    def _store(self, req: Any, state: RequestReuse, up_to: int) -> int:
+        """Store the exact part and the fresh stretches of a finished request; the exact length."""
+        token_ids = (req.origin_input_ids + req.output_ids)[:up_to]
+        key = self._insert_exact_part(req, state, token_ids, chunked=False)
+        self._adopted[compat.kv_row(req).req_pool_idx] = self._adopt(req, state, token_ids)
+        return len(key)
+
+    def _insert_exact_part(
+        self, req: Any, state: RequestReuse, token_ids: Any, *, chunked: bool
+    ) -> RadixKey:
+        """Put ``[0, exact_len)`` in the plain branch and free the slots it had already."""
+        assert state.plan is not None
+        row = compat.kv_row(req)
+        exact_len = min(state.plan.exact_len, len(token_ids)) // self.page_size * self.page_size
+        key = compat.make_key(token_ids[:exact_len], req)
+        slots = self.req_to_token_pool.req_to_token[row.req_pool_idx, :exact_len]
+        result = self.insert(
+            InsertParams(
+                key=key,
+                value=slots.to(dtype=torch.int64, copy=True),
+                chunked=chunked,
+                priority=getattr(req, "priority", 0) or 0,
+            )
+        )
+        self.token_to_kv_pool_allocator.free_segment(
+            slots[row.cache_protected_len : result.prefix_len],
+            start_pos=row.cache_protected_len,
+        )
+        return key
+
+    def _adopt(self, req: Any, state: RequestReuse, token_ids: Any) -> list[Range]:
+        """Store fresh text behind the exact part under tagged keys; the row ranges taken over.
+
+        The text is cut into chunks; chunks that are stored already at this depth or less are left
+        out. Each chunk is a node of its own, so that eviction takes a stretch from its end.
+        """
+        assert state.plan is not None
+        plan, page = state.plan, self.page_size
+        space = compat.namespace(req)
+        tokens = as_tokens(token_ids)
+        runs = [Range(run.dst_start, run.dst_stop) for run in plan.runs]
+        taken: list[Range] = []
+        for start, stop in complement(runs, start=0, stop=len(tokens)):
+            before = [run.depth for run in plan.runs if run.dst_stop <= start]
+            if not before or (depth := 1 + max(before)) > self.config.source_depth:
+                continue
+            for chunks in self.fuzzy.unknown_chunks(space, tokens[start:stop], depth=depth):
+                a = start + chunks[0].start
+                first = -(-a // page) * page
+                borders = [(start + chunk.stop) // page * page for chunk in chunks]
+                if borders[-1] - first < max(SPAN, page):
+                    continue
+                key_of = TaggedKey(space, start=first, depth=depth)
+                slots = self.req_to_token_pool.req_to_token[compat.kv_row(req).req_pool_idx]
+                for chunk, border in zip(chunks, borders, strict=True):
+                    if border - first <= 0:
+                        continue
+                    key = compat.make_key(token_ids[first:border], req, extra_key=key_of)
+                    value = slots[first:border].to(dtype=torch.int64, copy=True)
+                    result = self.insert(InsertParams(key=key, value=value))
+                    if result.prefix_len < len(key):
+                        leaf = self.last_node_of(key)
+                        self.fuzzy.remember_chunk(chunk, leaf.kvshare[0])
+                taken.append(Range(first, borders[-1]))
+        return taken
+
+    def last_node_of(self, key: RadixKey) -> TreeNode:
+        """The node at which a key that is in the tree ends."""
+        return self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+
+    # ---- sources -----------------------------------------------------------------------------
+
+    def lock_sources(self, state: RequestReuse) -> None:
+        """Keep the sources of a plan from eviction, mark them used, and read their slots."""
+        assert state.plan is not None
+        now = time.monotonic()
+        slots = []
+        for run in state.plan.copies:
+            last = None
+            for segment, start, stop in self.fuzzy.pieces(run):
+                for node, lo, hi in segment.payload.covering(start, stop):
+                    slots.append(node.value[lo:hi])
+                    node.last_access_time = now
+                    last = node
+            self.fuzzy.pin(run)
+            self.inc_lock_ref(last)
+            state.locked.append((run, last))
+        state.src_slots = torch.cat(slots)
+
+    def unlock_sources(self, state: RequestReuse) -> None:
+        """Let the sources go; safe to call again."""
+        for run, node in state.locked:
+            self.fuzzy.unpin(run)
+            self.dec_lock_ref(node)
+        state.locked.clear()
+
+    def release(self, req: Any) -> None:
+        """Forget a request that finished, was aborted or retracted."""
+        state: RequestReuse | None = getattr(req, "kvshare", None)
+        if state is not None:
+            self.unlock_sources(state)
+            req.kvshare = None
+        row = compat.kv_row(req)
+        if row.req_pool_idx is not None:
+            self._adopted.pop(row.req_pool_idx, None)
+
+    # ---- invariants --------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Restate how the two trees agree; AssertionError on the first that does not hold."""
+        self.fuzzy.check()
+        seen: set[int] = set()
+        total = 0
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            segment, start = node.kvshare
+            total += len(node.key)
+            seen.add(segment.id)
+            assert segment is self.fuzzy.segment(segment.id)
+            held = segment.payload.nodes[segment.payload.starts.index(start)]
+            assert held is node
+            have = self.fuzzy.path_tokens(segment.id, start, start + len(node.key))
+            assert have.tolist() == as_tokens(node.key.token_ids).tolist()
+            # Inexact KV stands under tagged keys only, and exact KV never does.
+            assert (segment.depth > 0) == isinstance(node.key.extra_key, TaggedKey)
+        assert total == self.fuzzy.num_tokens
+        assert len(seen) == self.fuzzy.num_segments
+
+
+def as_tokens(token_ids: Any) -> Tokens:
+    """SGLang's ``array('q')`` (or any ints) as int32 [n]."""
+    if isinstance(token_ids, array) and token_ids.typecode == "q":
+        return np.frombuffer(token_ids, dtype=np.int64).astype(np.int32)
+    return np.asarray(token_ids, dtype=np.int64).astype(np.int32)
+
+
+def build_cache(ctx: Any) -> FuzzyRadixCache:
+    """What SGLang calls for ``--radix-cache-backend kvshare``.
+
+    Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
+    """
+    from kvshare_sglang import forward, hooks
+
+    config = getattr(ctx.server_args, "_kvshare", None)
+    if config is None:
+        raise SeamError(["ServerArgs._kvshare (give --kvshare, not --radix-cache-backend)"])
+    if gone := hooks.missing():
+        raise SeamError(gone)
+    forward.check_model(ctx.tp_worker.model_runner, ctx)
+    labels = None
+    if ctx.server_args.enable_metrics:
+        args = ctx.server_args
+        labels = {"model_name": str(args.served_model_name or args.model_path)}
+    logger.info("KVShare is on: %s", config)
+    return FuzzyRadixCache(ctx.params, config=config, report=Report(prometheus_labels=labels))
+

@@ -1,0 +1,69 @@
+"""The one frozen configuration, checked when it is built. Bottom layer: stdlib only."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvshare_sglang.errors import ConfigError, UnsupportedError
+
+
+def _option(default: Any, text: str, lo: float | None = None, hi: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi})
+
+
+@dataclass(frozen=True)
+class KVShareConfig:
+    """What ``--kvshare-*`` sets. Lengths are in tokens, shares in [0, 1].
+
+    Raises ConfigError (name, value, allowed range) on a bad value and UnsupportedError
+    for a sharing scope that is planned but not served.
+    """
+
+    budget: float = _option(
+        0.15, "share of the reused tokens that is computed again (0: copy only, 1: all)", 0, 1
+    )
+    seam: int = _option(
+        16, "tokens computed again at the start of each run taken from other text", 0, 4096
+    )
+    window: int = _option(32, "tokens computed again behind each edit inside a run", 0, 4096)
+    min_reuse: int = _option(
+        64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20
+    )
+    min_share: float = _option(
+        0.1, "smallest share of the uncached prompt that reuse must save", 0, 1
+    )
+    edit_tolerance: float = _option(
+        0.5, "largest share of edited tokens in a gap that is still aligned as an edit", 0, 1
+    )
+    source_depth: int = _option(
+        1, "how many times reuse may build on reused text (0: exact sources only)", 0, 16
+    )
+    scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            flag = "--kvshare-" + spec.name.replace("_", "-")
+            if spec.type in (float, "float") and isinstance(value, int):
+                value = float(value)
+                object.__setattr__(self, spec.name, value)
+            kind = type(spec.default)
+            lo, hi = spec.metadata["lo"], spec.metadata["hi"]
+            allowed = kind.__name__ if lo is None else f"{kind.__name__} in [{lo:g}, {hi:g}]"
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(flag, value, allowed)
+            if lo is not None and not lo <= value <= hi:  # also refuses nan
+                raise ConfigError(flag, value, allowed)
+        if self.scope in ("group", "global"):
+            raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
+        if self.scope != "tenant":
+            raise ConfigError("--kvshare-scope", self.scope, "one of tenant, group, global")
+
+    def to_json(self) -> str:
+        """One line that ``from_json`` turns back into an equal config."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "KVShareConfig":
+        return cls(**json.loads(text))

@@ -1,0 +1,35 @@
+"""Every error this package raises on purpose. Bottom layer: imports nothing."""
+
+
+class KVShareError(Exception):
+    """Base of all errors of kvshare_sglang."""
+
+
+class ConfigError(KVShareError, ValueError):
+    """A setting is out of range; carries its name, the value and what is allowed."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        self.name, self.value, self.allowed = name, value, allowed
+        super().__init__(f"{name} must be {allowed}, got {value!r}")
+
+
+class UnsupportedError(KVShareError, ValueError):
+    """The server asks for something kvshare does not serve; carries what to drop."""
+
+    def __init__(self, what: str, drop: str) -> None:
+        self.what, self.drop = what, drop
+        super().__init__(f"--kvshare does not serve {what} yet: drop {drop}")
+
+
+class SeamError(KVShareError, RuntimeError):
+    """A place in SGLang that kvshare must touch is not there; carries their names."""
+
+    def __init__(self, missing: list[str]) -> None:
+        self.missing = missing
+        super().__init__(
+            "kvshare refuses to start: this SGLang lacks or did not apply " + ", ".join(missing)
+        )
+
+
+class TreeError(KVShareError, RuntimeError):
+    """An operation would break the fuzzy tree, such as trimming pinned tokens."""

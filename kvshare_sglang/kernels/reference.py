@@ -1,0 +1,66 @@
+"""The plain definition of every op here, in fp64, one position at a time. Runs on CPU; slow.
+
+Every implementation is compared with these, never with another implementation.
+"""
+
+import torch
+
+
+def rotate(x: torch.Tensor, angle: torch.Tensor, *, is_neox: bool) -> torch.Tensor:
+    """Rotate the pairs of one head vector ``x`` [rotary_dim] by ``angle`` [rotary_dim / 2], rad.
+
+    The pairs are (i, i + rotary_dim/2) in the neox layout and (2i, 2i + 1) in gpt-j's.
+    """
+    out = x.double().clone()
+    half = len(x) // 2
+    for i in range(half):
+        a, b = (i, i + half) if is_neox else (2 * i, 2 * i + 1)
+        cos, sin = angle[i].double().cos(), angle[i].double().sin()
+        out[a] = x[a].double() * cos - x[b].double() * sin
+        out[b] = x[b].double() * cos + x[a].double() * sin
+    return out
+
+
+def rotate_keys(
+    keys: torch.Tensor,
+    shifts: torch.Tensor,
+    inv_freq: torch.Tensor,
+    *,
+    is_neox: bool,
+) -> torch.Tensor:
+    """K of position p, moved to position p + shift. ``keys`` [n, heads, dim], ``shifts`` [n].
+
+    RoPE at position p multiplies each pair by e^(i p f); so moving by s multiplies by e^(i s f)
+    (Su et al., arXiv 2104.09864). Dimensions past ``2 * len(inv_freq)`` carry no position.
+    """
+    out = keys.double().clone()
+    rotary_dim = 2 * len(inv_freq)
+    for n in range(keys.shape[0]):
+        for h in range(keys.shape[1]):
+            angle = shifts[n].double() * inv_freq.double()
+            out[n, h, :rotary_dim] = rotate(keys[n, h, :rotary_dim], angle, is_neox=is_neox)
+    return out
+
+
+def partial_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of some rows of one request over its whole KV.
+
+    ``q`` [rows, q_heads, dim] stands at ``positions`` [rows]; ``k``, ``v`` [kv_len, kv_heads,
+    dim] at 0, 1, ...; row r sees every key at or before its own position. Returns [rows,
+    q_heads, dim] in fp64.
+    """
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    for r in range(q.shape[0]):
+        seen = int(positions[r]) + 1
+        for h in range(q.shape[1]):
+            scores = k[:seen, h // group].double() @ q[r, h].double() * scaling
+            out[r, h] = torch.softmax(scores, dim=0) @ v[:seen, h // group].double()
+    return out

@@ -1,0 +1,66 @@
+"""Re-rotate cached K to new positions: angles once a batch, one rotation in fp32 a layer."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Shift(NamedTuple):
+    """Cosine and sine of what each copied token is rotated by; [n, 1, rotary_dim / 2], fp32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def plan_shift(
+    cos_sin_cache: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor
+) -> Shift:
+    """Angles from the model's own table, so that every scaling of RoPE holds.
+
+    ``cos_sin_cache`` [max_position, rotary_dim] holds m cos(p f), m sin(p f) side by side, with
+    any frequencies f and magnitude m (yarn's is not 1). By the addition theorems
+    ``cos((new - old) f) = (cos_new cos_old + sin_new sin_old) / m^2``, and alike for the sine.
+    Raises ValueError if a position is outside the table.
+    """
+    limit = cos_sin_cache.shape[0]
+    if old_positions.shape != new_positions.shape or old_positions.ndim != 1:
+        raise ValueError(
+            "positions must be two vectors of one length, got "
+            f"{tuple(old_positions.shape)} and {tuple(new_positions.shape)}"
+        )
+    if len(new_positions) and not old_positions.is_cuda:  # a check on a GPU would wait for it
+        top = int(torch.maximum(old_positions.max(), new_positions.max()))
+        if top >= limit:
+            raise ValueError(f"positions must be in [0, {limit}), got {top}")
+    cos_old, sin_old = cos_sin_cache[old_positions].float().chunk(2, dim=-1)
+    cos_new, sin_new = cos_sin_cache[new_positions].float().chunk(2, dim=-1)
+    scale = cos_old.square().add_(sin_old.square()).reciprocal_()
+    cos = (cos_new * cos_old + sin_new * sin_old) * scale
+    sin = (sin_new * cos_old - cos_new * sin_old) * scale
+    return Shift(cos[:, None], sin[:, None])
+
+
+def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Tensor:
+    """``keys`` [n, heads, dim] at their new positions, in their own dtype; computed in fp32.
+
+    Dimensions past ``rotary_dim`` are passed through (partial rotary).
+    """
+    half = shift.cos.shape[-1]
+    if 2 * half > keys.shape[-1] or len(keys) != len(shift.cos):
+        raise ValueError(
+            f"keys of shape {tuple(keys.shape)} do not fit {len(shift.cos)} angles of "
+            f"rotary_dim {2 * half}"
+        )
+    turn = keys[..., : 2 * half].float()
+    if is_neox:
+        a, b = turn[..., :half], turn[..., half:]
+    else:
+        a, b = turn[..., 0::2], turn[..., 1::2]
+    new_a, new_b = a * shift.cos - b * shift.sin, b * shift.cos + a * shift.sin
+    if is_neox:
+        turned = torch.cat((new_a, new_b), dim=-1)
+    else:
+        turned = torch.stack((new_a, new_b), dim=-1).flatten(-2)
+    turned = turned.to(keys.dtype)
+    rest = keys[..., 2 * half :]
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -1,0 +1,1 @@
+"""Decide over plain views whether and how to reuse. Pure: touches nothing."""

@@ -1,0 +1,102 @@
+"""Decide whether one request may and should reuse. Pure: sees a view, returns a reason or None."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.radix_fuzzy.types import ReusePlan
+
+
+class Decline(str, Enum):
+    """Why a request takes the exact path; the value is the label in logs and metrics."""
+
+    EXACT_REQUESTED = "exact_requested"
+    LORA = "lora"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    HIDDEN_STATES = "hidden_states"
+    EMBEDDING = "embedding"
+    MULTIMODAL = "multimodal"
+    SESSION = "session"
+    BEAM_SEARCH = "beam_search"
+    NO_MATCH = "no_match"
+    TOO_LITTLE = "too_little"
+    NO_ROOM = "no_room"
+    FAULT = "fault"
+
+
+class RequestView(NamedTuple):
+    """All the gate may see of a request."""
+
+    mode: str = "auto"
+    lora: bool = False
+    prompt_logprobs: bool = False
+    hidden_states: bool = False
+    embedding: bool = False
+    multimodal: bool = False
+    session: bool = False
+    beam_search: bool = False
+
+
+class RequestOptions(NamedTuple):
+    """What a request asked for under ``custom_params["kvshare"]``."""
+
+    mode: str = "auto"
+    budget: float | None = None
+
+
+_MODES = ("auto", "exact")
+
+
+def parse_options(custom_params: object) -> RequestOptions:
+    """Read ``{"kvshare": "exact"}`` or ``{"kvshare": {"mode": ..., "budget": ...}}``.
+
+    No such key means the server's own settings. Raises ConfigError on anything else.
+    """
+    if not isinstance(custom_params, Mapping) or custom_params.get("kvshare") is None:
+        return RequestOptions()
+    asked = custom_params["kvshare"]
+    if isinstance(asked, str):
+        asked = {"mode": asked}
+    if not isinstance(asked, Mapping):
+        raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget"}')
+    if unknown := sorted(set(asked) - {"mode", "budget"}):
+        raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode and budget")
+    mode, budget = asked.get("mode", "auto"), asked.get("budget")
+    if mode not in _MODES:
+        raise ConfigError("custom_params.kvshare.mode", mode, "one of " + ", ".join(_MODES))
+    if budget is not None:
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if not number or not 0 <= budget <= 1:
+            raise ConfigError("custom_params.kvshare.budget", budget, "a number in [0, 1]")
+        budget = float(budget)
+    return RequestOptions(mode, budget)
+
+
+def may_reuse(view: RequestView) -> Decline | None:
+    """Why the request must not reuse at all, whatever the cache holds."""
+    if view.mode == "exact":
+        return Decline.EXACT_REQUESTED
+    for wanted, reason in (
+        (view.lora, Decline.LORA),
+        (view.prompt_logprobs, Decline.PROMPT_LOGPROBS),
+        (view.hidden_states, Decline.HIDDEN_STATES),
+        (view.embedding, Decline.EMBEDDING),
+        (view.multimodal, Decline.MULTIMODAL),
+        (view.session, Decline.SESSION),
+        (view.beam_search, Decline.BEAM_SEARCH),
+    ):
+        if wanted:
+            return reason
+    return None
+
+
+def pays(plan: ReusePlan, config: KVShareConfig) -> Decline | None:
+    """Why the plan is not worth it: it must save enough tokens, and enough of the prompt."""
+    if not plan.runs:
+        return Decline.NO_MATCH
+    rows = plan.prompt_len - plan.prefix_len
+    if plan.copied < max(config.min_reuse, config.min_share * rows):
+        return Decline.TOO_LITTLE
+    return None

@@ -1,0 +1,443 @@
+"""The fuzzy radix tree: find cached text at any position, in step with a cache's life. Pure.
+
+An edge of the tree is a *segment*: tokens that were inserted at once, standing at absolute
+positions ``[start, start + len)`` of a sequence and hanging on a parent segment (or on nothing).
+The *path* of a segment is the sequence from its root to its end. The host's own prefix tree splits
+its nodes as it likes; a segment only ever shrinks from its end, because a cache evicts leaves.
+
+Payloads are opaque: the host keeps in them where the KV of a segment is.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_sglang.errors import TreeError
+from kvshare_sglang.radix_fuzzy import chunks
+from kvshare_sglang.radix_fuzzy.align import MAX_GAP, align
+from kvshare_sglang.radix_fuzzy.chunks import Chunk
+from kvshare_sglang.radix_fuzzy.fingerprints import (
+    GRAM,
+    SPAN,
+    Tokens,
+    gram_hashes,
+    namespace_seed,
+    winnow,
+)
+from kvshare_sglang.radix_fuzzy.index import Bools, FingerprintIndex, Words
+from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
+
+_POSITION_BITS = np.uint64(32)
+_POSITION_MASK = np.uint64(2**32 - 1)
+
+
+@dataclass(slots=True)
+class Segment:
+    """One edge. ``tokens`` holds what is alive; ``stop`` is its end in path positions."""
+
+    id: int
+    namespace: int
+    tokens: Tokens
+    start: int
+    parent: "Segment | None"
+    depth: int
+    payload: object
+    pins: Counter[int] = field(default_factory=Counter)  # stop of a pinned stretch -> how often
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Piece(tuple[Segment, int, int]):
+    """``(segment, start, stop)``: path positions that one segment holds."""
+
+    __slots__ = ()
+
+
+class FuzzyTree:
+    """Cached token sequences and an index of their n-grams, by namespace.
+
+    Insert, trim and clear keep it in step with the cache it describes in amortised O(1) a token.
+    A namespace is any hashable with a stable ``repr``; nothing ever crosses namespaces.
+    """
+
+    def __init__(self) -> None:
+        self._stops = np.zeros(64, np.int64)  # by segment id; 0 once the segment is gone
+        self._depths = np.zeros(64, np.int16)
+        self._spaces = np.zeros(64, np.int64)
+        self._index = FingerprintIndex(self._alive)
+        self.clear()
+
+    # ---- what is in it ------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a match may find more than before."""
+        return self._next_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens alive, over all namespaces."""
+        return self._num_tokens
+
+    @property
+    def num_segments(self) -> int:
+        return len(self._segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index and of the segments' tokens."""
+        return self._index.nbytes + 4 * self._num_tokens
+
+    def segment(self, segment_id: int) -> Segment:
+        """The live segment; KeyError once it is gone."""
+        return self._segments[segment_id]
+
+    # ---- in step with the cache ---------------------------------------------------------
+
+    def insert(
+        self,
+        namespace: object,
+        tokens: Tokens,
+        *,
+        start: int = 0,
+        parent: int | None = None,
+        depth: int = 0,
+        payload: object = None,
+    ) -> Segment:
+        """Add new text behind path position ``start`` of ``parent``; the new segment.
+
+        Raises ValueError if the text is empty or does not begin where the parent's path is
+        alive. A segment without parent may begin anywhere. O(len(tokens)), amortised.
+        """
+        above = None if parent is None else self._segments[parent]
+        if len(tokens) == 0:
+            raise ValueError("tokens must hold at least 1 token, got 0")
+        if above is not None and not above.start <= start <= above.stop:
+            raise ValueError(f"start must be in [{above.start}, {above.stop}], got {start}")
+        seg = Segment(
+            id=self._next_id,
+            namespace=self._space(namespace),
+            tokens=np.array(tokens, np.int32),
+            start=start,
+            parent=above,
+            depth=depth,
+            payload=payload,
+        )
+        if above is not None and above.namespace != seg.namespace:
+            raise ValueError(f"namespace {namespace!r} is not that of the parent segment")
+        self._next_id += 1
+        self._segments[seg.id] = seg
+        self._num_tokens += len(seg.tokens)
+        if seg.id >= len(self._stops):
+            for name in ("_stops", "_depths", "_spaces"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        self._stops[seg.id] = seg.stop
+        self._depths[seg.id] = depth
+        self._spaces[seg.id] = seg.namespace
+        self._index_segment(seg, self._seeds[seg.namespace])
+        return seg
+
+    def unknown_chunks(self, namespace: object, tokens: Tokens, *, depth: int) -> list[list[Chunk]]:
+        """Chunks of ``tokens`` that no live segment stores at ``depth`` or less, in stretches.
+
+        Each stretch is a list of neighbouring chunks. Changes nothing. O(len(tokens)).
+        """
+        space = self._space(namespace)
+        out: list[list[Chunk]] = []
+        for chunk in chunks.cut(tokens, seed=self._seeds[space]):
+            known = self._segments.get(self._chunk_home.get(chunk.key, 0))
+            if known is not None and known.depth <= depth:
+                continue
+            if out and out[-1][-1].stop == chunk.start:
+                out[-1].append(chunk)
+            else:
+                out.append([chunk])
+        return out
+
+    def remember_chunk(self, chunk: Chunk, segment: Segment) -> None:
+        """Note which segment stores a chunk, so that a twin of it is not stored again."""
+        self._chunk_home[chunk.key] = segment.id
+        if len(self._chunk_home) > 2 * len(self._segments) + 4096:
+            alive = self._segments
+            self._chunk_home = {k: s for k, s in self._chunk_home.items() if s in alive}
+
+    def trim(self, segment_id: int, stop: int) -> None:
+        """Forget path positions from ``stop`` on: the cache evicted them. O(tokens left).
+
+        Raises TreeError if a pinned stretch would lose its source, ValueError if ``stop`` is
+        outside the segment.
+        """
+        seg = self._segments[segment_id]
+        if not seg.start <= stop <= seg.stop:
+            raise ValueError(f"stop must be in [{seg.start}, {seg.stop}], got {stop}")
+        if any(pinned > stop for pinned in seg.pins):
+            raise TreeError(f"trim to {stop} would drop tokens pinned up to {max(seg.pins)}")
+        self._num_tokens -= seg.stop - stop
+        seg.tokens = seg.tokens[: stop - seg.start].copy()
+        self._stops[seg.id] = stop
+        if stop == seg.start:
+            self._stops[seg.id] = 0
+            del self._segments[seg.id]
+
+    def clear(self) -> None:
+        """Forget everything (the cache was flushed). Pins die with it."""
+        self._segments: dict[int, Segment] = {}
+        self._namespaces: dict[object, int] = {}
+        self._seeds: list[int] = []
+        self._chunk_home: dict[int, int] = {}
+        # Ids are never used twice, so that nothing stale can name a new segment; 0 is "nothing".
+        self._next_id = getattr(self, "_next_id", 1)
+        self._num_tokens = 0
+        self._stops[:] = 0
+        self._index.clear()
+
+    def pin(self, run: Run) -> None:
+        """The run's source must not be trimmed until it is unpinned."""
+        owner = self._owner(self._segments[run.source], run.src_stop - 1)
+        owner.pins[run.src_stop] += 1
+
+    def unpin(self, run: Run) -> None:
+        """Take one pin back. Raises TreeError if there is none."""
+        owner = self._owner(self._segments[run.source], run.src_stop - 1)
+        if owner.pins[run.src_stop] <= 0:
+            raise TreeError(f"{run} is not pinned")
+        owner.pins[run.src_stop] -= 1
+        if owner.pins[run.src_stop] == 0:
+            del owner.pins[run.src_stop]
+
+    @property
+    def num_pins(self) -> int:
+        return sum(sum(seg.pins.values()) for seg in self._segments.values())
+
+    # ---- lookup -------------------------------------------------------------------------
+
+    def match(
+        self,
+        namespace: object,
+        prompt: Tokens,
+        *,
+        start: int = 0,
+        max_depth: int = 0,
+        tolerance: float = 0.5,
+    ) -> tuple[Run, ...]:
+        """Cached text found in ``prompt[start:]``: ascending, disjoint runs of equal tokens.
+
+        Every shared span of ``SPAN`` tokens whose newest copy is alive is found wherever it
+        stands; what lies between two runs of one cached text is aligned by edit distance.
+        Sources deeper than ``max_depth`` do not count. Changes nothing. Valid until the next
+        trim or clear. O(n) plus O(1) for each run, and O(gap^2) for short gaps.
+        """
+        space = self._namespaces.get(namespace)
+        if space is None:
+            return ()
+        marks = winnow(prompt[start:], seed=self._seeds[space])
+        found = self._index.get(marks.hashes)
+        homes = (found >> _POSITION_BITS).astype(np.int64)
+        ok = self._alive(found) & (self._depths[homes] <= max_depth)
+        ok &= self._spaces[homes] == space
+        if not ok.any():
+            return ()
+        hits = zip(
+            (marks.positions[ok] + start).tolist(),
+            homes[ok].tolist(),
+            (found[ok] & _POSITION_MASK).astype(np.int64).tolist(),
+            strict=True,
+        )
+        runs: list[Run] = []
+        end = start
+        for at, home, src in hits:
+            if at < end:
+                continue
+            run = self._extend(self._segments[home], src, prompt, at, end)
+            if run.length < SPAN:
+                continue
+            end = run.dst_stop
+            runs.append(run)
+        linked = self._link(runs, prompt, tolerance)
+        check_runs(linked, start=start, stop=len(prompt))
+        return linked
+
+    def pieces(self, run: Run) -> list[Piece]:
+        """The live segments that hold the run's source, in path order."""
+        return self._pieces(self._segments[run.source], run.src_start, run.src_stop)
+
+    def path_tokens(self, segment_id: int, start: int, stop: int) -> Tokens:
+        """Tokens at path positions ``[start, stop)`` of a live segment."""
+        parts = self._pieces(self._segments[segment_id], start, stop)
+        cut = [seg.tokens[a - seg.start : b - seg.start] for seg, a, b in parts]
+        return np.concatenate(cut) if cut else np.empty(0, np.int32)
+
+    # ---- invariants ---------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Restate the invariants; AssertionError on the first that does not hold. O(all)."""
+        assert self._num_tokens == sum(len(s.tokens) for s in self._segments.values())
+        for key, seg in self._segments.items():
+            # A segment is known by its id, is never empty, and the arrays agree with it.
+            assert key == seg.id < self._next_id
+            assert len(seg.tokens) > 0
+            assert self._stops[key] == seg.stop
+            assert self._depths[key] == seg.depth
+            # A child hangs on a live place of a live parent of its own namespace.
+            if seg.parent is not None:
+                assert self._segments[seg.parent.id] is seg.parent
+                assert seg.parent.start <= seg.start <= seg.parent.stop
+                assert seg.parent.namespace == seg.namespace
+            # Pins hold what is alive.
+            assert all(count > 0 for count in seg.pins.values())
+            assert all(seg.start < stop <= seg.stop for stop in seg.pins)
+        # Segments that are gone look dead, and every live entry names a gram that stands there.
+        alive = np.zeros(len(self._stops), bool)
+        alive[list(self._segments)] = True
+        assert not self._stops[~alive].any()
+        keys, values = self._index.items()
+        keep = self._alive(values)
+        for hashed, value in zip(keys[keep].tolist(), values[keep].tolist(), strict=True):
+            seg, at = self._segments[value >> 32], value & (2**32 - 1)
+            gram = self.path_tokens(seg.id, at, at + GRAM)
+            assert gram_hashes(gram, seed=self._seeds[seg.namespace])[0] == hashed
+
+    # ---- inside -------------------------------------------------------------------------
+
+    def _space(self, namespace: object) -> int:
+        space = self._namespaces.get(namespace)
+        if space is None:
+            space = self._namespaces[namespace] = len(self._seeds)
+            self._seeds.append(namespace_seed(namespace))
+        return space
+
+    def _alive(self, values: Words) -> Bools:
+        """Which index entries name a gram that is still there in full."""
+        stops = self._stops[(values >> _POSITION_BITS).astype(np.int64)]
+        ends = (values & _POSITION_MASK).astype(np.int64) + GRAM
+        mask: npt.NDArray[np.bool_] = ends <= stops
+        return mask
+
+    def _index_segment(self, seg: Segment, seed: int) -> None:
+        """Index the grams that end in the segment, as they would be in the whole path."""
+        left = max(seg.start - (SPAN - 1), self._root_start(seg))
+        context = [s.tokens[a - s.start : b - s.start] for s, a, b in self._pieces(seg, left, seg.stop)]
+        marks = winnow(np.concatenate(context), seed=seed)
+        starts = marks.positions + left
+        own = starts + GRAM > seg.start  # the others are the parent's, and live as long as it
+        values = (np.uint64(seg.id) << _POSITION_BITS) | starts[own].astype(np.uint64)
+        hashes = marks.hashes[own]
+        old = self._index.get(hashes)
+        # A shallower copy that is still alive is the better source; among equals the newest is
+        # likely to live longest.
+        better = self._alive(old) & (self._depths[(old >> _POSITION_BITS).astype(np.int64)] < seg.depth)
+        self._index.put(hashes[~better], values[~better])
+
+    def _root_start(self, seg: Segment) -> int:
+        while seg.parent is not None:
+            seg = seg.parent
+        return seg.start
+
+    def _owner(self, seg: Segment, position: int) -> Segment:
+        """The segment that holds a path position of ``seg``."""
+        while position < seg.start:
+            if seg.parent is None:
+                raise ValueError(f"position {position} is before the path's start {seg.start}")
+            seg = seg.parent
+        return seg
+
+    def _upwards(self, seg: Segment, stop: int) -> Iterator[Piece]:
+        """Pieces of the path that end at ``stop``, from the last to the first."""
+        node: Segment | None = seg
+        while node is not None:
+            if node.start < stop:
+                yield Piece((node, node.start, stop))
+                stop = node.start
+            node = node.parent
+
+    def _pieces(self, seg: Segment, start: int, stop: int) -> list[Piece]:
+        out: list[Piece] = []
+        for node, a, b in self._upwards(seg, stop):
+            out.append(Piece((node, max(a, start), b)))
+            if a <= start:
+                break
+        out.reverse()
+        return out
+
+    def _extend(self, seg: Segment, src: int, prompt: Tokens, at: int, floor: int) -> Run:
+        """The longest run through path position ``src`` and prompt position ``at``."""
+        dst = at
+        for node, a, b in self._pieces(seg, src, seg.stop):
+            length = common_prefix(node.tokens[a - node.start : b - node.start], prompt[dst:])
+            dst += length
+            if length < b - a:
+                break
+        first = at
+        for node, a, b in self._upwards(seg, src):
+            lo = max(b - (first - floor), a)
+            cached, fresh = node.tokens[lo - node.start : b - node.start], prompt[floor:first]
+            length = common_prefix(cached[::-1], fresh[::-1])
+            first -= length
+            if length < b - a:
+                break
+        return Run(seg.id, src - (at - first), first, dst - first, seg.depth)
+
+    def _same_path(self, before: Run, after: Run) -> bool:
+        """Whether ``after`` goes on in the cached text in which ``before`` stands."""
+        if before.src_stop > after.src_start:
+            return False
+        a, b = self._segments[before.source], self._segments[after.source]
+        if a is b:
+            return True
+        last = before.src_stop - 1
+        return last >= self._root_start(b) and self._owner(a, last) is self._owner(b, last)
+
+    def _link(self, runs: list[Run], prompt: Tokens, tolerance: float) -> tuple[Run, ...]:
+        """Join runs that go on in one cached text, and align the short gaps between them."""
+        out: list[Run] = []
+        for run in runs:
+            if not out or not self._same_path(out[-1], run):
+                out.append(run)
+                continue
+            before = out[-1]
+            src_gap = run.src_start - before.src_stop
+            dst_gap = run.dst_start - before.dst_stop
+            if src_gap == dst_gap == 0:
+                out[-1] = run._replace(
+                    src_start=before.src_start,
+                    dst_start=before.dst_start,
+                    length=before.length + run.length,
+                    join=before.join,
+                )
+                continue
+            if src_gap > MAX_GAP:
+                out.append(run)  # far on in the same text: what stood before it is gone
+                continue
+            if min(src_gap, dst_gap) >= GRAM:
+                cached = self.path_tokens(run.source, before.src_stop, run.src_start).tolist()
+                fresh = prompt[before.dst_stop : run.dst_start].tolist()
+                for block in align(cached, fresh, tolerance=tolerance, min_block=GRAM) or ():
+                    out.append(
+                        run._replace(
+                            src_start=before.src_stop + block.src,
+                            dst_start=before.dst_stop + block.dst,
+                            length=block.length,
+                            join=Join.EDIT,
+                        )
+                    )
+            out.append(run._replace(join=Join.EDIT))
+        return tuple(out)
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """Length of the longest common prefix.
+
+    >>> common_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
+    2
+    """
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    first = int(differ.argmax()) if size else 0
+    return first if size and differ[first] else size
+

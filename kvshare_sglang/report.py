@@ -1,0 +1,90 @@
+"""What the user sees: counters, log lines and Prometheus metrics. Root layer, no sglang import."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+from kvshare_sglang.policy.gate import Decline
+
+logger = logging.getLogger("kvshare_sglang")
+
+
+class Report:
+    """Counts tokens by kind and declines by reason; mirrors them to Prometheus if asked to.
+
+    Kinds: ``exact`` (prefix hit), ``copied``, ``recomputed`` (reused but computed again), and
+    ``fresh`` (new text).
+    """
+
+    def __init__(self, *, prometheus_labels: dict[str, str] | None = None) -> None:
+        self.tokens: Counter[str] = Counter()
+        self.declines: Counter[str] = Counter()
+        self._metrics = None if prometheus_labels is None else _Metrics(prometheus_labels)
+
+    def admitted(self, tokens: dict[str, int], decline: Decline | None) -> None:
+        """One request goes to prefill."""
+        self.tokens.update(tokens)
+        if decline is not None:
+            self.declines[decline.value] += 1
+        if self._metrics is not None:
+            self._metrics.admitted(tokens, decline)
+
+    def looked_up(self, seconds: float) -> None:
+        if self._metrics is not None:
+            self._metrics.lookup.observe(seconds)
+
+    def copied(
+        self, seconds: float, *, requests: int, copied: int, rows: int, all_rows: int
+    ) -> None:
+        """One prefill batch had KV copied into it; seconds on the host."""
+        logger.info(
+            "KVShare batch, #reuse-seq: %d, #copied-token: %d, #row: %d of %d, copy: %.1f ms",
+            requests,
+            copied,
+            rows,
+            all_rows,
+            seconds * 1e3,
+        )
+        if self._metrics is not None:
+            self._metrics.copy.observe(seconds)
+
+
+class _Metrics:
+    """Counters and histograms on SGLang's own ``/metrics`` page."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        # Imported late: SGLang sets the multiprocess directory before anything may import this.
+        from prometheus_client import Counter as PromCounter
+        from prometheus_client import Histogram
+
+        names = list(labels)
+        buckets = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+        self._labels = labels
+        self._tokens = PromCounter(
+            "sglang:kvshare_tokens",
+            "Prompt tokens by what was done with them.",
+            [*names, "kind"],
+        )
+        self._declined = PromCounter(
+            "sglang:kvshare_declined_requests",
+            "Requests that took the exact path, by reason.",
+            [*names, "reason"],
+        )
+        self.lookup: Any = Histogram(
+            "sglang:kvshare_lookup_seconds",
+            "Time to find and plan reuse for one request.",
+            names,
+            buckets=buckets,
+        ).labels(**labels)
+        self.copy: Any = Histogram(
+            "sglang:kvshare_copy_seconds",
+            "Host time to copy and re-rotate KV for one prefill batch.",
+            names,
+            buckets=buckets,
+        ).labels(**labels)
+
+    def admitted(self, tokens: dict[str, int], decline: Decline | None) -> None:
+        for kind, count in tokens.items():
+            self._tokens.labels(**self._labels, kind=kind).inc(count)
+        if decline is not None:
+            self._declined.labels(**self._labels, reason=decline.value).inc()

@@ -1,0 +1,42 @@
+"""What kvshare remembers of one request, from admission to release. Root layer, plain data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvshare_sglang.policy.gate import Decline
+from kvshare_sglang.radix_fuzzy.types import ReusePlan
+
+
+@dataclass(slots=True)
+class RequestReuse:
+    """Hangs on SGLang's ``Req`` as ``req.kvshare``.
+
+    ``plan`` is None for a request that takes the exact path. ``src_slots`` holds the KV slots of
+    ``plan.copies``, one after the other; they stay what they are while ``locked`` holds the tree
+    nodes that own them.
+    """
+
+    plan: ReusePlan | None
+    decline: Decline | None
+    src_slots: Any = None
+    locked: list[Any] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def reuse_of(req: Any) -> RequestReuse | None:
+    """The reuse of an admitted request, or None where it takes the exact path."""
+    state: RequestReuse | None = getattr(req, "kvshare", None)
+    return state if state is not None and state.plan is not None else None
+
+
+class OncePerAnswer(list[Any]):
+    """A ``customized_info`` column that says one thing once, not one thing a token.
+
+    SGLang sends ``column[sent:now]`` with each batch of tokens and joins the parts, so
+    ``meta_info["kvshare"]`` is ``[info]`` however long the answer is.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(self) if not key.start and key.stop != 0 else []
+        return super().__getitem__(key)
