@@ -1,0 +1,302 @@
+"""Start real SGLang servers, wait for them, ask them, and stop them whatever happens."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from tqdm import tqdm
+
+START_TIMEOUT_S = 600
+_CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
+_QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_COMMON = ("--skip-server-warmup", "--grammar-backend", "none", "--sleep-on-idle")
+_CPU = ("--attention-backend", "torch_native", "--dtype", "float32", "--disable-overlap-schedule")
+
+
+class ScriptError(Exception):
+    """Something the user can mend; shown as one message, without a traceback."""
+
+
+def has_gpu() -> bool:
+    """Whether ``nvidia-smi`` lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return "GPU" in found.stdout
+
+
+def default_device() -> str:
+    return "cuda" if has_gpu() else "cpu"
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """One server to start. ``args`` are added last, so they win over what stands before."""
+
+    name: str
+    model: Path
+    device: str = "cpu"
+    port: int | None = None
+    threads: int = 2
+    chunk: int = 8192
+    max_total_tokens: int = 32768
+    mem_fraction: float = 0.25
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+    def command(self, port: int) -> list[str]:
+        numbers = {
+            "--port": port,
+            "--mem-fraction-static": self.mem_fraction,
+            "--max-total-tokens": self.max_total_tokens,
+            "--max-running-requests": 8,
+            "--chunked-prefill-size": self.chunk,
+        }
+        flags = [text for flag, value in numbers.items() for text in (flag, str(value))]
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *("--model-path", str(self.model), "--host", "127.0.0.1", "--device", self.device),
+            *_COMMON,
+            *(_CPU if self.device == "cpu" else ()),
+            *flags,
+            *self.args,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("KVSHARE_")}
+        cpu = {**_CPU_ENV, "OMP_NUM_THREADS": str(self.threads)} if self.device == "cpu" else {}
+        return {**inherited, **_QUIET_ENV, **cpu, **self.env}
+
+
+class Answer(NamedTuple):
+    """What a request gave. ``ttft_s`` is the time to the first streamed token."""
+
+    ttft_s: float
+    output_ids: list[int]
+    meta: dict[str, Any]
+
+    @property
+    def kvshare(self) -> dict[str, Any]:
+        """What the plug-in says of this request. Raises ScriptError if it says nothing."""
+        if not self.meta.get("kvshare"):
+            raise ScriptError("the server said nothing of kvshare in meta_info: is it running?")
+        return dict(self.meta["kvshare"][0])
+
+
+class Server:
+    """A running SGLang server, and the client of it."""
+
+    def __init__(self, spec: ServerSpec, log_dir: Path) -> None:
+        self.spec = spec
+        self.port = spec.port or free_port()
+        require_free(self.port)
+        self.log = log_dir / f"{spec.name}.log"
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=httpx.Timeout(900, connect=10), trust_env=False
+        )
+        with self.log.open("wb") as out:
+            # A session of its own: one signal to the group reaches all of the server's processes.
+            self.process = subprocess.Popen(
+                spec.command(self.port),
+                env=spec.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_ready(self) -> bool:
+        """Whether it answers. Raises ScriptError, with the log's tail, once it is gone."""
+        if self.process.poll() is not None:
+            raise ScriptError(
+                f"the server '{self.spec.name}' ended with code {self.process.returncode} "
+                f"while starting. The end of its log:\n{self.log_tail()}"
+            )
+        try:
+            return self.client.get("/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def log_tail(self, lines: int = 15) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join("  | " + line[:300] for line in text[-lines:])
+
+    def stop(self) -> None:
+        """End the server and all its processes; safe to call again."""
+        self.client.close()
+        for sig, wait_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sig)
+            deadline = time.monotonic() + wait_s
+            while _group_lives(self.process) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def flush(self) -> None:
+        """Empty the cache."""
+        self.client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
+
+    def ask(
+        self, ids: Sequence[int], *, max_new_tokens: int = 1, kvshare: Any = None
+    ) -> Answer:
+        """Greedy answer to a prompt of token ids; ``kvshare`` is the request's own option."""
+        sampling: dict[str, Any] = {
+            "temperature": 0,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos": True,
+        }
+        if kvshare is not None:
+            sampling["custom_params"] = {"kvshare": kvshare}
+        body = json.dumps(
+            {"input_ids": [int(i) for i in ids], "sampling_params": sampling, "stream": True}
+        )
+        ttft, last = None, None
+        started = time.perf_counter()
+        try:
+            with self.client.stream(
+                "POST", "/generate", content=body, headers={"Content-Type": "application/json"}
+            ) as response:
+                if response.status_code != 200:
+                    raise ScriptError(f"{self.spec.name} answered {response.read().decode()[:500]}")
+                for line in response.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    now = time.perf_counter()
+                    last = json.loads(line.removeprefix("data: "))
+                    if "error" in last:
+                        raise ScriptError(f"{self.spec.name} answered {last['error']}")
+                    if ttft is None and last["output_ids"]:
+                        ttft = now - started
+        except httpx.HTTPError as error:
+            raise ScriptError(
+                f"'{self.spec.name}' broke off: {error!r}. The end of its log:\n{self.log_tail()}"
+            ) from error
+        if ttft is None or last is None:
+            raise ScriptError(f"'{self.spec.name}' sent no token. Log:\n{self.log_tail()}")
+        return Answer(ttft, list(last["output_ids"]), last["meta_info"])
+
+
+@contextlib.contextmanager
+def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
+    """Run servers side by side; all are stopped at the end, on errors and on Ctrl-C too."""
+    log_dir = Path(tempfile.mkdtemp(prefix="kvshare-logs-"))
+    servers: list[Server] = []
+    failed = True
+    with _signals_raise():
+        try:
+            for spec in specs:
+                servers.append(Server(spec, log_dir))
+            _wait_ready(servers)
+            yield servers
+            failed = False
+        finally:
+            with _signals_ignored():
+                for server in servers:
+                    server.stop()
+            if not failed:
+                shutil.rmtree(log_dir, ignore_errors=True)
+            elif servers:
+                print(f"server logs: {log_dir}", file=sys.stderr)
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script: errors that the user can mend become one message, Ctrl-C a quiet end."""
+    try:
+        sys.exit(main() or 0)
+    except ScriptError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the servers were stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def require_free(port: int) -> None:
+    """Raise ScriptError if something listens on the port."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise ScriptError(
+                f"port {port} cannot be used ({error}); choose another with --port, or leave "
+                "--port out to take any free one"
+            ) from None
+
+
+def _wait_ready(servers: list[Server]) -> None:
+    started = time.monotonic()
+    waiting = list(servers)
+    with tqdm(
+        total=len(servers), bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} ready, {elapsed}"
+    ) as bar:
+        while waiting:
+            bar.set_description("starting " + ", ".join(s.spec.name for s in waiting))
+            for server in list(waiting):
+                if server.is_ready():
+                    waiting.remove(server)
+                    bar.update()
+            if waiting and time.monotonic() - started > START_TIMEOUT_S:
+                late = waiting[0]
+                raise ScriptError(
+                    f"the server '{late.spec.name}' was not ready after {START_TIMEOUT_S} s. "
+                    f"The end of its log:\n{late.log_tail()}"
+                )
+            time.sleep(0.3)
+        bar.set_description("servers")
+
+
+def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
+    process.poll()  # reap the leader, or it stays in its group for ever
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the script like Ctrl-C, so that the servers are stopped."""
+
+    def leave(number: int, _frame: Any) -> None:
+        sys.exit(128 + number)
+
+    with _handlers({signal.SIGTERM: leave, signal.SIGHUP: leave}):
+        yield
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not leave servers behind."""
+    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with _handlers({number: signal.SIG_IGN for number in stop}):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[Any, Any]) -> Iterator[None]:
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

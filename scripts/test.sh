@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The gate: every check of the project, cheapest first; stops at the first that fails.
+#
+#   scripts/test.sh          everything
+#   scripts/test.sh --fast   everything but the tests on the real SGLang
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+. scripts/_env.sh
+
+num_stages=7
+case ${1-} in
+    "") ;;
+    --fast) num_stages=6 ;;
+    *)
+        echo "usage: scripts/test.sh [--fast]" >&2
+        exit 2
+        ;;
+esac
+
+env_setup || {
+    echo "FAIL: the environment could not be set up"
+    exit 1
+}
+
+KVSHARE_GATE_REPORT=$(mktemp) || exit 1
+export KVSHARE_GATE_REPORT
+trap 'rm -f "$KVSHARE_GATE_REPORT"' EXIT
+stage_num=0
+num_gpu_skipped=0
+recap=()
+
+finish() { # VERDICT: the closing lines, alike for success and failure
+    echo
+    printf '%s\n' "${recap[@]}"
+    echo "GPU tests skipped: $num_gpu_skipped"
+    echo "$1"
+}
+
+stage() { # TITLE COMMAND...
+    local title=$1 start=$SECONDS status counts=()
+    shift
+    stage_num=$((stage_num + 1))
+    echo
+    echo "[$stage_num/$num_stages] $title"
+    : >"$KVSHARE_GATE_REPORT"
+    "$@"
+    status=$?
+    mapfile -t counts <"$KVSHARE_GATE_REPORT"
+    num_gpu_skipped=$((num_gpu_skipped + ${counts[0]:-0}))
+    local line="$((SECONDS - start)) s${counts[1]:+: ${counts[1]}}"
+    if ((status)); then
+        recap+=("[$stage_num/$num_stages] FAILED  $title, $line")
+        finish "FAIL: $title (stage $stage_num of $num_stages, exit status $status, $SECONDS s)"
+        exit 1
+    fi
+    recap+=("[$stage_num/$num_stages] ok      $title, $line")
+    echo "[$stage_num/$num_stages] ok in $((SECONDS - start)) s"
+}
+
+run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci "$@"; }
+
+integration() {
+    local version
+    if ! _env_has_gpu; then # the ends of the supported range, for the smoke tests
+        for version in 0.5.17 0.5.23; do env_other_sglang "$version" >/dev/null || return 1; done
+    fi
+    run_pytest tests/integration -m "sglang or gpu"
+}
+
+stage "format (ruff)" ruff format --check .
+stage "lint (ruff)" ruff check .
+stage "types (mypy)" mypy
+stage "layers" run_pytest tests/test_layers.py
+stage "pure tests and doctests" run_pytest tests \
+    --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration \
+    --doctest-modules kvshare_sglang/{errors,config}.py kvshare_sglang/{radix_fuzzy,policy}
+stage "kernels against their references" run_pytest tests/kernels
+((num_stages > 6)) && stage "the real SGLang" integration
+
+finish "PASS: $num_stages stages in $SECONDS s"

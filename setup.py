@@ -1,0 +1,41 @@
+"""Packaging of kvshare_sglang; tool settings stand in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="kvshare-sglang",
+    version="0.1.0",
+    description="Reuse of moved and edited cached text in stock SGLang",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["kvshare_sglang", "kvshare_sglang.*"]),
+    package_data={"kvshare_sglang": ["py.typed"]},
+    install_requires=[
+        "numpy>=1.26,<3",
+        "rapidfuzz>=3.9,<4",
+        "xxhash>=3.4,<5",
+    ],
+    extras_require={
+        # SGLang itself declares the whole CUDA stack, so on a CPU machine it is installed
+        # with --no-deps: scripts/_env.sh and requirements/ hold that recipe.
+        "cpu": [
+            "torch>=2.11,<2.15",
+            "transformers>=5.12,<6",
+        ],
+        "gpu": [
+            "sglang>=0.5.17,<0.5.24",
+            "flashinfer-python>=0.6.15,<0.8",
+            "triton>=3.6,<4",
+        ],
+        "dev": [
+            "hypothesis>=6.140,<7",
+            "matplotlib>=3.9,<4",
+            "mypy>=1.18,<3",
+            "pytest>=8.3,<10",
+            "ruff>=0.14,<0.18",
+            "tqdm>=4.66,<5",
+        ],
+    },
+    entry_points={"sglang.srt.plugins": ["kvshare = kvshare_sglang.plugin:register"]},
+)

@@ -1,0 +1,169 @@
+"""What tests do inside the scheduler's process: read its state, force plans, plant faults."""
+
+from typing import Any
+
+from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, complement
+
+DONOR = ("donor", None)  # the namespace that forced plans copy from
+
+
+def force_plans(child: Any) -> None:
+    """Requests with ``forced`` ranges compute just these rows; the rest is copied, unmoved, from
+    the same text in the donor namespace: exact KV stands in every skipped slot."""
+    from kvshare_sglang import admission
+
+    original = admission._plan
+
+    def plan(cache: Any, req: Any, prefix_len: int, budget: Any) -> Any:
+        forced = child.specs[req.rid]["forced"]
+        if forced is None:
+            return original(cache, req, prefix_len, budget)
+        prompt = admission.as_tokens(req.full_untruncated_fill_ids)
+        (run,) = cache.fuzzy.match(DONOR, prompt, max_depth=0)
+        assert (run.src_start, run.dst_start, run.length) == (0, 0, len(prompt))
+        compute = [Range(max(a, prefix_len), b) for a, b in forced if b > prefix_len]
+        copies = [
+            run.cut(a, b) for a, b in complement(compute, start=prefix_len, stop=len(prompt))
+        ]
+        whole = run.cut(prefix_len, len(prompt))
+        return (
+            ReusePlan(len(prompt), prefix_len, (whole,), tuple(copies), tuple(compute)),
+            None,
+        )
+
+    admission._plan = plan
+
+
+def check(child: Any) -> dict[str, int]:
+    """Run the cache's self-check on an idle scheduler; sizes that must be zero or add up."""
+    cache = child.cache
+    cache.check()
+    return {
+        "protected": cache.protected_size(),
+        "pins": cache.fuzzy.num_pins,
+        "adopted": len(cache._adopted),
+        "resident": cache.fuzzy.num_tokens,
+        "evictable": cache.evictable_size(),
+        "available": child.scheduler.token_to_kv_pool_allocator.available_size(),
+        "total": child.scheduler.max_total_num_tokens,
+    }
+
+
+def counts(child: Any) -> dict[str, dict[str, int]]:
+    report = child.cache.report
+    return {"tokens": dict(report.tokens), "declines": dict(report.declines)}
+
+
+def layer_rows(child: Any) -> list[list[int]]:
+    return child.layer_rows
+
+
+def tagged_sizes(child: Any) -> list[tuple[int, int]]:
+    """(depth, tokens) of each stretch of inexact KV in the tree."""
+    segments = child.cache.fuzzy._segments.values()
+    return [(s.depth, len(s.tokens)) for s in segments if s.depth]
+
+
+def plain_keys_of_depth(child: Any) -> set[int]:
+    """Depths found in the plain branch; it must hold exact KV only."""
+    return {
+        node.kvshare[0].depth
+        for node in child.cache.root_node.children.values()
+        if not hasattr(node.key.extra_key, "depth")
+    }
+
+
+def seams(child: Any) -> dict[str, bool]:
+    """Which functions of SGLang are wrapped by anything of ours at this moment."""
+    from kvshare_sglang import hooks
+
+    return {seam.target: hooks._applied(seam) for seam in hooks.SEAMS}
+
+
+def cache_class(child: Any) -> str:
+    return type(child.cache).__name__
+
+
+def break_lookup(child: Any) -> None:
+    """Make every lookup raise, as a bug of ours would."""
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("planted")
+
+    child.cache.fuzzy.match = broken
+
+
+def update_weights(child: Any, path: str) -> bool:
+    """What /update_weights_from_disk does in the scheduler."""
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    output = child.scheduler.weight_updater.update_weights_from_disk(
+        UpdateWeightFromDiskReqInput(model_path=path)
+    )
+    return bool(output.success)
+
+
+# ---- planted faults: each must make a named test fail ------------------------------------------
+
+
+def mutate_no_rotation() -> None:
+    """K is copied without re-rotation."""
+    from kvshare_sglang.kernels import rope_shift
+
+    rope_shift.rotate_keys = lambda keys, shift, *, is_neox: keys
+
+
+def mutate_off_by_one() -> None:
+    """K is rotated as if it had stood one position further."""
+    from kvshare_sglang.kernels import rope_shift
+
+    original = rope_shift.plan_shift
+    rope_shift.plan_shift = lambda table, old, new: original(table, old + 1, new)
+
+
+def mutate_exact_len_ignored() -> None:
+    """All of a reusing request enters the plain branch."""
+    ReusePlan.exact_len = property(lambda plan: plan.prompt_len)
+
+
+def mutate_copy_early() -> None:
+    """KV is copied when the request is admitted, before the batch has its slots."""
+    import torch
+
+    from kvshare_sglang import admission, forward
+
+    attach = admission._attach
+    empty = torch.empty(0, dtype=torch.int64)
+    forward._copy_part = lambda *args: forward.Copy(empty, empty, empty, empty)
+
+    def early(cache: Any, req: Any, state: Any) -> None:
+        attach(cache, req, state)
+        if state.plan is None:
+            return
+        row = cache.req_to_token_pool.req_to_token[0].long()
+        new = torch.cat([torch.arange(r.dst_start, r.dst_stop) for r in state.plan.copies])
+        old = torch.cat([torch.arange(r.src_start, r.src_stop) for r in state.plan.copies])
+        runner = early.runner
+        forward.copy_kv(runner, forward.Copy(state.src_slots, row[new], old, new))
+
+    admission._attach = early
+    check_model = forward.check_model
+
+    def note_runner(runner: Any, ctx: Any = None) -> None:
+        early.runner = runner
+        check_model(runner, ctx)
+
+    forward.check_model = note_runner
+
+
+def mutate_sources_not_locked() -> None:
+    """Sources are read but neither pinned nor locked."""
+    from kvshare_sglang.cache import FuzzyRadixCache
+
+    original = FuzzyRadixCache.lock_sources
+
+    def lock(cache: Any, state: Any) -> None:
+        original(cache, state)
+        cache.unlock_sources(state)
+
+    FuzzyRadixCache.lock_sources = lock

@@ -1,0 +1,57 @@
+"""Small random models of every served architecture, made on the spot from a seed."""
+
+from pathlib import Path
+from typing import Any
+
+VOCAB = 997
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    # Wide enough that attention, not the residual alone, decides the next token.
+    "initializer_range": 0.15,
+}
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+def make_model(folder: Path, name: str) -> Path:
+    """Write the model ``name`` under ``folder`` (once) and return its directory."""
+    import torch
+    import transformers as tf
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, {}),
+        "llama3-scaled": (tf.LlamaConfig, tf.LlamaForCausalLM, {"rope_scaling": _LLAMA3}),
+        "llama-yarn": (tf.LlamaConfig, tf.LlamaForCausalLM, {"rope_scaling": _YARN}),
+        "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, {}),
+        "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM, {"head_dim": 64}),
+        "mistral": (tf.MistralConfig, tf.MistralForCausalLM, {"sliding_window": None}),
+    }
+    path = folder / name
+    if (path / "config.json").exists():
+        return path
+    config_class, model_class, extra = kinds[name]
+    torch.manual_seed(0)
+    model = model_class(config_class(**_COMMON, **extra)).float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            torch.nn.init.normal_(module.bias, std=0.2)
+    model.save_pretrained(path)
+    return path

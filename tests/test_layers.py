@@ -1,0 +1,160 @@
+"""Imports only go down; see the picture in ``LAYERS``. Also: no file names this machine."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "kvshare_sglang"
+
+BOTTOM = {f"{PACKAGE}.errors", f"{PACKAGE}.config"}
+PURE = f"{PACKAGE}.radix_fuzzy"
+
+# What each layer may import beside the standard library and itself. A name stands for all
+# below it. Modules directly in the package are the roof: they alone may import anything.
+LAYERS = {
+    PACKAGE: BOTTOM,  # the root __init__: importing the package costs nothing
+    f"{PACKAGE}.errors": set(),
+    f"{PACKAGE}.config": {f"{PACKAGE}.errors"},
+    PURE: {"numpy", "xxhash", "rapidfuzz", *BOTTOM},
+    f"{PACKAGE}.policy": {"numpy", PURE, *BOTTOM},
+    f"{PACKAGE}.kernels": {"torch", "triton", "flashinfer", "numpy", PURE, *BOTTOM},
+}
+
+
+def _imports(tree: ast.AST, *, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of each import, those inside functions and by string too."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                if level:  # one dot is the package that the module is in
+                    parts = module.split(".")
+                    above = parts[: len(parts) - level + is_package]
+                    source = ".".join([*above, source] if source else above)
+                yield from ((node.lineno, f"{source}.{alias.name}") for alias in names)
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module")
+                | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
+
+
+def _is_within(name: str, layers: set[str]) -> bool:
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+
+
+def violations(root: Path) -> list[str]:
+    """Say each import under ``root`` that does not go down."""
+    found = []
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        is_package = path.name == "__init__.py"
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if is_package else parts)
+        if len(parts) == 2 and module not in LAYERS:
+            continue  # the roof
+        layer = module if module in LAYERS else ".".join(parts[:2])
+        if layer not in LAYERS:
+            found.append(f"{path.relative_to(root)}: {layer} belongs to no layer")
+            continue
+        allowed = LAYERS[layer] | ({layer} if layer != PACKAGE else set())
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        for line, name in _imports(tree, module=module, is_package=is_package):
+            is_light = name.split(".")[0] in sys.stdlib_module_names
+            if not (is_light or _is_within(name, allowed) or name == f"{PACKAGE}.__version__"):
+                found.append(f"{path.relative_to(root)}:{line}: {layer} imports {name}")
+    return found
+
+
+def test_imports_only_go_down():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("policy/routing.py", "def choose():\n    import torch\n"),
+        ("policy/routing.py", "import importlib\nimportlib.import_module('torch')\n"),
+        (
+            "policy/routing.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n",
+        ),
+        ("policy/routing.py", "from kvshare_sglang.kernels import ops\n"),
+        ("policy/routing.py", "from kvshare_sglang import plugin\n"),
+        ("radix_fuzzy/tree.py", "from kvshare_sglang.policy import eviction\n"),
+        ("radix_fuzzy/tree.py", "from ..policy.eviction import score\n"),
+        ("radix_fuzzy/tree.py", "from .. import policy\n"),
+        ("radix_fuzzy/__init__.py", "from ..cache import FuzzyRadixCache\n"),
+        ("radix_fuzzy/tree.py", "import torch\n"),
+        ("kernels/ops.py", "import sglang.srt.utils\n"),
+        ("kernels/ops.py", "from ..policy import routing\n"),
+        ("errors.py", "from .config import KVShareConfig\n"),
+        ("config.py", "import numpy as np\n"),
+        ("__init__.py", "from .plugin import register\n"),
+        ("__init__.py", "import numpy\n"),
+        ("extras/new.py", "import json\n"),
+    ],
+)
+def test_an_import_that_goes_up_is_found(tmp_path, path, source):
+    file = tmp_path / PACKAGE / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "policy/routing.py",
+            "import heapq\nimport numpy as np\nfrom ..radix_fuzzy import types\n",
+        ),
+        ("policy/routing.py", "from . import views\nfrom kvshare_sglang import __version__\n"),
+        ("radix_fuzzy/__init__.py", "from .tree import Tree\nfrom ..errors import KVShareError\n"),
+        ("radix_fuzzy/deep/er.py", "from ..tree import Tree\nimport rapidfuzz.distance\n"),
+        ("kernels/ops.py", "import torch\nfrom kvshare_sglang.radix_fuzzy.types import Run\n"),
+        ("plugin.py", "import sglang\nfrom .kernels import ops\n"),
+    ],
+)
+def test_an_import_that_goes_down_is_allowed(tmp_path, path, source):
+    file = tmp_path / PACKAGE / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert violations(tmp_path) == []
+
+
+def test_importing_the_plugin_leaves_torch_out():
+    code = f"import sys, {PACKAGE}.plugin; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+def test_no_file_names_the_machine_it_was_written_on():
+    # joined here, so that this file does not hold the words it looks for
+    words = ["/wo" + "rk/"] + [
+        ".".join(host)
+        for host in (
+            ("pypi", "org"),
+            ("files", "pythonhosted", "org"),
+            ("download", "pytorch", "org"),
+            ("registry", "npmjs", "org"),
+        )
+    ]
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], capture_output=True, cwd=ROOT
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        path = ROOT / name
+        if path.is_file():  # a deleted file stays listed until it is staged
+            content = path.read_bytes()
+            found += [f"{name}: {word}" for word in words if word.encode() in content]
+    assert found == []
