@@ -125,6 +125,8 @@ def _save_tokenizer(path: Path, *, max_len: int) -> None:
 def _save_weights(path: Path, config: dict[str, Any], *, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**config)).float().save_pretrained(path)

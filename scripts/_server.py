@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from tqdm import tqdm
+from _bench import Progress
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -105,7 +105,9 @@ class Server:
         require_free(self.port)
         self.log = log_dir / f"{spec.name}.log"
         self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", timeout=httpx.Timeout(900, connect=10), trust_env=False
+            base_url=f"http://127.0.0.1:{self.port}",
+            timeout=httpx.Timeout(900, connect=10),
+            trust_env=False,
         )
         with self.log.open("wb") as out:
             # A session of its own: one signal to the group reaches all of the server's processes.
@@ -148,9 +150,7 @@ class Server:
         """Empty the cache."""
         self.client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
 
-    def ask(
-        self, ids: Sequence[int], *, max_new_tokens: int = 1, kvshare: Any = None
-    ) -> Answer:
+    def ask(self, ids: Sequence[int], *, max_new_tokens: int = 1, kvshare: Any = None) -> Answer:
         """Greedy answer to a prompt of token ids; ``kvshare`` is the request's own option."""
         sampling: dict[str, Any] = {
             "temperature": 0,
@@ -245,11 +245,9 @@ def require_free(port: int) -> None:
 def _wait_ready(servers: list[Server]) -> None:
     started = time.monotonic()
     waiting = list(servers)
-    with tqdm(
-        total=len(servers), bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} ready, {elapsed}"
-    ) as bar:
+    with Progress(len(servers), unit=" ready") as bar:
         while waiting:
-            bar.set_description("starting " + ", ".join(s.spec.name for s in waiting))
+            bar.say("starting " + ", ".join(s.spec.name for s in waiting))
             for server in list(waiting):
                 if server.is_ready():
                     waiting.remove(server)
@@ -261,7 +259,7 @@ def _wait_ready(servers: list[Server]) -> None:
                     f"The end of its log:\n{late.log_tail()}"
                 )
             time.sleep(0.3)
-        bar.set_description("servers")
+        bar.say("servers")
 
 
 def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
@@ -288,7 +286,7 @@ def _signals_raise() -> Iterator[None]:
 def _signals_ignored() -> Iterator[None]:
     """A second Ctrl-C must not leave servers behind."""
     stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with _handlers({number: signal.SIG_IGN for number in stop}):
+    with _handlers(dict.fromkeys(stop, signal.SIG_IGN)):
         yield
 
 

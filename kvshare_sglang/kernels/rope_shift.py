@@ -20,7 +20,7 @@ def plan_shift(
     ``cos_sin_cache`` [max_position, rotary_dim] holds m cos(p f), m sin(p f) side by side, with
     any frequencies f and magnitude m (yarn's is not 1). By the addition theorems
     ``cos((new - old) f) = (cos_new cos_old + sin_new sin_old) / m^2``, and alike for the sine.
-    Raises ValueError if a position is outside the table.
+    Raises ValueError if a position is outside the table (on a CPU).
     """
     limit = cos_sin_cache.shape[0]
     if old_positions.shape != new_positions.shape or old_positions.ndim != 1:
@@ -29,9 +29,10 @@ def plan_shift(
             f"{tuple(old_positions.shape)} and {tuple(new_positions.shape)}"
         )
     if len(new_positions) and not old_positions.is_cuda:  # a check on a GPU would wait for it
+        low = int(torch.minimum(old_positions.min(), new_positions.min()))
         top = int(torch.maximum(old_positions.max(), new_positions.max()))
-        if top >= limit:
-            raise ValueError(f"positions must be in [0, {limit}), got {top}")
+        if low < 0 or top >= limit:
+            raise ValueError(f"positions must be in [0, {limit}), got [{low}, {top}]")
     cos_old, sin_old = cos_sin_cache[old_positions].float().chunk(2, dim=-1)
     cos_new, sin_new = cos_sin_cache[new_positions].float().chunk(2, dim=-1)
     scale = cos_old.square().add_(sin_old.square()).reciprocal_()

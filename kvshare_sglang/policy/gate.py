@@ -61,7 +61,7 @@ def parse_options(custom_params: object) -> RequestOptions:
         asked = {"mode": asked}
     if not isinstance(asked, Mapping):
         raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget"}')
-    if unknown := sorted(set(asked) - {"mode", "budget"}):
+    if unknown := sorted(map(str, set(asked) - {"mode", "budget"})):
         raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode and budget")
     mode, budget = asked.get("mode", "auto"), asked.get("budget")
     if mode not in _MODES:

@@ -22,6 +22,7 @@ from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import (
     GRAM,
     SPAN,
+    WINDOW,
     Tokens,
     gram_hashes,
     namespace_seed,
@@ -111,14 +112,19 @@ class FuzzyTree:
     ) -> Segment:
         """Add new text behind path position ``start`` of ``parent``; the new segment.
 
-        Raises ValueError if the text is empty or does not begin where the parent's path is
-        alive. A segment without parent may begin anywhere. O(len(tokens)), amortised.
+        Raises ValueError if the text is empty, does not begin where the parent is alive, or is
+        not of the parent's namespace and depth. A segment without parent may begin anywhere.
+        O(len(tokens)), amortised.
         """
         above = None if parent is None else self._segments[parent]
         if len(tokens) == 0:
             raise ValueError("tokens must hold at least 1 token, got 0")
-        if above is not None and not above.start <= start <= above.stop:
-            raise ValueError(f"start must be in [{above.start}, {above.stop}], got {start}")
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        if above is not None and not above.start < start <= above.stop:
+            raise ValueError(f"start must be in [{above.start + 1}, {above.stop}], got {start}")
+        if above is not None and above.depth != depth:  # a run may reach up into the parent
+            raise ValueError(f"depth must be the parent's {above.depth}, got {depth}")
         seg = Segment(
             id=self._next_id,
             namespace=self._space(namespace),
@@ -191,6 +197,7 @@ class FuzzyTree:
         self._namespaces: dict[object, int] = {}
         self._seeds: list[int] = []
         self._chunk_home: dict[int, int] = {}
+        self._pin_owners: dict[Run, list[Segment]] = {}
         # Ids are never used twice, so that nothing stale can name a new segment; 0 is "nothing".
         self._next_id = getattr(self, "_next_id", 1)
         self._num_tokens = 0
@@ -198,15 +205,24 @@ class FuzzyTree:
         self._index.clear()
 
     def pin(self, run: Run) -> None:
-        """The run's source must not be trimmed until it is unpinned."""
+        """The run's source must not be trimmed until it is unpinned.
+
+        Raises KeyError or TreeError if it was trimmed since the match.
+        """
         owner = self._owner(self._segments[run.source], run.src_stop - 1)
+        if run.src_stop > owner.stop:
+            raise TreeError(f"{run} ends past the last position alive, {owner.stop}")
         owner.pins[run.src_stop] += 1
+        # Not to be looked up again: the run's own segment may go, only this one is held.
+        self._pin_owners.setdefault(run, []).append(owner)
 
     def unpin(self, run: Run) -> None:
         """Take one pin back. Raises TreeError if there is none."""
-        owner = self._owner(self._segments[run.source], run.src_stop - 1)
-        if owner.pins[run.src_stop] <= 0:
+        if not (owners := self._pin_owners.get(run)):
             raise TreeError(f"{run} is not pinned")
+        owner = owners.pop()
+        if not owners:
+            del self._pin_owners[run]
         owner.pins[run.src_stop] -= 1
         if owner.pins[run.src_stop] == 0:
             del owner.pins[run.src_stop]
@@ -228,10 +244,12 @@ class FuzzyTree:
     ) -> tuple[Run, ...]:
         """Cached text found in ``prompt[start:]``: ascending, disjoint runs of equal tokens.
 
-        Every shared span of ``SPAN`` tokens whose newest copy is alive is found wherever it
-        stands; what lies between two runs of one cached text is aligned by edit distance.
-        Sources deeper than ``max_depth`` do not count. Changes nothing. Valid until the next
-        trim or clear. O(n) plus O(1) for each run, and O(gap^2) for short gaps.
+        A shared span of ``SPAN`` tokens that one live segment holds is found wherever it stands,
+        if its fingerprint was last inserted with that segment: newer text hides older text that
+        shares single grams with it. What lies between two runs of one cached text is aligned by
+        edit distance. Sources deeper than ``max_depth`` do not count. Changes nothing. Valid
+        until the next trim or clear. O(n) plus the way up the path for each fingerprint hit that
+        no run covers, and O(gap^2) for short gaps.
         """
         space = self._namespaces.get(namespace)
         if space is None:
@@ -287,8 +305,8 @@ class FuzzyTree:
             # A child hangs on a live place of a live parent of its own namespace.
             if seg.parent is not None:
                 assert self._segments[seg.parent.id] is seg.parent
-                assert seg.parent.start <= seg.start <= seg.parent.stop
-                assert seg.parent.namespace == seg.namespace
+                assert seg.parent.start < seg.start <= seg.parent.stop
+                assert (seg.parent.namespace, seg.parent.depth) == (seg.namespace, seg.depth)
             # Pins hold what is alive.
             assert all(count > 0 for count in seg.pins.values())
             assert all(seg.start < stop <= seg.stop for stop in seg.pins)
@@ -320,13 +338,15 @@ class FuzzyTree:
         return mask
 
     def _index_segment(self, seg: Segment, seed: int) -> None:
-        """Index the grams that end in the segment, as they would be in the whole path."""
-        left = max(seg.start - (SPAN - 1), self._root_start(seg))
-        context = [s.tokens[a - s.start : b - s.start] for s, a, b in self._pieces(seg, left, seg.stop)]
-        marks = winnow(np.concatenate(context), seed=seed)
-        starts = marks.positions + left
-        own = starts + GRAM > seg.start  # the others are the parent's, and live as long as it
-        values = (np.uint64(seg.id) << _POSITION_BITS) | starts[own].astype(np.uint64)
+        """Index the grams that the whole path keeps and the path above it does not."""
+        left = max(seg.start - (SPAN - 1) - (WINDOW - 1), self._root_start(seg))
+        path = self.path_tokens(seg.id, left, seg.stop)
+        marks = winnow(path, seed=seed)
+        # What windows that end above keep was indexed with the parent, and lives as long as it.
+        above = winnow(path[: seg.start - left], seed=seed)
+        own = ~np.isin(marks.positions, above.positions)
+        starts = marks.positions[own] + left
+        values = (np.uint64(seg.id) << _POSITION_BITS) | starts.astype(np.uint64)
         hashes = marks.hashes[own]
         old = self._index.get(hashes)
         # A shallower copy that is still alive is the better source; among equals the newest is
@@ -431,13 +451,18 @@ class FuzzyTree:
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common prefix.
+    """Length of the longest common prefix. O(that), whatever else there is to compare.
 
     >>> common_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
     2
     """
     size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    first = int(differ.argmax()) if size else 0
-    return first if size and differ[first] else size
+    done, step = 0, 64
+    while done < size:
+        differ = a[done : min(done + step, size)] != b[done : min(done + step, size)]
+        first = int(differ.argmax())
+        if differ[first]:
+            return done + first
+        done, step = done + len(differ), 4 * step
+    return size
 

@@ -98,7 +98,7 @@ def update_weights(child: Any, path: str) -> bool:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
     output = child.scheduler.weight_updater.update_weights_from_disk(
-        UpdateWeightFromDiskReqInput(model_path=path)
+        UpdateWeightFromDiskReqInput(model_path=path, load_format="auto")
     )
     return bool(output.success)
 

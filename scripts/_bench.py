@@ -1,0 +1,128 @@
+"""What scripts share: statistics, progress, tables, the environment they ran in, JSON files."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    q25: float
+    p50: float
+    q75: float
+
+    @property
+    def iqr(self) -> float:
+        return self.q75 - self.q25
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    return Spread(*(float(q) for q in np.quantile(np.asarray(values, float), (0.25, 0.5, 0.75))))
+
+
+def median(values: Sequence[float]) -> float:
+    return spread(values).p50
+
+
+def bootstrap_ci95(values: Sequence[float], *, seed: int = 0, rounds: int = 10_000) -> list[float]:
+    """95% percentile interval of the median, by resampling the values with replacement."""
+    sample = np.asarray(values, float)
+    picks = np.random.default_rng(seed).integers(len(sample), size=(rounds, len(sample)))
+    low, high = np.quantile(np.median(sample[picks], axis=1), (0.025, 0.975))
+    return [float(low), float(high)]
+
+
+class Progress(tqdm):  # type: ignore[type-arg]
+    """A progress bar with a text before it; where stderr is no terminal, a line now and then."""
+
+    def __init__(self, total: float, *, unit: str = "") -> None:
+        self._live = sys.stderr.isatty()
+        super().__init__(
+            total=total,
+            bar_format="{desc:34} |{bar:28}| {n:.0f}/{total:.0f}" + unit + " [{elapsed}]",
+            mininterval=0.2 if self._live else 15,
+            ascii=None if self._live else True,
+        )
+
+    def say(self, text: str) -> None:
+        """Set the text before the bar, and show how the time goes by."""
+        self.set_description_str(text, refresh=self._live)
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Versions, machine and commit of this run, and whatever else is given."""
+    packages = ("sglang", "torch", "transformers", "numpy", "kvshare-sglang")
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return {
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu or None,
+        "load_1min_at_start": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+        **more,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a result in one step: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others])
+
+    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, with ``+`` behind it if files differ from it."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    return (head + ("+" if changed else "")) or None
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,31 @@
+"""What all tests share: how hard Hypothesis looks, and which tests this machine can run."""
+
+import importlib.util
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "dev"))
+
+
+def _why_not(marker: str) -> str | None:
+    """Why tests with this marker cannot run here."""
+    if marker == "sglang" and importlib.util.find_spec("sglang") is None:
+        return "SGLang is not installed"
+    if marker == "gpu":
+        import torch  # here, so that a run of pure tests never loads it
+
+        if not torch.cuda.is_available():
+            return "no GPU"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker in ("sglang", "gpu"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (why := _why_not(marker)):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=why))

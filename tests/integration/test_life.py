@@ -1,0 +1,205 @@
+"""Under a server's real life nothing leaks, nothing crashes and no request fails: memory pressure,
+retraction, aborts, flushes, new weights, faults of our own."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Texts
+from lab import Lab, lab, request
+
+TIGHT = {
+    "max_total_tokens": 1400,
+    "chunked_prefill_size": 160,
+    "schedule_conservativeness": 0.3,
+}
+SETTINGS = {
+    "overlap": {"disable_overlap_schedule": False},
+    "no overlap, page 16": {"page_size": 16},
+    "overlap, mixed chunks, page 16": {
+        "disable_overlap_schedule": False,
+        "enable_mixed_chunk": True,
+        "page_size": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def tight(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    """A pool so small that requests evict, wait and are retracted."""
+    with lab(llama, kvshare=True, **TIGHT, **SETTINGS[request.param]) as it:
+        yield it
+
+
+def assert_clean(it: Lab) -> None:
+    """Idle: SGLang's own leak checks have passed by now; ours must too."""
+    state = it.ask("probes:check")
+    assert state["protected"] == state["pins"] == state["adopted"] == 0
+    assert state["resident"] == state["evictable"]
+    assert state["available"] + state["evictable"] == state["total"]
+
+
+def make_prompt(rng: random.Random, passages: list[list[int]], texts: Texts) -> list[int]:
+    parts = rng.sample(passages, rng.randrange(1, 4))
+    if rng.random() < 0.4:  # an edit
+        i = rng.randrange(len(parts))
+        at = rng.randrange(5, len(parts[i]) - 5)
+        parts[i] = parts[i][:at] + texts.passage(rng.randrange(1, 4)) + parts[i][at + 1 :]
+    return texts.passage(rng.randrange(0, 9)) + sum(parts, []) + texts.passage(rng.randrange(1, 30))
+
+
+def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
+    rng = random.Random(5)
+    passages = [texts.passage(rng.randrange(60, 200)) for _ in range(8)]
+    reused = 0
+    before = tight.ask("probes:counts")["tokens"]
+    for round_ in range(6):
+        script: list = []
+        sent: list[str] = []
+        aborted: set[str] = set()
+        for i in range(16):
+            rid = f"{round_}-{i}"
+            sent.append(rid)
+            script.append(
+                request(
+                    rid,
+                    make_prompt(rng, passages, texts),
+                    new=rng.randrange(1, 60),
+                    kvshare=rng.choice([None, None, None, "exact", {"budget": 0.5}]),
+                    extra_key=rng.choice([None, None, "tenant"]),
+                )
+            )
+            roll = rng.random()
+            if roll < 0.2:
+                aborted.add(rng.choice(sent))
+                script += [("polls", rng.randrange(1, 4)), ("abort", max(aborted))]
+            elif roll < 0.3:
+                script.append(("idle",))
+            elif roll < 0.36:
+                script += [("idle",), ("flush",)]
+        answers = tight.play(script)
+        for rid, answer in answers.items():
+            # What ends a request is its length or our abort, never reuse. An abort in the queue
+            # leaves no reason on the request.
+            kind = (answer["finish"] or {"type": "abort"})["type"]
+            assert kind == "length" or rid in aborted, (rid, answer["finish"])
+        reused += sum((a["kvshare"] or {}).get("fuzzy_tokens", 0) > 0 for a in answers.values())
+        assert_clean(tight)
+    assert reused > 10, "the mix must really reuse"
+    after = tight.ask("probes:counts")["tokens"]
+    assert after["copied"] > before.get("copied", 0)
+
+
+def test_retracted_requests_give_the_answers_of_calm_ones(llama: Path, texts: Texts) -> None:
+    a, b = texts.passage(150), texts.passage(130)
+    prompts = [texts.passage(7) + b + a, a[20:] + b[10:], b + texts.passage(20) + a[:100]]
+    often = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
+    with lab(llama, kvshare=True, env=often) as it:
+        it.one(a + b)
+        exact = [it.one(p, new=120, kvshare="exact", extra_key="e")["output"] for p in prompts]
+        it.flush()
+        it.one(a + b)
+        script = [request(f"f{i}", p, new=200) for i, p in enumerate(prompts)]
+        script += [
+            request(f"e{i}", p, new=120, kvshare="exact", extra_key="e")
+            for i, p in enumerate(prompts)
+        ]
+        answers = it.play([script])
+        assert sum(answer["retractions"] for answer in answers.values()) > 0
+        for i, expected in enumerate(exact):
+            assert answers[f"e{i}"]["output"] == expected
+            assert len(answers[f"f{i}"]["output"]) == 200
+        assert_clean(it)
+
+
+def test_sources_survive_the_pressure_of_their_own_reuse(llama: Path, texts: Texts) -> None:
+    """The pool is full of sources; the request that copies them must evict others, not these."""
+    passages = [texts.passage(180) for _ in range(5)]
+    with lab(llama, kvshare=True, max_total_tokens=1100) as it:
+        it.ask("probes:force_plans")
+        for passage in passages:
+            it.one(passage, new=2)
+        prompt = texts.passage(5) + passages[0] + passages[1] + texts.passage(20)
+        reused = it.one(prompt, new=2)
+        assert reused["kvshare"]["fuzzy_tokens"] > 200
+        assert_clean(it)
+        # The same with nothing that may be evicted but the sources: plain, and counted as such.
+        it.flush()
+        big = texts.passage(600)
+        it.one(big, new=2)
+        answer = it.one(texts.passage(5) + big, new=2)
+        assert answer["finish"]["type"] == "length"
+        assert answer["kvshare"]["declined"] == "no_room"
+        assert_clean(it)
+
+
+def test_abort_in_the_middle_of_chunks_leaves_nothing(tight: Lab, texts: Texts) -> None:
+    tight.flush()
+    a = texts.passage(400)
+    tight.one(a, new=1)
+    for polls in range(1, 5):
+        tight.play(
+            [
+                request("gone", texts.passage(3) + a[:380] + texts.passage(100), new=30),
+                ("polls", polls),
+                ("abort", "gone"),
+            ]
+        )
+        assert_clean(tight)
+
+
+def test_new_weights_flush_the_index_too(llama: Path, texts: Texts) -> None:
+    a = texts.passage(300)
+    prompt = texts.passage(9) + a
+    with lab(llama, kvshare=True) as it:
+        it.one(a)
+        assert it.one(prompt)["kvshare"]["fuzzy_tokens"] > 200
+        assert it.ask("probes:update_weights", str(llama))
+        assert it.ask("probes:check")["resident"] == 0
+        assert it.one(prompt)["kvshare"]["declined"] == "no_match"
+
+
+def test_a_fault_of_ours_declines_and_is_counted(llama: Path, texts: Texts) -> None:
+    a = texts.passage(300)
+    with lab(llama, kvshare=True) as it:
+        it.one(a)
+        it.ask("probes:break_lookup")
+        answer = it.one(texts.passage(9) + a)
+        assert answer["kvshare"]["declined"] == "fault"
+        assert len(answer["output"]) == 8
+        assert it.ask("probes:counts")["declines"]["fault"] == 1
+
+
+def test_odd_prompts(kv_lab: Lab, texts: Texts) -> None:
+    for prompt in ([5], [5] * 15, [5] * 16, [5] * 900, texts.passage(16), texts.passage(17)):
+        for rest in ([], [7], texts.passage(40)):
+            first = kv_lab.one(prompt + rest)
+            again = kv_lab.one(rest + prompt + prompt)
+            assert len(first["output"]) == len(again["output"]) == 8
+    assert_clean(kv_lab)
+
+
+def test_prompt_logprobs_and_plain_requests_share_a_batch_with_reuse(
+    kv_lab: Lab, texts: Texts
+) -> None:
+    a, b = texts.passage(300), texts.passage(90)
+    kv_lab.flush()
+    alone = kv_lab.one(b, logprob_start=0, extra_key="x")
+    kv_lab.flush()
+    kv_lab.one(a)
+    answers = kv_lab.play(
+        [
+            [
+                request("reuse", texts.passage(4) + a, logprob_start=-1),
+                request("logprobs", b, logprob_start=0, extra_key="y"),
+                request("both", texts.passage(4) + a, logprob_start=10),
+            ]
+        ]
+    )
+    assert answers["reuse"]["kvshare"]["fuzzy_tokens"] > 200
+    assert answers["both"]["kvshare"]["declined"] == "prompt_logprobs"
+    ours = [x for x in answers["logprobs"]["input_logprobs"] if x is not None]
+    theirs = [x for x in alone["input_logprobs"] if x is not None]
+    assert len(ours) == len(theirs) == len(b) - 1
+    assert ours == pytest.approx(theirs, abs=1e-3)

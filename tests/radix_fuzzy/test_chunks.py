@@ -1,0 +1,66 @@
+"""Chunks partition a text within their bounds and are the same wherever the text stands."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvshare_sglang.radix_fuzzy.chunks import cut
+from kvshare_sglang.radix_fuzzy.fingerprints import WINDOW, winnow
+from strategies import fresh, random_tokens, texts
+
+BOUNDS = st.tuples(st.integers(1, 60), st.integers(0, 100)).map(lambda b: (b[0], sum(b)))
+LONG = st.one_of(texts(max_parts=20), fresh(2000))
+
+
+@given(LONG, BOUNDS)
+def test_chunks_partition_the_text_within_their_bounds(tokens, bounds):
+    lo, hi = bounds
+    chunks = cut(tokens, min_len=lo, max_len=hi)
+    stops = [0, *(chunk.stop for chunk in chunks)]
+    assert [chunk.start for chunk in chunks] == stops[:-1]
+    assert stops[-1] == len(tokens)
+    assert all(lo <= chunk.stop - chunk.start <= hi for chunk in chunks[:-1])
+    assert all(0 < chunk.stop - chunk.start <= hi for chunk in chunks)
+
+
+@given(LONG, st.integers(0, 2**64 - 1))
+def test_a_cut_stands_where_a_fingerprint_does_if_there_is_one_in_bounds(tokens, seed):
+    kept = set(winnow(tokens, seed=seed).positions.tolist())
+    for chunk in cut(tokens, min_len=32, max_len=32 + WINDOW, seed=seed)[:-1]:
+        in_bounds = kept & set(range(chunk.start + 32, chunk.start + 32 + WINDOW + 1))
+        assert chunk.stop in in_bounds or (not in_bounds and chunk.stop == chunk.start + 32 + WINDOW)
+
+
+@given(LONG)
+def test_equal_keys_mean_equal_text(tokens):
+    by_key = {}
+    for chunk in cut(tokens):
+        content = tokens[chunk.start : chunk.stop].tolist()
+        assert by_key.setdefault(chunk.key, content) == content
+
+
+@given(st.integers(0, 2**32), st.integers(0, 400), st.integers(0, 400))
+def test_the_same_text_is_cut_alike_wherever_it_stands(seed, before, behind):
+    text = random_tokens(seed, 4000)
+    around = [random_tokens(seed + 1, before), text, random_tokens(seed + 2, behind)]
+    alone = {chunk.key for chunk in cut(text)}
+    moved = cut(np.concatenate(around))
+    # by here the cuts have met, and they never part again before the end of the text is near
+    settled = [c for c in moved if c.start >= before + 2000 and c.stop <= before + 4000 - 256 - 16]
+    assert settled
+    assert all(chunk.key in alone for chunk in settled)
+
+
+@given(texts(), st.integers(1, 2**64 - 1))
+def test_a_seed_changes_every_key(tokens, seed):
+    assert not {c.key for c in cut(tokens)} & {c.key for c in cut(tokens, seed=seed)}
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0, 10), (-1, 10), (11, 10)])
+def test_bounds_out_of_order_are_refused(lo, hi):
+    with pytest.raises(ValueError, match=rf"min_len must be in \[1, max_len={hi}\], got {lo}"):
+        cut(np.arange(5, dtype=np.int32), min_len=lo, max_len=hi)
+
+
+def test_an_empty_text_has_no_chunks():
+    assert cut(np.empty(0, np.int32)) == []

@@ -1,0 +1,505 @@
+"""The fuzzy tree against a plain model under any history, and what it makes of edited text."""
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kvshare_sglang.errors import TreeError
+from kvshare_sglang.radix_fuzzy import tree as tree_module
+from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
+from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
+from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
+from oracles import covered
+from strategies import NAMESPACES, fresh, random_tokens, texts
+
+MAX_DEPTH = 2
+
+
+@dataclass
+class Known:
+    """What the model knows of a live segment: the tokens of its whole path, from ``root``."""
+
+    namespace: object
+    depth: int
+    parent: int | None
+    root: int
+    start: int
+    path: list[int]
+
+    @property
+    def stop(self):
+        return self.root + len(self.path)
+
+    def tokens(self, start, stop):
+        return self.path[start - self.root : stop - self.root]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a gram was inserted: the segment whose path it stands in, and its position."""
+
+    segment: int
+    position: int
+    depth: int
+
+
+class TreeMachine(RuleBasedStateMachine):
+    """Insert, branch, trim, pin and flush as a cache would; match at any time."""
+
+    @initialize()
+    def start(self):
+        self.tree = FuzzyTree()
+        self.forget()
+
+    def forget(self):
+        self.live = {}
+        self.pinned = []  # (run, id of the segment that holds its end, its tokens)
+        self.history = {}  # (namespace, gram) -> every place it was ever inserted at, in order
+
+    # ---- the cache's life ---------------------------------------------------------------
+
+    @rule(
+        namespace=st.sampled_from(NAMESPACES),
+        text=texts(),
+        start=st.sampled_from((0, 0, 1, 100)),
+        depth=st.integers(0, MAX_DEPTH),
+    )
+    def insert_root(self, namespace, text, start, depth):
+        self.insert(namespace, text, start=start, depth=depth)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), text=texts(), at_end=st.booleans())
+    def insert_child(self, data, text, at_end):
+        parent = data.draw(st.sampled_from(sorted(self.live)))
+        above = self.live[parent]
+        start = above.stop if at_end else data.draw(st.integers(above.start + 1, above.stop))
+        self.insert(above.namespace, text, start=start, depth=above.depth, parent=parent)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def insert_a_copy(self, data):
+        copied = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        depth = data.draw(st.integers(0, MAX_DEPTH))
+        self.insert(copied.namespace, np.array(copied.path, np.int32), start=0, depth=depth)
+
+    def insert(self, namespace, text, *, start, depth, parent=None):
+        segment = self.tree.insert(namespace, text, start=start, parent=parent, depth=depth)
+        above = self.live.get(parent)
+        root = above.root if above else start
+        path = (above.tokens(root, start) if above else []) + text.tolist()
+        known = self.live[segment.id] = Known(namespace, depth, parent, root, start, path)
+        # grams that the new text completes, and those beside them that its windows may keep
+        for at in range(max(start - SPAN, root), known.stop - GRAM + 1):
+            gram = (namespace, *known.tokens(at, at + GRAM))
+            self.history.setdefault(gram, []).append(Place(segment.id, at, depth))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), whole=st.booleans())
+    def trim(self, data, whole):
+        key = data.draw(st.sampled_from(sorted(self.live)))
+        known = self.live[key]
+        children = [child.start for child in self.live.values() if child.parent == key]
+        pins = [run.src_stop for run, owner, _ in self.pinned if owner == key]
+        lowest = max([known.start, *children])
+        stop = lowest if whole else data.draw(st.integers(lowest, known.stop))
+        if any(pin > stop for pin in pins):
+            with pytest.raises(TreeError, match=f"trim to {stop} .* pinned up to {max(pins)}"):
+                self.tree.trim(key, stop)
+            return
+        self.tree.trim(key, stop)
+        known.path = known.tokens(known.root, stop)
+        if stop == known.start:
+            del self.live[key]
+
+    @rule()
+    def clear(self):
+        self.tree.clear()
+        self.forget()
+
+    # ---- lookups and pins ---------------------------------------------------------------
+
+    @rule(
+        data=st.data(),
+        namespace=st.sampled_from(NAMESPACES),
+        max_depth=st.integers(0, MAX_DEPTH),
+        tolerance=st.sampled_from((0.0, 0.5, 1.0)),
+    )
+    def match(self, data, namespace, max_depth, tolerance):
+        prompt = data.draw(self.prompts())
+        start = data.draw(st.one_of(st.just(0), st.integers(0, len(prompt))))
+        before = self.snapshot()
+        runs = self.tree.match(
+            namespace, prompt, start=start, max_depth=max_depth, tolerance=tolerance
+        )
+        assert self.snapshot() == before
+        check_runs(runs, start=start, stop=len(prompt))
+        for run in runs:
+            known = self.live[run.source]
+            assert known.namespace == namespace
+            assert run.depth == known.depth <= max_depth
+            cached = known.tokens(run.src_start, run.src_stop)
+            assert cached == prompt[run.dst_start : run.dst_stop].tolist()
+            pieces = self.tree.pieces(run)
+            assert [(a, b) for _, a, b in pieces] == [
+                (max(run.src_start, seg.start), min(run.src_stop, b)) for seg, _, b in pieces
+            ]
+            assert sum(b - a for _, a, b in pieces) == run.length
+        self.check_nothing_findable_is_missed(namespace, prompt, start, max_depth, covered(runs))
+        for run in runs:
+            if data.draw(st.booleans()):
+                self.pin(run, data)
+
+    def check_nothing_findable_is_missed(self, namespace, prompt, start, max_depth, have):
+        prompt = prompt.tolist()
+        for at in range(start, len(prompt) - SPAN + 1):
+            if have.isdisjoint(range(at, at + SPAN)):
+                places = [
+                    self.findable(namespace, tuple(prompt[at + i : at + i + GRAM]), max_depth)
+                    for i in range(SPAN - GRAM + 1)
+                ]
+                ahead = [p and Place(p.segment, p.position + i, p.depth) for i, p in enumerate(places[:1] * len(places))]
+                assert places[0] is None or places != ahead, f"missed {places[0]}"
+
+    def findable(self, namespace, gram, max_depth):
+        """The place of a gram that a match must find: its newest one, if nothing hides it."""
+        places = self.history.get((namespace, *gram))
+        if not places:
+            return None
+        newest = places[-1]
+        known = self.live.get(newest.segment)
+        hidden = (
+            known is None
+            or newest.depth > max_depth
+            or newest.depth > min(place.depth for place in places)
+            or sum(place.segment == newest.segment for place in places) > 1
+            or not known.start <= newest.position <= known.stop - GRAM
+        )
+        return None if hidden else newest
+
+    def prompts(self):
+        """Stretches of live paths, moved, cut and with text between them."""
+        paths = [np.array(known.path, np.int32) for known in self.live.values()]
+        sources = [texts(max_parts=2), fresh(20)]
+        if paths:
+            slices = st.tuples(st.sampled_from(paths), st.integers(0, 40), st.integers(0, 40))
+            sources += [slices.map(lambda s: s[0][s[1] : len(s[0]) - s[2]])] * 2
+        return st.lists(st.one_of(sources), min_size=1, max_size=5).map(np.concatenate)
+
+    def snapshot(self):
+        tree = self.tree
+        held = [(s.id, s.tokens.tolist(), dict(s.pins)) for s in map(tree.segment, self.live)]
+        entries = sorted(zip(*(part.tolist() for part in tree._index.items()), strict=True))
+        return tree.version, tree.num_tokens, tree.num_segments, tree.num_pins, held, entries
+
+    def pin(self, run, data):
+        """Pin a run or, as a plan does, a part of it."""
+        a, b = sorted(data.draw(st.tuples(*[st.integers(run.dst_start, run.dst_stop)] * 2)))
+        if a < b:
+            run = run.cut(a, b)
+        self.tree.pin(run)
+        owner = run.source
+        while run.src_stop <= self.live[owner].start:
+            owner = self.live[owner].parent
+        tokens = self.live[run.source].tokens(run.src_start, run.src_stop)
+        self.pinned.append((run, owner, tokens))
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data):
+        i = data.draw(st.integers(0, len(self.pinned) - 1))
+        run, _, _ = self.pinned.pop(i)
+        self.tree.unpin(run)
+        if run not in [other for other, _, _ in self.pinned]:
+            with pytest.raises(TreeError, match="is not pinned"):
+                self.tree.unpin(run)
+
+    # ---- what always holds --------------------------------------------------------------
+
+    @invariant()
+    def the_tree_holds_its_own_invariants(self):
+        self.tree.check()
+
+    @invariant()
+    def the_tree_holds_what_the_model_holds(self):
+        tree = self.tree
+        assert tree.num_segments == len(self.live)
+        assert tree.num_tokens == sum(known.stop - known.start for known in self.live.values())
+        for key, known in self.live.items():
+            assert tree.path_tokens(key, known.root, known.stop).tolist() == known.path
+
+    @invariant()
+    def what_is_pinned_is_alive(self):
+        assert self.tree.num_pins == len(self.pinned)
+        for run, owner, tokens in self.pinned:
+            assert self.live[owner].tokens(run.src_start, run.src_stop) == tokens
+
+
+TreeMachine.TestCase.settings = settings(stateful_step_count=25)
+test_any_history_agrees_with_the_model = TreeMachine.TestCase
+
+
+# ---- scenarios --------------------------------------------------------------------------
+
+TEXT = random_tokens(1, 1500)
+PREFACE, REST = random_tokens(2, 300), random_tokens(3, 200)
+
+
+def tree_of(*segments, namespace=None):
+    """A tree that holds one path of the segments, and the ids of these."""
+    tree, ids, start = FuzzyTree(), [], 0
+    for tokens in segments:
+        parent = ids[-1] if ids else None
+        ids.append(tree.insert(namespace, tokens, start=start, parent=parent).id)
+        start += len(tokens)
+    return tree, ids
+
+
+def test_a_text_inserted_once_is_found_whole_wherever_it_stands():
+    tree, (home,) = tree_of(TEXT)
+    for before in (0, 1, 15, 16, 300):
+        prompt = np.concatenate([PREFACE[:before], TEXT, REST])
+        assert tree.match(None, prompt) == (Run(home, 0, before, len(TEXT)),)
+
+
+def test_a_part_of_a_text_is_found_to_its_last_token():
+    tree, (home,) = tree_of(TEXT)
+    for start, stop in ((0, SPAN), (7, 7 + SPAN), (700, 999), (len(TEXT) - SPAN, len(TEXT))):
+        prompt = np.concatenate([PREFACE, TEXT[start:stop], REST])
+        assert tree.match(None, prompt) == (Run(home, start, len(PREFACE), stop - start),)
+
+
+@pytest.mark.parametrize(
+    ("at", "gone", "new"),
+    [(700, 0, 1), (700, 0, 40), (700, 0, 2000), (700, 1, 0), (700, 40, 0), (700, 1, 1), (700, 40, 5)],
+)
+def test_an_edit_leaves_two_runs_and_the_second_says_so(at, gone, new):
+    tree, (home,) = tree_of(TEXT)
+    prompt = np.concatenate([PREFACE, TEXT[:at], random_tokens(9, new), TEXT[at + gone :]])
+    second = len(PREFACE) + at + new
+    assert tree.match(None, prompt) == (
+        Run(home, 0, len(PREFACE), at),
+        Run(home, at + gone, second, len(TEXT) - at - gone, join=Join.EDIT),
+    )
+
+
+def test_what_jumps_far_ahead_or_back_is_a_seam():
+    tree, (home,) = tree_of(TEXT)
+    ahead = tree.match(None, np.concatenate([TEXT[:100], TEXT[1200:]]))
+    back = tree.match(None, np.concatenate([TEXT[1200:], TEXT[:100]]))
+    assert ahead == (Run(home, 0, 0, 100), Run(home, 1200, 100, 300))
+    assert back == (Run(home, 1200, 0, 300), Run(home, 0, 300, 100))
+
+
+def test_equal_text_too_short_for_a_fingerprint_is_aligned_between_edits():
+    tree, (home,) = tree_of(TEXT)
+    prompt = TEXT.copy()
+    prompt[[700, 712]] = 60_000
+    assert tree.match(None, prompt) == (
+        Run(home, 0, 0, 700),
+        Run(home, 701, 701, 11, join=Join.EDIT),
+        Run(home, 713, 713, len(TEXT) - 713, join=Join.EDIT),
+    )
+    assert len(tree.match(None, prompt, tolerance=0.0)) == 2
+
+
+@pytest.mark.parametrize("borders", [(500,), (500, 516, 1000), tuple(range(10, 1500, 10))])
+def test_a_run_across_segments_is_one_run(borders):
+    tree, ids = tree_of(*np.split(TEXT, borders))
+    prompt = np.concatenate([PREFACE, TEXT, REST])
+    (run,) = tree.match(None, prompt)
+    assert run.join is Join.SEAM
+    assert (run.src_start, run.dst_start) == (0, len(PREFACE))
+    assert len(TEXT) - run.length < SPAN  # a last bit behind a border may be too short to count
+    assert {seg.id for seg, _, _ in tree.pieces(run)} <= set(ids)
+
+
+def test_every_window_of_a_path_is_indexed_wherever_its_borders_are():
+    whole, _ = tree_of(TEXT[:200])
+    for border in range(150, 190):
+        split, _ = tree_of(TEXT[:border], TEXT[border:200])
+        assert set(split._index.items()[0].tolist()) == set(whole._index.items()[0].tolist())
+
+
+def test_branches_of_one_text_are_each_found_with_their_own_past():
+    tree, (trunk,) = tree_of(TEXT[:500])
+    left = tree.insert(None, TEXT[600:900], start=200, parent=trunk).id
+    right = tree.insert(None, TEXT[1000:1300], start=200, parent=trunk).id
+    for child, own in ((left, TEXT[600:900]), (right, TEXT[1000:1300])):
+        (run,) = tree.match(None, np.concatenate([PREFACE, TEXT[:200], own, REST]))
+        assert run == Run(child, 0, len(PREFACE), 500)
+
+
+def test_namespaces_never_see_each_other():
+    tree, _ = tree_of(TEXT, namespace="a")
+    assert tree.match("b", TEXT) == ()
+    tree.insert("b", REST)
+    for other in ("b", None, ("a",), "A"):
+        assert tree.match(other, TEXT) == ()
+    assert len(tree.match("a", TEXT)) == 1
+
+
+def test_a_deeper_copy_does_not_hide_a_shallower_one():
+    tree = FuzzyTree()
+    exact = tree.insert(None, TEXT).id
+    deeper = tree.insert(None, TEXT, start=7, depth=1).id
+    for max_depth in (0, 1):
+        assert [run.source for run in tree.match(None, TEXT, max_depth=max_depth)] == [exact]
+    tree.trim(exact, 0)
+    again = tree.insert(None, TEXT, start=9, depth=1).id
+    assert tree.match(None, TEXT) == ()
+    assert [run.source for run in tree.match(None, TEXT, max_depth=1)] == [again] != [deeper]
+
+
+def test_the_dead_are_not_found():
+    tree, (home, child) = tree_of(TEXT[:1000], TEXT[1000:])
+    tree.trim(child, 1000)
+    assert tree.match(None, TEXT) == (Run(home, 0, 0, 1000),)
+    tree.trim(home, 400)
+    assert tree.match(None, TEXT) == (Run(home, 0, 0, 400),)
+    tree.trim(home, 0)
+    assert tree.match(None, TEXT) == ()
+    assert (tree.num_segments, tree.num_tokens) == (0, 0)
+
+
+def test_a_part_of_a_run_stays_pinned_when_the_segment_it_was_found_in_goes():
+    tree, (trunk, tail) = tree_of(TEXT[:500], TEXT[500:540])
+    (run,) = tree.match(None, TEXT[:540])
+    part = run.cut(100, 450)  # as a plan cuts the end of the prompt off
+    assert part.source == tail
+    tree.pin(part)
+    tree.trim(tail, 500)
+    with pytest.raises(TreeError):
+        tree.trim(trunk, 449)
+    tree.unpin(part)
+    assert tree.num_pins == 0
+    tree.trim(trunk, 449)
+
+
+def test_what_was_trimmed_since_the_match_cannot_be_pinned():
+    tree, (home,) = tree_of(TEXT)
+    (run,) = tree.match(None, TEXT)
+    tree.trim(home, 1499)
+    with pytest.raises(TreeError, match="past the last position alive, 1499"):
+        tree.pin(run)
+    assert tree.num_pins == 0
+
+
+def test_a_pin_is_taken_back_once():
+    tree, _ = tree_of(TEXT)
+    (run,) = tree.match(None, TEXT)
+    other = run.cut(700, run.dst_stop)  # ends at the same place
+    tree.pin(run)
+    with pytest.raises(TreeError, match="is not pinned"):
+        tree.unpin(other)
+    tree.unpin(run)
+    with pytest.raises(TreeError, match="is not pinned"):
+        tree.unpin(run)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tokens": TEXT[:0]}, "at least 1 token, got 0"),
+        ({"start": -1}, "start must be at least 0, got -1"),
+        ({"start": 0, "parent": 1}, r"start must be in \[1, 1500\], got 0"),
+        ({"start": 1501, "parent": 1}, r"start must be in \[1, 1500\], got 1501"),
+        ({"start": 9, "parent": 1, "depth": 1}, "depth must be the parent's 0, got 1"),
+        ({"start": 9, "parent": 1, "namespace": "b"}, "namespace 'b' is not that of the parent"),
+    ],
+)
+def test_text_that_hangs_nowhere_is_refused_and_changes_nothing(kwargs, message):
+    tree, (home,) = tree_of(TEXT)
+    assert home == 1
+    with pytest.raises(ValueError, match=message):
+        tree.insert(kwargs.pop("namespace", None), **{"tokens": REST, **kwargs})
+    tree.check()
+    assert (tree.num_segments, tree.num_tokens) == (1, len(TEXT))
+
+
+def test_a_trim_outside_the_segment_is_refused():
+    tree, (home, child) = tree_of(TEXT[:500], TEXT[500:])
+    for stop in (499, 1501):
+        with pytest.raises(ValueError, match=rf"in \[500, 1500\], got {stop}"):
+            tree.trim(child, stop)
+    with pytest.raises(KeyError):
+        tree.trim(child + 1, 0)
+    assert tree.match(None, TEXT) == (Run(child, 0, 0, 1500),)
+    assert home != child
+
+
+def test_a_flush_forgets_everything_and_no_id_comes_back():
+    tree, (home,) = tree_of(TEXT)
+    version, size = tree.version, tree.nbytes
+    tree.clear()
+    tree.check()
+    assert tree.match(None, TEXT) == ()
+    assert tree.nbytes < size
+    assert tree.version >= version
+    assert tree.insert(None, TEXT).id != home
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8, 9, 20])
+def test_a_prompt_of_few_tokens_over_and_over_gives_few_runs_and_little_work(monkeypatch, period):
+    calls = itertools.count()
+    compare = tree_module.common_prefix
+    monkeypatch.setattr(
+        tree_module, "common_prefix", lambda a, b: next(calls) and compare(a, b) or compare(a, b)
+    )
+    cached = np.resize(np.arange(period, dtype=np.int32), 8192)
+    tree, (home,) = tree_of(cached)
+    runs = tree.match(None, np.concatenate([PREFACE, cached]))
+    assert runs == (Run(home, 0, len(PREFACE), 8192),)
+    longer = tree.match(None, np.resize(cached, 4 * 8192))
+    assert len(longer) <= 6
+    assert next(calls) < 40
+
+
+class Counting(np.ndarray):
+    """Counts the elements that are compared."""
+
+    compared = SimpleNamespace(num=0)
+
+    def __ne__(self, other):
+        Counting.compared.num += len(self)
+        return np.asarray(self) != np.asarray(other)
+
+
+@pytest.mark.parametrize("equal", [0, 1, 63, 64, 65, 1000, 100_000])
+def test_comparing_costs_what_is_equal_and_not_what_could_have_been(equal):
+    a, b = (random_tokens(1, 100_000).view(Counting) for _ in range(2))
+    b[equal:] += 1
+    Counting.compared.num = 0
+    assert tree_module.common_prefix(a, b) == equal
+    assert Counting.compared.num <= 8 * equal + 64
+
+
+# ---- chunks that are stored already -----------------------------------------------------
+
+
+def test_chunks_are_unknown_until_a_live_segment_stores_them():
+    tree = FuzzyTree()
+    (stretch,) = tree.unknown_chunks(None, TEXT, depth=1)
+    assert [stretch[0].start, stretch[-1].stop] == [0, len(TEXT)]
+    middle = stretch[2]
+    home = tree.insert(None, TEXT[middle.start : middle.stop], depth=1)
+    tree.remember_chunk(middle, home)
+    left, right = tree.unknown_chunks(None, TEXT, depth=1)
+    assert [*left, middle, *right] == stretch
+    assert tree.unknown_chunks(None, TEXT, depth=0) == [stretch]
+    assert len(tree.unknown_chunks("b", TEXT, depth=1)) == 1
+    tree.trim(home.id, 0)
+    assert tree.unknown_chunks(None, TEXT, depth=1) == [stretch]
+
+
+def test_chunks_of_dead_segments_are_not_remembered_for_ever():
+    tree = FuzzyTree()
+    for i in range(6000):
+        segment = tree.insert(None, TEXT[:1])
+        tree.remember_chunk(tree_module.Chunk(0, 1, i), segment)
+        tree.trim(segment.id, 0)
+    assert len(tree._chunk_home) <= 4096 + 1
