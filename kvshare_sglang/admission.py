@@ -116,25 +116,15 @@ def _attach(cache: FuzzyRadixCache, req: Any, state: RequestReuse) -> None:
     """The request goes to prefill: remember, report and count its reuse."""
     req.kvshare = state
     req.kvshare_proposal = None
-    plan = state.plan
     exact = len(req.prefix_indices)
-    total = len(req.full_untruncated_fill_ids)
-    copied, recomputed = (plan.copied, plan.recomputed) if plan else (0, 0)
-    cache.report.admitted(
-        {
-            "exact": exact,
-            "copied": copied,
-            "recomputed": recomputed,
-            "fresh": total - exact - copied - recomputed,
-        },
-        state.decline,
-    )
+    cache.report.admitted(exact, state.decline)
+    # Rows are counted as they run.
     state.info = {
         "exact_tokens": exact,
-        "fuzzy_tokens": copied,
-        "recomputed_tokens": recomputed,
-        "computed_tokens": 0,  # counted as the rows run
-        "source_depth": plan.depth if plan else 0,
+        "fuzzy_tokens": 0,
+        "recomputed_tokens": 0,
+        "computed_tokens": 0,
+        "source_depth": state.plan.depth if state.plan else 0,
         "declined": state.decline.value if state.decline else None,
     }
     req.customized_info = {**(req.customized_info or {}), "kvshare": OncePerAnswer([state.info])}

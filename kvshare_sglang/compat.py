@@ -2,7 +2,8 @@
 
 0.5.17 keeps a request's KV row on the request itself and lets the cache free it
 (``cache_finished_req``); from 0.5.18 on the row is ``req.kv`` and the scheduler frees it
-(``insert_req``, ``free_kv_row``).
+(``insert_req``, ``free_kv_row``). 0.5.22 rebuilt the interface between requests and caches
+(``checkpoint``, lock objects, no ``prefix_indices``) and is refused by name.
 """
 
 from importlib import metadata
@@ -11,7 +12,7 @@ from typing import Any
 from kvshare_sglang.errors import UnsupportedError
 
 OLDEST = (0, 5, 17)
-NEWEST = (0, 5, 23)
+NEWEST = (0, 5, 21)
 
 
 def sglang_version() -> tuple[int, ...]:
@@ -31,7 +32,7 @@ def check_version() -> None:
     have = sglang_version()
     if not OLDEST <= have <= NEWEST:
         lo, hi, mine = (".".join(map(str, v)) for v in (OLDEST, NEWEST, have))
-        raise UnsupportedError(f"SGLang {mine}", f"it for a version from {lo} to {hi}")
+        raise UnsupportedError(f"SGLang {mine}", f"it for a version in [{lo}, {hi}]")
 
 
 def kv_row(req: Any) -> Any:

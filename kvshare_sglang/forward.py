@@ -17,6 +17,7 @@ from kvshare_sglang.errors import UnsupportedError
 from kvshare_sglang.kernels import partial_attn, rope_shift
 from kvshare_sglang.radix_fuzzy.reuse import thin_out
 from kvshare_sglang.radix_fuzzy.types import Range, clip
+from kvshare_sglang.report import Report
 from kvshare_sglang.request import RequestReuse, reuse_of
 
 # For measurement: every prefill runs all its rows through our own attention (see bench_ttft.py).
@@ -125,7 +126,7 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
         todo.append((i, state, start, stop))
     if todo and not on_cpu(runner):
         rows = thin_out(rows, limit=max(runner.max_running_requests, len(rows)))
-    _count_rows(batch, fb, rows)
+    _count_rows(batch, fb, rows, cache.report)
     if _ALL_ROWS:
         fb.kvshare_rows = [
             [Range(start, start + length)]
@@ -157,13 +158,24 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
     )
 
 
-def _count_rows(batch: Any, fb: Any, rows: list[list[Range]]) -> None:
-    for req, ranges, start in zip(batch.reqs, rows, fb.extend_prefix_lens_cpu, strict=True):
+def _count_rows(batch: Any, fb: Any, rows: list[list[Range]], report: Report) -> None:
+    """Report what each request of the batch really ran: planned rows and forced ones."""
+    decoding = {id(req) for req in batch.decoding_reqs or ()}
+    for req, ranges, start, length in zip(
+        batch.reqs, rows, fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True
+    ):
         state: RequestReuse | None = getattr(req, "kvshare", None)
-        if state is not None and start < len(req.origin_input_ids) + len(req.output_ids):
-            is_decode = batch.decoding_reqs is not None and req in batch.decoding_reqs
-            if not is_decode:
-                state.info["computed_tokens"] += sum(map(len, ranges))
+        if state is None or id(req) in decoding:
+            continue
+        runs = state.plan.runs if state.plan else ()
+        spans = tuple(Range(run.dst_start, run.dst_stop) for run in runs)
+        computed = sum(map(len, ranges))
+        copied = length - computed
+        recomputed = sum(map(len, clip(spans, start=start, stop=start + length))) - copied
+        state.info["computed_tokens"] += computed
+        state.info["fuzzy_tokens"] += copied
+        state.info["recomputed_tokens"] += recomputed
+        report.ran(copied=copied, recomputed=recomputed, fresh=computed - recomputed)
 
 
 def _copy_part(state: RequestReuse, start: int, stop: int, fb: Any, i: int) -> Copy:

@@ -21,13 +21,22 @@ class Report:
         self.declines: Counter[str] = Counter()
         self._metrics = None if prometheus_labels is None else _Metrics(prometheus_labels)
 
-    def admitted(self, tokens: dict[str, int], decline: Decline | None) -> None:
-        """One request goes to prefill."""
-        self.tokens.update(tokens)
+    def admitted(self, exact: int, decline: Decline | None) -> None:
+        """One request goes to prefill with a prefix hit of ``exact`` tokens."""
+        self._count(exact=exact)
         if decline is not None:
             self.declines[decline.value] += 1
+            if self._metrics is not None:
+                self._metrics.declined(decline.value)
+
+    def ran(self, *, copied: int, recomputed: int, fresh: int) -> None:
+        """One request's part of a prefill batch."""
+        self._count(copied=copied, recomputed=recomputed, fresh=fresh)
+
+    def _count(self, **tokens: int) -> None:
+        self.tokens.update(tokens)
         if self._metrics is not None:
-            self._metrics.admitted(tokens, decline)
+            self._metrics.count(tokens)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -83,8 +92,9 @@ class _Metrics:
             buckets=buckets,
         ).labels(**labels)
 
-    def admitted(self, tokens: dict[str, int], decline: Decline | None) -> None:
+    def count(self, tokens: dict[str, int]) -> None:
         for kind, count in tokens.items():
             self._tokens.labels(**self._labels, kind=kind).inc(count)
-        if decline is not None:
-            self._declined.labels(**self._labels, reason=decline.value).inc()
+
+    def declined(self, reason: str) -> None:
+        self._declined.labels(**self._labels, reason=reason).inc()

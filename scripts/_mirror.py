@@ -63,21 +63,24 @@ class Mirror:
             tolerance=config.edit_tolerance,
         )
 
-    def plan(self, tokens: Tokens, config: KVShareConfig) -> ReusePlan:
-        """What the server copies and computes; a plan without copies where it declines."""
-        prefix_len = self.prefix_len(tokens)
-        plan = plan_reuse(
+    def wish(self, tokens: Tokens, config: KVShareConfig) -> ReusePlan:
+        """What could be reused, whether or not it pays: runs too short to copy are out already."""
+        return plan_reuse(
             self.match(tokens, config),
             prompt_len=len(tokens),
-            prefix_len=prefix_len,
+            prefix_len=self.prefix_len(tokens),
             budget=config.budget,
             seam=config.seam,
             window=config.window,
         )
+
+    def plan(self, tokens: Tokens, config: KVShareConfig) -> ReusePlan:
+        """What the server copies and computes; a plan without copies where it declines."""
+        plan = self.wish(tokens, config)
         if pays(plan, config) is None:
             return plan
-        everything = (Range(prefix_len, len(tokens)),)
-        return ReusePlan(len(tokens), prefix_len, (), (), everything)
+        everything = (Range(plan.prefix_len, plan.prompt_len),)
+        return plan._replace(runs=(), copies=(), compute=everything)
 
     def _longest_prefix(self, tokens: Tokens) -> tuple[int, _Stored | None]:
         best: tuple[int, _Stored | None] = (0, None)

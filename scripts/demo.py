@@ -324,22 +324,19 @@ def as_json(kinds: list[Scenario], env: dict[str, Any]) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=_bench.ROOT / "out", metavar="DIR",
-                        help="where demo.png and demo.json go (default: out/)")  # fmt: skip
-    parser.add_argument("--port", type=int,
-                        help="port of the plain server; kvshare takes the next (default: any free)")  # fmt: skip
-    parser.add_argument("--model", default=None,
-                        help="model directory (default: the tests' trained reader if there, else "
-                        "a small random Llama made on the spot)")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=2400, help="length of a text in tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="fresh texts for each scenario")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each server")
-    parser.add_argument(
-        "--device", default=None, help="cpu or cuda (default: cuda if there is one)"
-    )
-    parser.add_argument("--server-arg", action="append", default=[], metavar="ARG",
-                        help="one more argument for both servers, as --server-arg=--flag")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--out", type=Path, default=_bench.ROOT / "out", metavar="DIR",
+        help="where demo.png and demo.json go (default: out/)")  # fmt: skip
+    add("--port", type=int, help="plain's port; kvshare takes the next (default: any free ones)")
+    add("--model", help="model directory (default: the tests' trained reader where there is one, "
+        "else a small random Llama made on the spot)")  # fmt: skip
+    add("--tokens", type=int, default=2400, help="length of a text in tokens")
+    add("--repeats", type=int, default=3, help="fresh texts for each scenario")
+    add("--threads", type=int, default=2, help="OpenMP threads of each server")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--server-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for both servers, as --server-arg=--flag")  # fmt: skip
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     if not 300 <= args.tokens <= 16000:
         parser.error(f"--tokens must be in [300, 16000], got {args.tokens}")

@@ -24,11 +24,13 @@ KEPT_SHARE = 0.25  # less than this of the claim really reused is a failure
 
 
 class Outcome(NamedTuple):
-    """One request. ``claimed`` is what the matcher alone finds beyond ``claimed_prefix``."""
+    """One request. ``claimed`` is what the matcher alone finds beyond ``claimed_prefix``, and
+    ``long_enough`` what of it stands in runs that are long enough to copy."""
 
     prompt_tokens: int
     claimed_prefix: int
     claimed: int
+    long_enough: int
     prefix: int
     copied: int
     recomputed: int
@@ -64,6 +66,7 @@ def replay(server: Server, prompts: list[Tokens], args: argparse.Namespace) -> l
             bar.say(f"request {i + 1} of {len(prompts)}")
             claimed = sum(run.length for run in mirror.match(tokens, config))
             claimed_prefix = mirror.prefix_len(tokens)
+            long_enough = mirror.wish(tokens, config).reused
             mirror.add(tokens)
             answer = server.ask(tokens.tolist(), max_new_tokens=args.max_new_tokens)
             info = answer.kvshare
@@ -72,6 +75,7 @@ def replay(server: Server, prompts: list[Tokens], args: argparse.Namespace) -> l
                     prompt_tokens=len(tokens),
                     claimed_prefix=claimed_prefix,
                     claimed=claimed,
+                    long_enough=long_enough,
                     prefix=info["exact_tokens"],
                     copied=info["fuzzy_tokens"],
                     recomputed=info["recomputed_tokens"],
@@ -96,7 +100,11 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     return {
         "requests": len(outcomes),
         "prompt_tokens": total,
-        "matcher": {"prefix": share("claimed_prefix"), "beyond_prefix": found},
+        "matcher": {
+            "prefix": share("claimed_prefix"),
+            "beyond_prefix": found,
+            "long_enough": share("long_enough"),
+        },
         "server": {
             "prefix": share("prefix"),
             "reused": share("copied", "recomputed"),
@@ -115,7 +123,8 @@ def show(result: dict[str, Any]) -> str:
     head = ("share of all prompt tokens", "matcher alone", "server")
     rows = [
         ("exact prefix", f"{matcher['prefix']:.1%}", f"{server['prefix']:.1%}"),
-        ("beyond the prefix", f"{matcher['beyond_prefix']:.1%}", f"{server['reused']:.1%}"),
+        ("beyond the prefix, all", f"{matcher['beyond_prefix']:.1%}", ""),
+        ("in runs long enough to copy", f"{matcher['long_enough']:.1%}", f"{server['reused']:.1%}"),
         ("  copied", "", f"{server['copied']:.1%}"),
         ("  computed again", "", f"{server['recomputed']:.1%}"),
     ]

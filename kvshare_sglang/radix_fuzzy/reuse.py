@@ -33,12 +33,16 @@ def plan_reuse(
     limit = prompt_len - max(seam, 1)
     useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
     useful = [run for run in useful if run.length - _head(run, seam, window) >= MIN_COPY]
-    kept, copies = [], []
-    for run, head in zip(useful, _heads(useful, budget, seam, window), strict=True):
-        start, stop = run.dst_start + head, min(run.dst_stop, limit)
-        if stop - start > MERGE_GAP:
-            kept.append(run)
-            copies.append(run.cut(start, stop))
+    while True:
+        kept, copies = [], []
+        for run, head in zip(useful, _heads(useful, budget, seam, window), strict=True):
+            start, stop = run.dst_start + head, min(run.dst_stop, limit)
+            if stop - start > MERGE_GAP:
+                kept.append(run)
+                copies.append(run.cut(start, stop))
+        if len(kept) == len(useful):
+            break
+        useful = kept  # what is dropped takes its share of the budget with it
     compute = complement(
         [Range(c.dst_start, c.dst_stop) for c in copies], start=prefix_len, stop=prompt_len
     )

@@ -1,8 +1,7 @@
 """The fuzzy tree against a plain model under any history, and what it makes of edited text."""
 
-import itertools
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -39,8 +38,7 @@ class Known:
         return self.path[start - self.root : stop - self.root]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a gram was inserted: the segment whose path it stands in, and its position."""
 
     segment: int
@@ -155,15 +153,19 @@ class TreeMachine(RuleBasedStateMachine):
                 self.pin(run, data)
 
     def check_nothing_findable_is_missed(self, namespace, prompt, start, max_depth, have):
+        """No whole span is left uncovered that stands in one segment and that nothing hides."""
         prompt = prompt.tolist()
         for at in range(start, len(prompt) - SPAN + 1):
-            if have.isdisjoint(range(at, at + SPAN)):
-                places = [
-                    self.findable(namespace, tuple(prompt[at + i : at + i + GRAM]), max_depth)
-                    for i in range(SPAN - GRAM + 1)
-                ]
-                ahead = [p and Place(p.segment, p.position + i, p.depth) for i, p in enumerate(places[:1] * len(places))]
-                assert places[0] is None or places != ahead, f"missed {places[0]}"
+            if not have.isdisjoint(range(at, at + SPAN)):
+                continue
+            first, *others = (
+                self.findable(namespace, prompt[at + i : at + i + GRAM], max_depth)
+                for i in range(SPAN - GRAM + 1)
+            )
+            assert first is None or any(
+                place != first._replace(position=first.position + i)
+                for i, place in enumerate(others, start=1)
+            ), f"prompt[{at}:{at + SPAN}] stands at {first} and was not found"
 
     def findable(self, namespace, gram, max_depth):
         """The place of a gram that a match must find: its newest one, if nothing hides it."""
@@ -445,27 +447,31 @@ def test_a_flush_forgets_everything_and_no_id_comes_back():
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 9, 20])
 def test_a_prompt_of_few_tokens_over_and_over_gives_few_runs_and_little_work(monkeypatch, period):
-    calls = itertools.count()
+    compared = []
     compare = tree_module.common_prefix
-    monkeypatch.setattr(
-        tree_module, "common_prefix", lambda a, b: next(calls) and compare(a, b) or compare(a, b)
-    )
+
+    def counted(a, b):
+        compared.append(compare(a, b))
+        return compared[-1]
+
+    monkeypatch.setattr(tree_module, "common_prefix", counted)
     cached = np.resize(np.arange(period, dtype=np.int32), 8192)
-    tree, (home,) = tree_of(cached)
+    tree, _ = tree_of(cached)
     runs = tree.match(None, np.concatenate([PREFACE, cached]))
-    assert runs == (Run(home, 0, len(PREFACE), 8192),)
+    assert len(runs) <= 2
+    assert sum(run.length for run in runs) > 8192 - period
     longer = tree.match(None, np.resize(cached, 4 * 8192))
-    assert len(longer) <= 6
-    assert next(calls) < 40
+    assert len(longer) <= 2 * 4
+    assert len(compared) <= 20
 
 
 class Counting(np.ndarray):
     """Counts the elements that are compared."""
 
-    compared = SimpleNamespace(num=0)
+    compared = 0
 
     def __ne__(self, other):
-        Counting.compared.num += len(self)
+        Counting.compared += len(self)
         return np.asarray(self) != np.asarray(other)
 
 
@@ -473,9 +479,9 @@ class Counting(np.ndarray):
 def test_comparing_costs_what_is_equal_and_not_what_could_have_been(equal):
     a, b = (random_tokens(1, 100_000).view(Counting) for _ in range(2))
     b[equal:] += 1
-    Counting.compared.num = 0
+    Counting.compared = 0
     assert tree_module.common_prefix(a, b) == equal
-    assert Counting.compared.num <= 8 * equal + 64
+    assert Counting.compared <= 8 * equal + 64
 
 
 # ---- chunks that are stored already -----------------------------------------------------

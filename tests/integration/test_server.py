@@ -1,0 +1,296 @@
+"""What a user sees of a real ``python -m sglang.launch_server --kvshare`` over HTTP."""
+
+import concurrent.futures
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import Texts
+from server import ARGS, Server, environment, refuse, serve
+from tiny_models import add_tokenizer, make_model
+
+from kvshare_sglang import compat
+from kvshare_sglang.errors import UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> Path:
+    path = make_model(models, "llama")
+    add_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Overlap on, chunked prefill and mixed chunks on, metrics on."""
+    more = "--kvshare --enable-metrics --chunked-prefill-size 256 --enable-mixed-chunk".split()
+    with serve(model, tmp_path_factory.mktemp("server"), *more) as it:
+        yield it
+
+
+def info(answer: dict) -> dict:
+    (value,) = answer["meta_info"]["kvshare"]
+    return value
+
+
+def test_moved_text_is_reused_and_reported(server: Server, texts: Texts) -> None:
+    a, b = texts.passage(300), texts.passage(250)
+    server.generate(a + b)
+    answer = server.generate(b + texts.passage(6) + a + texts.passage(10))
+    seen = info(answer)
+    assert seen["declined"] is None
+    assert seen["fuzzy_tokens"] > 350
+    assert seen["source_depth"] == 0
+    assert seen["exact_tokens"] == answer["meta_info"]["cached_tokens"] == 0
+    total = seen["exact_tokens"] + seen["fuzzy_tokens"] + seen["computed_tokens"]
+    assert total == answer["meta_info"]["prompt_tokens"]
+    assert "KVShare batch, #reuse-seq: 1" in server.log.read_text()
+    page = requests.get(server.url + "/metrics", timeout=30).text
+    for kind in ("exact", "copied", "recomputed", "fresh"):
+        assert f'kind="{kind}"' in page
+    for name in ("lookup_seconds_count", "copy_seconds_count", "declined_requests_total"):
+        assert f"sglang:kvshare_{name}" in page
+
+
+def test_request_options_pass_through_every_endpoint(server: Server) -> None:
+    text = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
+    server.generate("import os\n" + text)
+    exact = server.generate("#!python\n" + text, custom={"kvshare": "exact"})
+    assert info(exact)["declined"] == "exact_requested"
+    assert info(server.generate("# moved\n" + text))["fuzzy_tokens"] > 64
+    before = tokens_copied(server)
+    body = {"model": "x", "max_tokens": 4, "temperature": 0}
+    chat = {**body, "messages": [{"role": "user", "content": text + "once"}]}
+    plain = {**body, "prompt": "## other\n" + text + "twice"}
+    for path, request in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
+        reply = server.post(path, {**request, "custom_params": {"kvshare": "exact"}})
+        assert reply.status_code == 200
+        assert tokens_copied(server) == before, path
+        reply = server.post(path, {**request, "custom_params": {"kvshare": {"budget": 9}}})
+        assert reply.status_code == 400
+        assert "custom_params.kvshare.budget must be a number in [0, 1], got 9" in reply.text
+    chat["messages"][0]["content"] = "Again: " + text + "thrice"
+    assert server.post("/v1/chat/completions", chat).status_code == 200
+    assert tokens_copied(server) > before
+
+
+def tokens_copied(server: Server) -> float:
+    for line in requests.get(server.url + "/metrics", timeout=30).text.splitlines():
+        if line.startswith("sglang:kvshare_tokens_total") and 'kind="copied"' in line:
+            return float(line.rsplit(" ", 1)[1])
+    return 0.0
+
+
+def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
+    a = texts.passage(400)
+    server.generate(a)
+    prompt = texts.passage(5) + a + texts.passage(12)
+    whole = server.generate(prompt, new=24)
+    assert info(whole)["fuzzy_tokens"] > 200
+    sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    other = texts.passage(7) + a + texts.passage(12)
+    reply = server.post(
+        "/generate", {"input_ids": other, "sampling_params": sampling, "stream": True}, stream=True
+    )
+    events = [line[6:] for line in reply.iter_lines() if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    last = json.loads(events[-2])
+    assert len(last["output_ids"]) == 24
+    assert info(last)["fuzzy_tokens"] > 200
+    many = server.generate(texts.passage(9) + a, sampling={"n": 3, "max_new_tokens": 6})
+    assert len(many) == 3
+    assert len({tuple(answer["output_ids"]) for answer in many}) == 1, "greedy samples agree"
+
+
+def test_flush_and_abort(server: Server, texts: Texts) -> None:
+    a = texts.passage(300)
+    server.generate(a)
+    assert server.post("/flush_cache").status_code == 200
+    assert info(server.generate(texts.passage(5) + a))["declined"] == "no_match"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
+        while not any(line for line in server.log.read_text().splitlines() if "#running-req: 3" in line):
+            pass
+        assert server.post("/abort_request", {"abort_all": True}).status_code == 200
+        kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}
+    assert kinds == {"abort"}
+    assert len(server.generate(texts.passage(3) + a)["output_ids"]) == 8
+
+
+def test_odd_prompts_are_answered_as_without_kvshare(server: Server) -> None:
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+    assert len(server.generate([5] * 5000, new=3)["output_ids"]) == 3
+    assert len(server.generate([5] * 5100, new=3)["output_ids"]) == 3
+    assert server.generate("é𝄞漢字 \u0000\u200b" * 40, new=3)["meta_info"]["completion_tokens"] == 3
+    for bad in ({"input_ids": []}, {"text": ""}, {"input_ids": [5] * 9000}):
+        reply = server.post("/generate", {**bad, "sampling_params": {"max_new_tokens": 3}})
+        assert reply.status_code in (200, 400)  # SGLang's own verdict, and it lives on
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+
+
+def test_a_random_mix_leaves_a_healthy_server(server: Server, texts: Texts) -> None:
+    """Requests, streams cut off, aborts and flushes from six clients at once."""
+    passages = [texts.passage(n) for n in (120, 300, 90, 210, 400)]
+
+    def client(seed: int) -> int:
+        rng, fresh = random.Random(seed), Texts(seed)
+        reused = 0
+        for i in range(40):
+            prompt = fresh.passage(rng.randrange(0, 20))
+            for passage in rng.sample(passages, rng.randrange(1, 4)):
+                prompt += passage[rng.randrange(0, 30) :]
+            roll = rng.random()
+            if roll < 0.1:
+                server.post("/flush_cache")
+            elif roll < 0.2:
+                rid = f"{seed}-{i}"
+                body = {"input_ids": prompt, "rid": rid, "stream": True}
+                reply = server.post("/generate", body, stream=True)
+                next(reply.iter_lines(), None)
+                server.post("/abort_request", {"rid": rid})
+                reply.close()
+            else:
+                extra = {"extra_key": "tenant"} if rng.random() < 0.3 else {}
+                answer = server.generate(prompt, new=rng.randrange(1, 30), **extra)
+                reused += info(answer)["fuzzy_tokens"] > 0
+                assert answer["meta_info"]["finish_reason"]["type"] == "length"
+        return reused
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(client, range(6))) > 20
+    server.generate([5], new=1)
+    log = server.log.read_text()
+    assert "memory leak" not in log
+    assert "Traceback" not in log.split("The server is fired up")[1]
+    assert server.process.poll() is None
+
+
+# ---- starting --------------------------------------------------------------------------------
+
+
+def test_help_lists_every_option(model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
+    for name in "budget seam window min-reuse min-share edit-tolerance source-depth scope".split():
+        assert f"--kvshare-{name}" in done.stdout
+    assert "--kvshare " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--kvshare-budget", "1.5"], "--kvshare-budget must be float in [0, 1], got 1.5"),
+        (["--kvshare-scope", "global"], "drop --kvshare-scope global"),
+        (["--tp-size", "2"], "does not serve tensor parallelism yet: drop --tp-size (got 2)"),
+        (["--disable-radix-cache"], "drop --disable-radix-cache"),
+        (["--enable-hierarchical-cache"], "does not serve HiCache yet"),
+        (["--speculative-algorithm", "NGRAM"], "does not serve speculative decoding yet"),
+    ],
+)
+def test_what_is_not_served_ends_the_start_with_one_line(
+    model: Path, args: list[str], message: str
+) -> None:
+    printed = refuse(model, "--kvshare", *args)
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_an_option_without_the_switch_is_an_error(model: Path) -> None:
+    assert "--kvshare-budget given without --kvshare" in refuse(model, "--kvshare-budget", "0.2")
+
+
+def test_a_missing_seam_stops_the_start_by_name(tmp_path: Path) -> None:
+    code = """
+import os, sys
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+from sglang.srt.managers import schedule_policy
+del schedule_policy.PrefillAdder.add_one_req
+sys.argv = ["launch", "--model-path", "x", "--kvshare", *sys.argv[1:]]
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+prepare_server_args(sys.argv[1:])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *ARGS], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode != 0
+    assert "kvshare refuses to start" in done.stderr
+    assert "PrefillAdder.add_one_req" in done.stderr
+
+
+def test_engine_takes_kvshare_as_a_keyword(model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(
+        """
+import sglang
+
+if __name__ == "__main__":
+    common = dict(
+        model_path=MODEL, device="cpu", attention_backend="torch_native", dtype="float32",
+        skip_tokenizer_init=True, max_total_tokens=4096, max_running_requests=4,
+        mem_fraction_static=0.3, grammar_backend="none", random_seed=1,
+    )
+    try:
+        sglang.Engine(**common, kvshare=True, kvshare_budget=7.0)
+    except ValueError as error:
+        print("REFUSED", error)
+    engine = sglang.Engine(**common, kvshare=True, kvshare_seam=8)
+    a = list(range(100, 400))
+    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    engine.generate(input_ids=a, sampling_params=params)
+    answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
+    print("KVSHARE", answer["meta_info"]["kvshare"])
+    engine.shutdown()
+    engine = sglang.Engine(**common)
+    answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
+    print("PLAIN", answer["meta_info"].get("kvshare"))
+    engine.shutdown()
+""".replace("MODEL", repr(str(model)))
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in done.stdout
+    assert "KVSHARE [{'exact_tokens': 0, 'fuzzy_tokens': 2" in done.stdout
+    assert "PLAIN None" in done.stdout
+
+
+def test_a_version_outside_the_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ((0, 5, 16), (0, 5, 23), (0, 6, 0)):
+        monkeypatch.setattr(compat, "sglang_version", lambda version=version: version)
+        with pytest.raises(UnsupportedError, match=r"\.".join(map(str, version))):
+            compat.check_version()
+
+
+def test_the_oldest_supported_version(model: Path, tmp_path: Path, texts: Texts) -> None:
+    """SGLang 0.5.17: start, reuse, compare with plain."""
+    folder = Path(sys.prefix) / "sglang-0.5.17"
+    if not folder.exists():
+        pytest.skip("SGLang 0.5.17 is not installed; scripts/test.sh does it")
+    a, b = texts.passage(300), texts.passage(200)
+    prompt = b + texts.passage(6) + a + texts.passage(10)
+    with serve(model, tmp_path, "--disable-overlap-schedule", sglang=folder) as plain:
+        expected = plain.generate(prompt)["output_ids"]
+    with serve(model, tmp_path, "--kvshare", sglang=folder) as it:
+        it.generate(a + b)
+        seen = info(it.generate(prompt, custom={"kvshare": "exact"}))
+        assert seen["declined"] == "exact_requested"
+        it.post("/flush_cache")
+        it.generate(a + b)
+        reused = it.generate(prompt)
+        assert info(reused)["fuzzy_tokens"] > 350
+        exact = it.generate(prompt, custom={"kvshare": "exact"})
+        assert exact["output_ids"] == expected
+        assert "memory leak" not in it.log.read_text()

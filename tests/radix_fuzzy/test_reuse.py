@@ -1,0 +1,181 @@
+"""A plan partitions the prompt into copies and rows to compute, within its budget."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvshare_sglang.radix_fuzzy.reuse import MERGE_GAP, MIN_COPY, plan_reuse, thin_out
+from kvshare_sglang.radix_fuzzy.types import Join, Range, Run
+from oracles import covered
+from strategies import prompts_with_runs
+
+BUDGETS = st.one_of(st.sampled_from((0.0, 0.15, 1.0)), st.floats(0, 1))
+HEADS = st.sampled_from((0, 1, 16, 32, 100))
+
+
+@st.composite
+def plans(draw, budget=BUDGETS):
+    """A plan and what was asked for."""
+    runs, prefix_len, prompt_len = draw(prompts_with_runs())
+    asked = {"budget": draw(budget), "seam": draw(HEADS), "window": draw(HEADS)}
+    return plan_reuse(runs, prompt_len=prompt_len, prefix_len=prefix_len, **asked), runs, asked
+
+
+def tail_clip(plan, seam):
+    """Reused tokens among the last ones of the prompt, which are computed in any case."""
+    limit = plan.prompt_len - max(seam, 1)
+    return sum(max(run.dst_stop - max(run.dst_start, limit), 0) for run in plan.runs)
+
+
+@given(plans())
+def test_every_position_behind_the_prefix_is_copied_or_computed_and_not_both(case):
+    plan, _, _ = case
+    computed = [p for start, stop in plan.compute for p in range(start, stop)]
+    positions = [*covered(plan.copies), *computed]
+    assert sorted(positions) == list(range(plan.prefix_len, plan.prompt_len))
+    assert computed == sorted(computed)
+    assert plan.computed == len(computed)
+    assert plan.copied + plan.computed == plan.prompt_len - plan.prefix_len
+
+
+@given(plans())
+def test_ranges_to_compute_are_neither_empty_nor_adjacent(case):
+    plan, _, _ = case
+    stops = [r.stop for r in plan.compute]
+    starts = [r.start for r in plan.compute]
+    assert all(a < b for a, b in plan.compute)
+    assert all(stop < start for stop, start in zip(stops[:-1], starts[1:], strict=True))
+
+
+@given(plans())
+def test_the_end_of_the_prompt_is_always_computed(case):
+    plan, _, asked = case
+    last = range(max(plan.prompt_len - max(asked["seam"], 1), plan.prefix_len), plan.prompt_len)
+    assert covered(plan.copies).isdisjoint(last)
+
+
+@given(plans())
+def test_each_copy_is_the_tail_end_of_one_accepted_run(case):
+    plan, runs, asked = case
+    limit = plan.prompt_len - max(asked["seam"], 1)
+    assert set(plan.runs) <= set(runs)
+    for run, copy in zip(plan.runs, plan.copies, strict=True):
+        assert copy == run.cut(copy.dst_start, copy.dst_stop)
+        assert copy.shift == run.shift
+        assert copy.dst_stop == min(run.dst_stop, limit)
+        assert copy.length > MERGE_GAP
+
+
+@given(plans())
+def test_no_more_is_computed_again_than_the_budget_and_the_end_allow(case):
+    plan, _, asked = case
+    assert plan.recomputed <= asked["budget"] * plan.reused + tail_clip(plan, asked["seam"]) + 1e-6
+
+
+def test_a_run_that_is_dropped_leaves_no_budget_to_the_others():
+    runs = (Run(1, 0, 0, 132), Run(2, 0, 132, 136))  # the seam and the prompt's end eat the second
+    plan = plan_reuse(runs, prompt_len=268, prefix_len=0, budget=0.5, seam=100, window=0)
+    assert plan.runs == runs[:1]
+    assert plan.recomputed <= 0.5 * 132
+
+
+@given(plans(budget=st.just(0.0)))
+def test_without_a_budget_no_row_of_an_accepted_run_is_computed_again(case):
+    plan, runs, asked = case
+    limit = plan.prompt_len - max(asked["seam"], 1)
+    assert plan.recomputed == tail_clip(plan, asked["seam"])
+    head = max(asked["seam"], asked["window"])
+    for run in runs:
+        long = min(run.length - head, limit - run.dst_start) >= MIN_COPY
+        assert not long or run in plan.runs
+
+
+@given(plans(budget=st.just(1.0)))
+def test_a_whole_budget_copies_nothing(case):
+    plan, _, _ = case
+    assert (plan.copies, plan.runs, plan.reused, plan.depth) == ((), (), 0, 0)
+    assert plan.exact_len == plan.prompt_len
+
+
+@given(plans())
+def test_heads_are_computed_in_full_where_the_budget_has_room_for_all(case):
+    plan, runs, asked = case
+    heads = {
+        run: min(run.length, max(asked["seam"], asked["window"] if run.join is Join.EDIT else 0))
+        for run in runs
+    }
+    if sum(heads.values()) <= asked["budget"] * sum(run.length for run in plan.runs) - 1:
+        for run, copy in zip(plan.runs, plan.copies, strict=True):
+            assert copy.dst_start - run.dst_start >= heads[run]
+
+
+@given(st.integers(200, 2000), st.integers(200, 2000), st.floats(0, 0.5))
+def test_windows_are_served_before_seams(first, second, budget):
+    runs = (Run(1, 0, 10, first), Run(2, 50, 20 + first, second, join=Join.EDIT))
+    plan = plan_reuse(
+        runs, prompt_len=first + second + 100, prefix_len=0, budget=budget, seam=16, window=32
+    )
+    seam, window = (c.dst_start - r.dst_start for r, c in zip(plan.runs, plan.copies, strict=True))
+    assert window >= min(32, int(budget * (first + second)))
+    assert seam == 0 or window >= 32
+
+
+@given(plans())
+def test_what_stands_before_the_first_copy_is_exact_and_depth_is_the_deepest_copy(case):
+    plan, _, _ = case
+    assert plan.exact_len == min(covered(plan.copies), default=plan.prompt_len)
+    assert plan.depth == max((copy.depth for copy in plan.copies), default=0)
+    assert plan.reused == plan.copied + plan.recomputed
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        (Run(1, 0, 50, 100), Run(1, 0, 149, 100)),
+        (Run(1, 0, 200, 100), Run(1, 0, 50, 100)),
+        (Run(1, 0, 9, 100),),
+        (Run(1, 0, 450, 100),),
+    ],
+)
+def test_runs_out_of_order_or_out_of_the_prompt_are_refused(runs):
+    with pytest.raises(ValueError, match="must be non-empty and lie in"):
+        plan_reuse(runs, prompt_len=500, prefix_len=10, budget=0.1, seam=16, window=32)
+
+
+@st.composite
+def batches(draw):
+    """Ascending, disjoint, non-adjacent ranges for each request of a batch."""
+    rows = []
+    for _ in range(draw(st.integers(0, 5))):
+        borders = sorted(draw(st.lists(st.integers(0, 200), unique=True, max_size=16)))
+        rows.append([Range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=False)])
+    return rows
+
+
+@given(batches(), st.integers(0, 30))
+def test_thinning_out_keeps_the_limit_every_position_and_every_request(rows, limit):
+    thin = thin_out(rows, limit=limit)
+    assert len(thin) == len(rows)
+    assert sum(map(len, thin)) == min(
+        sum(map(len, rows)), max(limit, sum(1 for ranges in rows if ranges))
+    )
+    for before, after in zip(rows, thin, strict=True):
+        # only whole gaps are filled: the borders are some of the borders there were
+        assert {r.start for r in after} <= {r.start for r in before}
+        assert {r.stop for r in after} <= {r.stop for r in before}
+        assert all(any(a.start <= b.start and b.stop <= a.stop for a in after) for b in before)
+        assert after == sorted(after)
+
+
+@given(batches(), st.integers(0, 30))
+def test_thinning_out_fills_the_smallest_gaps(rows, limit):
+    def gaps(some):
+        return sorted(b.start - a.stop for r in some for a, b in zip(r[:-1], r[1:], strict=True))
+
+    thin = gaps(thin_out(rows, limit=limit))
+    every = gaps(rows)
+    assert thin == every[len(every) - len(thin) :]
+
+
+def test_thinning_out_changes_nothing_below_the_limit():
+    rows = [[Range(0, 2), Range(9, 10)], [], [Range(5, 6)]]
+    assert thin_out(rows, limit=3) == rows

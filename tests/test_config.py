@@ -1,0 +1,101 @@
+"""The configuration is checked when it is built, and says what is wrong and what is allowed."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import ConfigError, KVShareError, UnsupportedError
+
+FIELDS = dataclasses.fields(KVShareConfig)
+NUMBERS = [spec for spec in FIELDS if spec.metadata["lo"] is not None]
+
+
+def flag(spec):
+    return "--kvshare-" + spec.name.replace("_", "-")
+
+
+def values(spec):
+    lo, hi = spec.metadata["lo"], spec.metadata["hi"]
+    if isinstance(spec.default, float):
+        return st.floats(lo, hi, allow_nan=False)
+    return st.integers(lo, hi)
+
+
+CONFIGS = st.builds(KVShareConfig, **{spec.name: values(spec) for spec in NUMBERS})
+
+
+def refusal(spec, value):
+    """The error that this value of this field gives."""
+    with pytest.raises(ConfigError) as caught:
+        KVShareConfig(**{spec.name: value})
+    assert isinstance(caught.value, KVShareError)
+    assert isinstance(caught.value, ValueError)
+    return caught.value
+
+
+@pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
+def test_bounds_are_inclusive_and_anything_past_them_is_refused(spec):
+    lo, hi = spec.metadata["lo"], spec.metadata["hi"]
+    step = 1 if isinstance(spec.default, int) else 1e-9
+    for good in (lo, hi, spec.default):
+        assert getattr(KVShareConfig(**{spec.name: good}), spec.name) == good
+    for bad in (lo - step, hi + step, -math.inf, math.inf):
+        error = refusal(spec, bad)
+        assert (error.name, error.value) == (flag(spec), bad)
+
+
+@pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("value", [True, False, math.nan, None, "1", [1], 1j])
+def test_what_is_no_number_is_refused(spec, value):
+    refusal(spec, value)
+
+
+@pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
+def test_a_refusal_names_the_flag_the_value_and_the_range(spec):
+    lo, hi, kind = spec.metadata["lo"], spec.metadata["hi"], type(spec.default).__name__
+    message = f"{flag(spec)} must be {kind} in [{lo:g}, {hi:g}], got {hi + 1:{'.1f' if kind == 'float' else 'd'}}"
+    assert str(refusal(spec, hi + 1)) == message
+
+
+@pytest.mark.parametrize("spec", [s for s in NUMBERS if isinstance(s.default, int)], ids=lambda s: s.name)
+def test_a_fraction_of_a_token_is_refused(spec):
+    refusal(spec, 1.5)
+
+
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_a_scope_that_is_planned_but_not_served_is_refused_with_what_to_drop(scope):
+    with pytest.raises(UnsupportedError, match=f"drop --kvshare-scope {scope}"):
+        KVShareConfig(scope=scope)
+
+
+@pytest.mark.parametrize("scope", ["", "Tenant", "everyone", None, 1])
+def test_an_unknown_scope_is_refused(scope):
+    with pytest.raises(ConfigError, match="--kvshare-scope must be"):
+        KVShareConfig(scope=scope)
+
+
+@given(CONFIGS)
+def test_json_gives_an_equal_config_back(config):
+    text = config.to_json()
+    assert KVShareConfig.from_json(text) == config
+    assert "\n" not in text
+    assert json.loads(text) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
+def test_a_whole_number_serves_as_a_share(spec):
+    config = KVShareConfig(**{spec.name: 1})
+    assert type(getattr(config, spec.name)) is type(spec.default)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KVShareConfig().budget = 0.5
+
+
+def test_every_option_says_what_it_does():
+    assert all(spec.metadata["help"] for spec in FIELDS)
