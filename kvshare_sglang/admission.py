@@ -20,7 +20,9 @@ def hook_verify(result: Any, params: Any, *args: Any, **kw: Any) -> None:
     parse_options(params.custom_params)
 
 
-def hook_add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+def hook_add_one_req(
+    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kw: Any
+) -> Any:
     """AROUND ``PrefillAdder.add_one_req``.
 
     The sources are locked before SGLang counts what it may evict, so that what it admits fits.
@@ -52,7 +54,12 @@ def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     prefix_len = len(req.prefix_indices)
     # A waiting request is looked up again only after text was added, or its prefix hit changed.
     # A plan whose source was evicted since would not resolve, so trims count as well.
-    key = (cache.fuzzy.version, cache.fuzzy.num_tokens, prefix_len, len(req.full_untruncated_fill_ids))
+    key = (
+        cache.fuzzy.version,
+        cache.fuzzy.num_tokens,
+        prefix_len,
+        len(req.full_untruncated_fill_ids),
+    )
     noted = getattr(req, "kvshare_proposal", None)
     if noted is not None and noted[0] == key:
         plan, reason = noted[1]
@@ -95,7 +102,11 @@ def _plan(
 
 def _view(req: Any, mode: str) -> RequestView:
     prompt_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
-    inputs = (req.multimodal_inputs, req.input_embeds, getattr(req, "positional_embed_overrides", None))
+    inputs = (
+        req.multimodal_inputs,
+        req.input_embeds,
+        getattr(req, "positional_embed_overrides", None),
+    )
     return RequestView(
         mode=mode,
         lora=req.lora_id is not None,

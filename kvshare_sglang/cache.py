@@ -84,7 +84,9 @@ class FuzzyRadixCache(RadixCache):
         self.fuzzy.clear()
         self._adopted.clear()
 
-    def _insert_helper(self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any) -> Any:
+    def _insert_helper(
+        self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any
+    ) -> Any:
         prefix_len, last_node = result = super()._insert_helper(node, key, value, *args, **kw)
         if prefix_len < len(key):
             self._note_new_node(last_node, start=prefix_len)
@@ -153,7 +155,7 @@ class FuzzyRadixCache(RadixCache):
         adopted = self._adopted.get(kv.req_pool_idx)
         if adopted:
             ranges = [
-                tuple(left)
+                (left.start, left.stop)
                 for start, stop in ranges
                 for left in complement(
                     [r for r in adopted if start <= r.start and r.stop <= stop],
@@ -344,4 +346,3 @@ def build_cache(ctx: Any) -> FuzzyRadixCache:
         labels = {"model_name": str(args.served_model_name or args.model_path)}
     logger.info("KVShare is on: %s", config)
     return FuzzyRadixCache(ctx.params, config=config, report=Report(prometheus_labels=labels))
-

@@ -67,7 +67,9 @@ def _rope_table(rotary: Any, length: int) -> torch.Tensor:
 # ---- hooks -----------------------------------------------------------------------------------
 
 
-def hook_init_new(original: Callable[..., Any], cls: type, batch: Any, runner: Any, **kw: Any) -> Any:
+def hook_init_new(
+    original: Callable[..., Any], cls: type, batch: Any, runner: Any, **kw: Any
+) -> Any:
     """AROUND ``ForwardBatch.init_new``: the batch is built, its inputs are on the device, and we
     are on the forward stream, behind every forward that wrote what we copy."""
     fb = original(cls, batch, runner, **kw)
@@ -88,7 +90,9 @@ def hook_forward(original: Callable[..., Any], runner: Any, fb: Any, *args: Any,
         backend.kvshare_rows = None
 
 
-def hook_can_run_graph(original: Callable[..., Any], graphs: Any, fb: Any, *args: Any, **kw: Any) -> bool:
+def hook_can_run_graph(
+    original: Callable[..., Any], graphs: Any, fb: Any, *args: Any, **kw: Any
+) -> bool:
     """AROUND ``PrefillCudaGraphRunner.can_run_graph``: a captured graph runs every row."""
     if getattr(fb, "kvshare_rows", None) is not None:
         return False
@@ -130,9 +134,7 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
     if _ALL_ROWS:
         fb.kvshare_rows = [
             [Range(start, start + length)]
-            for start, length in zip(
-                fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True
-            )
+            for start, length in zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
         ]
     if not todo or _ALL_ROWS:
         return
@@ -332,4 +334,3 @@ def _plan_cpu(backend: Any, fb: Any, rows: list[list[Range]]) -> list[partial_at
         for index, at in zip(fb.req_pool_indices.tolist(), positions, strict=True)
     ]
     return partial_attn.plan(list(zip(positions, slots, strict=True)))
-

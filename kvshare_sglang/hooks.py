@@ -1,4 +1,4 @@
-"""SEAMS: the one table of every touch on SGLang, and the check that each is in place. Root layer."""
+"""SEAMS: the one table of every touch on SGLang, and the check of each. Root layer."""
 
 import importlib
 from typing import Any, NamedTuple

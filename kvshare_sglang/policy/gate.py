@@ -1,7 +1,7 @@
 """Decide whether one request may and should reuse. Pure: sees a view, returns a reason or None."""
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from kvshare_sglang.config import KVShareConfig
@@ -9,7 +9,7 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
 
 
-class Decline(str, Enum):
+class Decline(StrEnum):
     """Why a request takes the exact path; the value is the label in logs and metrics."""
 
     EXACT_REQUESTED = "exact_requested"

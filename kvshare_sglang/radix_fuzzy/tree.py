@@ -11,6 +11,7 @@ Payloads are opaque: the host keeps in them where the KV of a segment is.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,7 @@ class Segment:
     start: int
     parent: "Segment | None"
     depth: int
-    payload: object
+    payload: Any
     pins: Counter[int] = field(default_factory=Counter)  # stop of a pinned stretch -> how often
 
     @property
@@ -71,7 +72,14 @@ class FuzzyTree:
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
         self._index = FingerprintIndex(self._alive)
-        self.clear()
+        self._segments: dict[int, Segment] = {}
+        self._namespaces: dict[object, int] = {}
+        self._seeds: list[int] = []
+        self._chunk_home: dict[int, int] = {}
+        self._pin_owners: dict[Run, list[Segment]] = {}
+        # Ids are never used twice, so that nothing stale can name a new segment; 0 is "nothing".
+        self._next_id = 1
+        self._num_tokens = 0
 
     # ---- what is in it ------------------------------------------------------------------
 
@@ -108,7 +116,7 @@ class FuzzyTree:
         start: int = 0,
         parent: int | None = None,
         depth: int = 0,
-        payload: object = None,
+        payload: Any = None,
     ) -> Segment:
         """Add new text behind path position ``start`` of ``parent``; the new segment.
 
@@ -193,13 +201,11 @@ class FuzzyTree:
 
     def clear(self) -> None:
         """Forget everything (the cache was flushed). Pins die with it."""
-        self._segments: dict[int, Segment] = {}
-        self._namespaces: dict[object, int] = {}
-        self._seeds: list[int] = []
-        self._chunk_home: dict[int, int] = {}
-        self._pin_owners: dict[Run, list[Segment]] = {}
-        # Ids are never used twice, so that nothing stale can name a new segment; 0 is "nothing".
-        self._next_id = getattr(self, "_next_id", 1)
+        self._segments.clear()
+        self._namespaces.clear()
+        self._seeds.clear()
+        self._chunk_home.clear()
+        self._pin_owners.clear()
         self._num_tokens = 0
         self._stops[:] = 0
         self._index.clear()
@@ -351,7 +357,9 @@ class FuzzyTree:
         old = self._index.get(hashes)
         # A shallower copy that is still alive is the better source; among equals the newest is
         # likely to live longest.
-        better = self._alive(old) & (self._depths[(old >> _POSITION_BITS).astype(np.int64)] < seg.depth)
+        better = self._alive(old) & (
+            self._depths[(old >> _POSITION_BITS).astype(np.int64)] < seg.depth
+        )
         self._index.put(hashes[~better], values[~better])
 
     def _root_start(self, seg: Segment) -> int:
@@ -465,4 +473,3 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
             return done + first
         done, step = done + len(differ), 4 * step
     return size
-

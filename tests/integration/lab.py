@@ -236,9 +236,9 @@ class Child:
         self.runner.forward = run
         for layer in self.runner.model.model.layers:
             layer.register_forward_pre_hook(
-                lambda module, args: self.layer_rows[-1].append(args[1].shape[0])
-                if self.layer_rows
-                else None
+                lambda module, args: (
+                    self.layer_rows[-1].append(args[1].shape[0]) if self.layer_rows else None
+                )
             )
 
     def read_kv(self, req: Any) -> tuple[Any, Any]:
@@ -367,9 +367,7 @@ def _publish(server_args: Any, port_args_class: Any) -> Any:
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
     port_args = port_args_class.init_new(server_args)
-    publish(
-        server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
-    )
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     return port_args
 
 

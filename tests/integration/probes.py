@@ -22,9 +22,7 @@ def force_plans(child: Any) -> None:
         (run,) = cache.fuzzy.match(DONOR, prompt, max_depth=0)
         assert (run.src_start, run.dst_start, run.length) == (0, 0, len(prompt))
         compute = [Range(max(a, prefix_len), b) for a, b in forced if b > prefix_len]
-        copies = [
-            run.cut(a, b) for a, b in complement(compute, start=prefix_len, stop=len(prompt))
-        ]
+        copies = [run.cut(a, b) for a, b in complement(compute, start=prefix_len, stop=len(prompt))]
         whole = run.cut(prefix_len, len(prompt))
         return (
             ReusePlan(len(prompt), prefix_len, (whole,), tuple(copies), tuple(compute)),

@@ -13,11 +13,26 @@ from typing import Any
 
 import requests
 
-ARGS = (
-    "--device cpu --attention-backend torch_native --dtype float32 --max-running-requests 8 "
-    "--mem-fraction-static 0.3 --max-total-tokens 16384 --skip-server-warmup "
-    "--grammar-backend none --sleep-on-idle --host 127.0.0.1"
-).split()
+ARGS = [
+    "--device",
+    "cpu",
+    "--attention-backend",
+    "torch_native",
+    "--dtype",
+    "float32",
+    "--max-running-requests",
+    "8",
+    "--mem-fraction-static",
+    "0.3",
+    "--max-total-tokens",
+    "16384",
+    "--skip-server-warmup",
+    "--grammar-backend",
+    "none",
+    "--sleep-on-idle",
+    "--host",
+    "127.0.0.1",
+]
 
 
 def environment(sglang: Path | None = None) -> dict[str, str]:

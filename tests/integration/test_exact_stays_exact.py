@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,7 +31,7 @@ def both(request: pytest.FixtureRequest, llama: Path) -> Iterator[tuple[Lab, Lab
 
 
 class Corpus:
-    """Prompts that share passages in every way: moved, edited, repeated, and each other's prefix."""
+    """Prompts that share passages: moved, edited, repeated, and each other's prefix."""
 
     def __init__(self, texts: Texts) -> None:
         a, b, c, d = (texts.passage(n) for n in (210, 190, 170, 140))
@@ -74,12 +73,19 @@ def test_exact_then_fuzzy_then_exact_again(both: tuple[Lab, Lab], texts: Texts) 
         # The noise of a server without kvshare: the same prompt with another split of its prefill.
         split = max(again["kvshare"]["exact_tokens"], 1)
         noisy = theirs.play(
-            [("flush",), request("p", prompt[:split], new=1), ("idle",), request("x", prompt, keep="kv")]
+            [
+                ("flush",),
+                request("p", prompt[:split], new=1),
+                ("idle",),
+                request("x", prompt, keep="kv"),
+            ]
         )["x"]
         noise = kv_gap(noisy, alone)
         assert again["output"] == alone["output"]
         assert kv_gap(again, alone) <= max(2 * noise, 1e-5)
-        assert kv_gap(fuzzy, alone) > 100 * max(noise, 1e-6), "the fuzzy twin differs, or proves nothing"
+        assert kv_gap(fuzzy, alone) > 100 * max(noise, 1e-6), (
+            "the fuzzy twin differs, or proves nothing"
+        )
         assert exact_len <= again["kvshare"]["exact_tokens"]
         # A second exact request takes the first one's KV, prefix and all.
         cached = ours.one(prompt, kvshare="exact")
@@ -97,7 +103,10 @@ def test_exact_beside_its_fuzzy_twin(both: tuple[Lab, Lab], texts: Texts) -> Non
         alone = theirs.play([("flush",), request("x", prompt, new=12)])["x"]
         together = ours.play(
             [
-                [request("fuzzy", prompt, new=12), request("exact", prompt, kvshare="exact", new=12)],
+                [
+                    request("fuzzy", prompt, new=12),
+                    request("exact", prompt, kvshare="exact", new=12),
+                ],
                 ("polls", 2),
                 request("late", prompt, kvshare="exact", new=12),
             ]

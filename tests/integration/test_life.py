@@ -46,7 +46,8 @@ def make_prompt(rng: random.Random, passages: list[list[int]], texts: Texts) -> 
         i = rng.randrange(len(parts))
         at = rng.randrange(5, len(parts[i]) - 5)
         parts[i] = parts[i][:at] + texts.passage(rng.randrange(1, 4)) + parts[i][at + 1 :]
-    return texts.passage(rng.randrange(0, 9)) + sum(parts, []) + texts.passage(rng.randrange(1, 30))
+    middle = [token for part in parts for token in part]
+    return texts.passage(rng.randrange(0, 9)) + middle + texts.passage(rng.randrange(1, 30))
 
 
 def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:

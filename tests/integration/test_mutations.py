@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-from conftest import Texts
-from lab import LabError, lab, request
-
 import test_exact_stays_exact
 import test_life
 import test_partial_prefill
+from conftest import Texts
+from lab import LabError, lab, request
 
 
 def layer0_oracle(it, texts: Texts) -> None:
@@ -76,9 +75,9 @@ CASES = {
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_oracle_sees_the_fault(name: str, llama: Path) -> None:
     mutation, oracle, settings = CASES[name]
-    with lab(llama, kvshare=True, mutation=f"probes:{mutation}", **settings) as it:
-        with pytest.raises((AssertionError, LabError)):
-            oracle(it, Texts(3))
+    faulty = lab(llama, kvshare=True, mutation=f"probes:{mutation}", **settings)
+    with faulty as it, pytest.raises((AssertionError, LabError)):
+        oracle(it, Texts(3))
 
 
 @pytest.mark.parametrize("oracle", [layer0_oracle, exact_oracle, rows_oracle, pressure_oracle])

@@ -1,6 +1,7 @@
 """What a user sees of a real ``python -m sglang.launch_server --kvshare`` over HTTP."""
 
 import concurrent.futures
+import dataclasses
 import json
 import random
 import subprocess
@@ -15,6 +16,7 @@ from server import ARGS, Server, environment, refuse, serve
 from tiny_models import add_tokenizer, make_model
 
 from kvshare_sglang import compat
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
 
 
@@ -28,7 +30,8 @@ def model(models: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Overlap on, chunked prefill and mixed chunks on, metrics on."""
-    more = "--kvshare --enable-metrics --chunked-prefill-size 256 --enable-mixed-chunk".split()
+    more = ["--kvshare", "--enable-metrics"]
+    more += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
     with serve(model, tmp_path_factory.mktemp("server"), *more) as it:
         yield it
 
@@ -114,7 +117,9 @@ def test_flush_and_abort(server: Server, texts: Texts) -> None:
     assert info(server.generate(texts.passage(5) + a))["declined"] == "no_match"
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
-        while not any(line for line in server.log.read_text().splitlines() if "#running-req: 3" in line):
+        while not any(
+            line for line in server.log.read_text().splitlines() if "#running-req: 3" in line
+        ):
             pass
         assert server.post("/abort_request", {"abort_all": True}).status_code == 200
         kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}
@@ -181,8 +186,8 @@ def test_help_lists_every_option(model: Path) -> None:
         timeout=120,
         env=environment(),
     )
-    for name in "budget seam window min-reuse min-share edit-tolerance source-depth scope".split():
-        assert f"--kvshare-{name}" in done.stdout
+    for field in dataclasses.fields(KVShareConfig):
+        assert "--kvshare-" + field.name.replace("_", "-") in done.stdout
     assert "--kvshare " in done.stdout
 
 
@@ -259,7 +264,11 @@ if __name__ == "__main__":
 """.replace("MODEL", repr(str(model)))
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment()
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in done.stdout

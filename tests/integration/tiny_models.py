@@ -58,7 +58,7 @@ def make_model(folder: Path, name: str) -> Path:
 
 
 def add_tokenizer(path: Path) -> None:
-    """A byte-level BPE of ``VOCAB`` tokens with a chat template, trained on Python's own library."""
+    """A byte-level BPE of ``VOCAB`` tokens, trained on Python's library, and a chat template."""
     import os
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
