@@ -1,4 +1,4 @@
-"""Match a waiting request, plan its reuse and lock its sources while SGLang admits it. Root layer."""
+"""Match a request, plan its reuse and lock its sources as SGLang admits it. Root layer."""
 
 import logging
 import time
