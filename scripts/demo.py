@@ -226,8 +226,9 @@ def about_model(model: _models.Model, *, trained: bool) -> str:
         f"model: {model.path.name}, a small Llama with random weights made on this machine.\n"
         "Random weights show the speed and the mechanics: the work per token is that of a trained\n"
         "model of this shape, and exact service must agree to the token. They cannot show answer\n"
-        "quality: their choice of tokens is noise, so 'agree' below 100% says that reused KV is\n"
-        "not bit-equal to full prefill, not how much worse an answer would be."
+        "quality: a random model smears the first words of a text over all that follows and picks\n"
+        "its tokens by tiny margins, so 'agree' is often 0% where the text before a passage\n"
+        "changed. That says that the outputs differ, not that a trained model's answer is worse."
     )
 
 
