@@ -5,6 +5,7 @@ The attention backend alone sees each contiguous stretch of rows as a request of
 """
 
 import copy
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import torch
 from kvshare_sglang.cache import FuzzyRadixCache
 from kvshare_sglang.errors import UnsupportedError
 from kvshare_sglang.kernels import partial_attn, rope_shift
+from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.radix_fuzzy.reuse import thin_out
 from kvshare_sglang.radix_fuzzy.types import Range, clip
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import RequestReuse, reuse_of
+
+logger = logging.getLogger(__name__)
 
 # For measurement: every prefill runs all its rows through our own attention (see bench_ttft.py).
 _ALL_ROWS = os.environ.get("KVSHARE_MEASURE_ALL_ROWS") == "1"
@@ -113,76 +117,93 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
     Changes ``fb`` and, through the KV pool, slots that the requests own. The rows stay on ``fb``
     as ``kvshare_rows``: for each request ascending ranges of positions, the last token included.
     """
-    rows: list[list[Range]] = []
-    todo: list[tuple[int, RequestReuse, int, int]] = []
-    for i, (req, start, length) in enumerate(
-        zip(batch.reqs, fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
-    ):
-        stop = start + length
-        state = reuse_of(req)
-        if state is None or state.plan is None or start >= state.plan.prompt_len:
-            rows.append([Range(start, stop)])
-            continue
-        ranges = clip(state.plan.compute, start=start, stop=stop)
-        if not ranges or ranges[-1].stop < stop:
-            ranges.append(Range(stop - 1, stop))  # a request without rows has no logits
-        rows.append(ranges)
-        todo.append((i, state, start, stop))
-    if todo and not on_cpu(runner):
+    chunks = [
+        Range(start, start + length)
+        for start, length in zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
+    ]
+    states = [reuse_of(req) for req in batch.reqs]
+    every_row = [[chunk] for chunk in chunks]
+    rows = [_rows_of(state, chunk) for state, chunk in zip(states, chunks, strict=True)]
+    if not on_cpu(runner):
         rows = thin_out(rows, limit=max(runner.max_running_requests, len(rows)))
-    _count_rows(batch, fb, rows, cache.report)
     if _ALL_ROWS:
-        fb.kvshare_rows = [
-            [Range(start, start + length)]
-            for start, length in zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
-        ]
-    if not todo or _ALL_ROWS:
-        return
-    started = time.perf_counter()
-    parts = [_copy_part(state, start, stop, fb, i) for i, state, start, stop in todo]
-    parts = [part for part in parts if len(part.src_slots)]
-    if parts:
-        copy_kv(runner, Copy(*(torch.cat(side) for side in zip(*parts, strict=True))))
-    for _, state, _, stop in todo:
-        assert state.plan is not None
-        if stop >= state.plan.prompt_len:
+        fb.kvshare_rows = rows = every_row
+    if rows != every_row and not _copy_and_cut(fb, runner, cache, states, chunks, rows):
+        rows = every_row
+    _count_rows(batch, chunks, rows, cache.report)
+    for state, chunk in zip(states, chunks, strict=True):
+        if state is not None and state.plan is not None and chunk.stop >= state.plan.prompt_len:
             # The copy is enqueued on the forward stream, and whatever overwrites the sources
             # later is enqueued behind it.
             cache.unlock_sources(state)
-    all_rows = int(fb.extend_num_tokens)
+
+
+def _rows_of(state: RequestReuse | None, chunk: Range) -> list[Range]:
+    """The rows to compute in a chunk; all of it where nothing is reused."""
+    if state is None or state.plan is None or chunk.start >= state.plan.prompt_len:
+        return [chunk]
+    rows = clip(state.plan.compute, start=chunk.start, stop=chunk.stop)
+    if not rows or rows[-1].stop < chunk.stop:
+        rows.append(Range(chunk.stop - 1, chunk.stop))  # a request without rows has no logits
+    return rows
+
+
+def _copy_and_cut(
+    fb: Any,
+    runner: Any,
+    cache: FuzzyRadixCache,
+    states: list[RequestReuse | None],
+    chunks: list[Range],
+    rows: list[list[Range]],
+) -> bool:
+    """Copy, then cut; False if the copy failed: then every row must run, which overwrites it."""
+    started = time.perf_counter()
+    sharing = [(i, state) for i, state in enumerate(states) if rows[i] != [chunks[i]] and state]
+    try:
+        parts = [_copy_part(state, chunks[i], fb, i) for i, state in sharing]
+        part = Copy(*(torch.cat(side) for side in zip(*parts, strict=True)))
+        if len(part.src_slots):
+            copy_kv(runner, part)
+    except Exception:
+        logger.exception("KVShare copy failed; the batch runs all its rows")
+        for _, state in sharing:
+            cache.report.declined(Decline.FAULT)
+            state.info["declined"] = Decline.FAULT.value
+        return False
+    num_all = int(fb.extend_num_tokens)
     cut_tokens(fb, rows)
     cache.report.copied(
         time.perf_counter() - started,
-        requests=len(todo),
-        copied=sum(len(part.src_slots) for part in parts),
+        requests=len(sharing),
+        copied=len(part.src_slots),
         rows=int(fb.extend_num_tokens),
-        all_rows=all_rows,
+        all_rows=num_all,
     )
+    return True
 
 
-def _count_rows(batch: Any, fb: Any, rows: list[list[Range]], report: Report) -> None:
+def _count_rows(batch: Any, chunks: list[Range], rows: list[list[Range]], report: Report) -> None:
     """Report what each request of the batch really ran: planned rows and forced ones."""
     decoding = {id(req) for req in batch.decoding_reqs or ()}
-    for req, ranges, start, length in zip(
-        batch.reqs, rows, fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True
-    ):
+    for req, ranges, chunk in zip(batch.reqs, rows, chunks, strict=True):
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is None or id(req) in decoding:
             continue
         runs = state.plan.runs if state.plan else ()
         spans = tuple(Range(run.dst_start, run.dst_stop) for run in runs)
         computed = sum(map(len, ranges))
-        copied = length - computed
-        recomputed = sum(map(len, clip(spans, start=start, stop=start + length))) - copied
+        copied = len(chunk) - computed
+        recomputed = sum(map(len, clip(spans, start=chunk.start, stop=chunk.stop))) - copied
         state.info["computed_tokens"] += computed
         state.info["fuzzy_tokens"] += copied
         state.info["recomputed_tokens"] += recomputed
         report.ran(copied=copied, recomputed=recomputed, fresh=computed - recomputed)
 
 
-def _copy_part(state: RequestReuse, start: int, stop: int, fb: Any, i: int) -> Copy:
-    """What of a request's copies stands in the chunk ``[start, stop)``."""
+def _copy_part(state: RequestReuse, chunk: Range, fb: Any, i: int) -> Copy:
+    """What of a request's copies stands in its chunk; the request is the batch's ``i``-th."""
     assert state.plan is not None
+    start, stop = chunk
     first = sum(fb.extend_seq_lens_cpu[:i])  # of this request, in the batch's tokens
     device = fb.out_cache_loc.device
     src, old, new = [], [], []

@@ -25,9 +25,13 @@ class Report:
         """One request goes to prefill with a prefix hit of ``exact`` tokens."""
         self._count(exact=exact)
         if decline is not None:
-            self.declines[decline.value] += 1
-            if self._metrics is not None:
-                self._metrics.declined(decline.value)
+            self.declined(decline)
+
+    def declined(self, reason: Decline) -> None:
+        """One request takes the exact path, or what is left of it does."""
+        self.declines[reason.value] += 1
+        if self._metrics is not None:
+            self._metrics.declined(reason.value)
 
     def ran(self, *, copied: int, recomputed: int, fresh: int) -> None:
         """One request's part of a prefill batch."""

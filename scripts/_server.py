@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
 _QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _COMMON = ("--skip-server-warmup", "--grammar-backend", "none", "--sleep-on-idle")
 _CPU = ("--attention-backend", "torch_native", "--dtype", "float32", "--disable-overlap-schedule")
+_NOISE = re.compile(r"Warning: |warnings\.warn|Ignore import error|sglang serve --model-path")
 
 
 class ScriptError(Exception):
@@ -102,7 +104,6 @@ class Server:
     def __init__(self, spec: ServerSpec, log_dir: Path) -> None:
         self.spec = spec
         self.port = spec.port or free_port()
-        require_free(self.port)
         self.log = log_dir / f"{spec.name}.log"
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
@@ -134,7 +135,8 @@ class Server:
 
     def log_tail(self, lines: int = 15) -> str:
         text = self.log.read_text(errors="replace").splitlines()
-        return "\n".join("  | " + line[:300] for line in text[-lines:])
+        telling = [line for line in text if line.strip() and not _NOISE.search(line)]
+        return "\n".join("  | " + line[:300] for line in telling[-lines:])
 
     def stop(self) -> None:
         """End the server and all its processes; safe to call again."""
@@ -191,6 +193,9 @@ class Server:
 @contextlib.contextmanager
 def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
     """Run servers side by side; all are stopped at the end, on errors and on Ctrl-C too."""
+    for spec in specs:
+        if spec.port is not None:
+            require_free(spec.port)
     log_dir = Path(tempfile.mkdtemp(prefix="kvshare-logs-"))
     servers: list[Server] = []
     failed = True

@@ -222,19 +222,19 @@ def measure_cases(bench: Bench, servers: Sequence[Server], *, seed: int) -> dict
         str(size): lambda size=size: (moved_case(rng, size, vocab) for _ in range(args.repeats))
         for size in args.sizes
     }
-    weights = {str(size): float(size) for size in args.sizes}
+    weights = {str(size): size for size in args.sizes}
     if args.requests:
         groups[args.requests.name] = lambda: request_cases(bench, args.requests)
-        weights[args.requests.name] = 4096.0
+        weights[args.requests.name] = 4096
     samples: dict[str, list[Sample]] = {name: [] for name in groups}
-    with _bench.Progress(sum(weights.values()) * args.repeats / 1000, unit="k tokens") as bar:
+    with _bench.Progress(sum(weights.values()) * args.repeats, unit=" tokens") as bar:
         bar.say("warming up")
         measure(bench, servers, moved_case(rng, min(args.sizes), vocab), turn=0)
         for name, cases in groups.items():
             for turn, case in enumerate(cases()):
-                bar.say(f"{name} tokens, repeat {turn + 1} of {args.repeats}")
+                bar.say(f"{name[:16]}, repeat {turn + 1} of {args.repeats}")
                 samples[name].append(measure(bench, servers, case, turn=turn))
-                bar.update(weights[name] / 1000)
+                bar.update(weights[name])
         bar.say("timed three arms")
     if args.requests and not samples[args.requests.name]:
         raise ScriptError(f"{args.requests} holds fewer than {args.history + 1} prompts that fit")

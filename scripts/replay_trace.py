@@ -61,7 +61,7 @@ def replay(server: Server, prompts: list[Tokens], args: argparse.Namespace) -> l
     mirror = Mirror()
     outcomes = []
     server.flush()
-    with _bench.Progress(sum(map(len, prompts)) / 1000, unit="k tokens") as bar:
+    with _bench.Progress(sum(map(len, prompts)), unit=" tokens") as bar:
         for i, tokens in enumerate(prompts):
             bar.say(f"request {i + 1} of {len(prompts)}")
             claimed = sum(run.length for run in mirror.match(tokens, config))
@@ -84,7 +84,7 @@ def replay(server: Server, prompts: list[Tokens], args: argparse.Namespace) -> l
                     declined=info["declined"],
                 )
             )
-            bar.update(len(tokens) / 1000)
+            bar.update(len(tokens))
         bar.say("replayed")
     return outcomes
 

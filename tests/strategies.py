@@ -54,6 +54,8 @@ def prompts_with_runs(draw: st.DrawFn) -> tuple[tuple[Run, ...], int, int]:
         at += draw(st.sampled_from((0, 1, 16, 17, 40)))
         length = draw(st.one_of(st.integers(1, 80), st.integers(30, 600)))
         join = draw(st.sampled_from(Join))
-        runs.append(Run(i + 1, draw(st.integers(0, 1000)), at, length, draw(st.integers(0, 2)), join))
+        runs.append(
+            Run(i + 1, draw(st.integers(0, 1000)), at, length, draw(st.integers(0, 2)), join)
+        )
         at += length
     return tuple(runs), prefix_len, at + draw(st.sampled_from((0, 1, 5, 16, 40)))

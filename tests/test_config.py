@@ -61,7 +61,9 @@ def test_a_refusal_names_the_flag_the_value_and_the_range(spec):
     assert str(refusal(spec, hi + 1)) == message
 
 
-@pytest.mark.parametrize("spec", [s for s in NUMBERS if isinstance(s.default, int)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [s for s in NUMBERS if isinstance(s.default, int)], ids=lambda s: s.name
+)
 def test_a_fraction_of_a_token_is_refused(spec):
     refusal(spec, 1.5)
 

@@ -178,10 +178,7 @@ class Child:
             _call(mutation)
         if settings.get("page_size", 1) > 1:
             _call("cpu_paging:install")
-        port_args = _publish(server_args, PortArgs)
-        from sglang.srt.managers.scheduler import Scheduler
-
-        self.scheduler = Scheduler(server_args, port_args)
+        self.scheduler = _make_scheduler(server_args, PortArgs)
         self.cache = self.scheduler.tree_cache
         self.runner = self.scheduler.tp_worker.model_runner
         self.reqs: dict[str, Any] = {}
@@ -355,20 +352,25 @@ class Child:
         }
 
 
-def _publish(server_args: Any, port_args_class: Any) -> Any:
-    """What run_scheduler_process does before it builds a Scheduler, by version."""
-    try:
-        from sglang.srt.runtime_context import SpawnRanks, publish
-    except ImportError:
-        from sglang.srt.server_args import set_global_server_args_for_scheduler
+def _make_scheduler(server_args: Any, port_args_class: Any) -> Any:
+    """What run_scheduler_process does up to its event loop, by version."""
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import publish
 
-        set_global_server_args_for_scheduler(server_args)
-        return port_args_class.init_new(server_args)
+    try:
+        from sglang.srt.runtime_context import SpawnRanks
+    except ImportError:  # 0.5.17
+        port_args = port_args_class.init_new(server_args)
+        publish(server_args, role="scheduler")
+        ranks = dict.fromkeys(
+            ("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0
+        )
+        return Scheduler(server_args, port_args, **ranks, dp_rank=None)
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
     port_args = port_args_class.init_new(server_args)
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
-    return port_args
+    return Scheduler(server_args, port_args)
 
 
 def _call(function: str, *args: Any) -> Any:

@@ -91,6 +91,17 @@ def break_lookup(child: Any) -> None:
     child.cache.fuzzy.match = broken
 
 
+def break_copy(child: Any) -> None:
+    """Make every copy raise half way, with garbage written."""
+    from kvshare_sglang import forward
+
+    def broken(runner: Any, rows: Any) -> None:
+        runner.token_to_kv_pool.get_key_buffer(0)[rows.dst_slots] = 1e3
+        raise RuntimeError("planted")
+
+    forward.copy_kv = broken
+
+
 def update_weights(child: Any, path: str) -> bool:
     """What /update_weights_from_disk does in the scheduler."""
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput

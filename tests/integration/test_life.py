@@ -172,6 +172,20 @@ def test_a_fault_of_ours_declines_and_is_counted(llama: Path, texts: Texts) -> N
         assert it.ask("probes:counts")["declines"]["fault"] == 1
 
 
+def test_a_copy_that_fails_runs_every_row(llama: Path, texts: Texts) -> None:
+    a = texts.passage(300)
+    prompt = texts.passage(9) + a
+    with lab(llama, kvshare=True, chunked_prefill_size=128) as it:
+        it.one(a)
+        expected = it.one(prompt, extra_key="other", kvshare="exact")["output"]
+        it.ask("probes:break_copy")
+        answer = it.one(prompt)
+        assert answer["output"] == expected
+        assert answer["kvshare"]["declined"] == "fault"
+        assert answer["kvshare"]["computed_tokens"] == len(prompt)
+        assert_clean(it)
+
+
 def test_odd_prompts(kv_lab: Lab, texts: Texts) -> None:
     for prompt in ([5], [5] * 15, [5] * 16, [5] * 900, texts.passage(16), texts.passage(17)):
         for rest in ([], [7], texts.passage(40)):

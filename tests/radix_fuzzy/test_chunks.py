@@ -28,7 +28,9 @@ def test_a_cut_stands_where_a_fingerprint_does_if_there_is_one_in_bounds(tokens,
     kept = set(winnow(tokens, seed=seed).positions.tolist())
     for chunk in cut(tokens, min_len=32, max_len=32 + WINDOW, seed=seed)[:-1]:
         in_bounds = kept & set(range(chunk.start + 32, chunk.start + 32 + WINDOW + 1))
-        assert chunk.stop in in_bounds or (not in_bounds and chunk.stop == chunk.start + 32 + WINDOW)
+        assert chunk.stop in in_bounds or (
+            not in_bounds and chunk.stop == chunk.start + 32 + WINDOW
+        )
 
 
 @given(LONG)

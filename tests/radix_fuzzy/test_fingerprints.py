@@ -82,7 +82,6 @@ def test_fingerprints_are_as_sparse_as_winnowing_promises():
 
 
 def test_grams_of_neighbouring_token_ids_do_not_collide():
-    # a linear hash would: raising one token and lowering the next cancels out
     base = np.arange(100, 100 + GRAM)
     grams = [base + d for d in np.stack(np.meshgrid(*[[0, 1, 2]] * GRAM), -1).reshape(-1, GRAM)]
     hashes = {int(gram_hashes(gram.astype(np.int32))[0]) for gram in grams}

@@ -108,15 +108,41 @@ def test_heads_are_computed_in_full_where_the_budget_has_room_for_all(case):
             assert copy.dst_start - run.dst_start >= heads[run]
 
 
-@given(st.integers(200, 2000), st.integers(200, 2000), st.floats(0, 0.5))
-def test_windows_are_served_before_seams(first, second, budget):
+@given(st.integers(200, 2000), st.integers(200, 2000), st.integers(0, 100))
+def test_windows_are_served_before_seams_and_what_is_left_goes_to_all(first, second, allowed):
     runs = (Run(1, 0, 10, first), Run(2, 50, 20 + first, second, join=Join.EDIT))
     plan = plan_reuse(
-        runs, prompt_len=first + second + 100, prefix_len=0, budget=budget, seam=16, window=32
+        runs,
+        prompt_len=first + second + 100,
+        prefix_len=0,
+        budget=(allowed + 0.5) / (first + second),
+        seam=16,
+        window=32,
     )
     seam, window = (c.dst_start - r.dst_start for r, c in zip(plan.runs, plan.copies, strict=True))
-    assert window >= min(32, int(budget * (first + second)))
-    assert seam == 0 or window >= 32
+    if allowed <= 48:
+        assert (seam, window) == (max(allowed - 32, 0), min(allowed, 32))
+    else:
+        assert seam >= 16
+        assert window >= 32
+        assert allowed - 2 <= seam + window <= allowed
+
+
+@pytest.mark.parametrize(("seam", "window"), [(16, 32), (32, 16), (0, 32), (32, 0), (0, 0)])
+def test_behind_an_edit_the_longer_of_window_and_seam_is_computed(seam, window):
+    run = Run(1, 0, 10, 1000, join=Join.EDIT)
+    need = max(seam, window)
+    plan = plan_reuse(
+        (run,), prompt_len=2000, prefix_len=0, budget=need / 1000, seam=seam, window=window
+    )
+    assert plan.copies == (run.cut(10 + need, 1010),)
+
+
+@pytest.mark.parametrize("length", [MIN_COPY - 1, MIN_COPY, MIN_COPY + 1])
+def test_the_shortest_copy_is_inclusive(length):
+    run = Run(1, 0, 10, length)
+    plan = plan_reuse((run,), prompt_len=100, prefix_len=0, budget=0.0, seam=0, window=0)
+    assert plan.copies == ((run,) if length >= MIN_COPY else ())
 
 
 @given(plans())

@@ -1,6 +1,7 @@
 """The fuzzy tree against a plain model under any history, and what it makes of edited text."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +148,11 @@ class TreeMachine(RuleBasedStateMachine):
                 (max(run.src_start, seg.start), min(run.src_stop, b)) for seg, _, b in pieces
             ]
             assert sum(b - a for _, a, b in pieces) == run.length
+        for before, run in pairwise(runs):
+            if run.join is Join.EDIT:  # one cached text goes on
+                last = before.src_stop - 1
+                assert last < run.src_start
+                assert self.owner(before.source, last) == self.owner(run.source, last)
         self.check_nothing_findable_is_missed(namespace, prompt, start, max_depth, covered(runs))
         for run in runs:
             if data.draw(st.booleans()):
@@ -204,11 +210,15 @@ class TreeMachine(RuleBasedStateMachine):
         if a < b:
             run = run.cut(a, b)
         self.tree.pin(run)
-        owner = run.source
-        while run.src_stop <= self.live[owner].start:
-            owner = self.live[owner].parent
+        owner = self.owner(run.source, run.src_stop - 1)
         tokens = self.live[run.source].tokens(run.src_start, run.src_stop)
         self.pinned.append((run, owner, tokens))
+
+    def owner(self, segment, position):
+        """The segment that holds a position of a path."""
+        while position < self.live[segment].start:
+            segment = self.live[segment].parent
+        return segment
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -268,6 +278,17 @@ def test_a_text_inserted_once_is_found_whole_wherever_it_stands():
         assert tree.match(None, prompt) == (Run(home, 0, before, len(TEXT)),)
 
 
+def test_spans_side_by_side_are_each_found():
+    tree, (home,) = tree_of(TEXT)
+    for first in range(100):
+        for second in (first + 200, first + 203):
+            spans = [TEXT[at : at + SPAN] for at in (second, first)]
+            assert tree.match(None, np.concatenate(spans)) == (
+                Run(home, second, 0, SPAN),
+                Run(home, first, SPAN, SPAN),
+            )
+
+
 def test_a_part_of_a_text_is_found_to_its_last_token():
     tree, (home,) = tree_of(TEXT)
     for start, stop in ((0, SPAN), (7, 7 + SPAN), (700, 999), (len(TEXT) - SPAN, len(TEXT))):
@@ -277,7 +298,15 @@ def test_a_part_of_a_text_is_found_to_its_last_token():
 
 @pytest.mark.parametrize(
     ("at", "gone", "new"),
-    [(700, 0, 1), (700, 0, 40), (700, 0, 2000), (700, 1, 0), (700, 40, 0), (700, 1, 1), (700, 40, 5)],
+    [
+        (700, 0, 1),
+        (700, 0, 40),
+        (700, 0, 2000),
+        (700, 1, 0),
+        (700, 40, 0),
+        (700, 1, 1),
+        (700, 40, 5),
+    ],
 )
 def test_an_edit_leaves_two_runs_and_the_second_says_so(at, gone, new):
     tree, (home,) = tree_of(TEXT)
@@ -307,6 +336,11 @@ def test_equal_text_too_short_for_a_fingerprint_is_aligned_between_edits():
         Run(home, 713, 713, len(TEXT) - 713, join=Join.EDIT),
     )
     assert len(tree.match(None, prompt, tolerance=0.0)) == 2
+    assert tree.match(None, np.insert(prompt, 700, 60_001)) == (
+        Run(home, 0, 0, 700),
+        Run(home, 701, 702, 11, join=Join.EDIT),
+        Run(home, 713, 714, len(TEXT) - 713, join=Join.EDIT),
+    )
 
 
 @pytest.mark.parametrize("borders", [(500,), (500, 516, 1000), tuple(range(10, 1500, 10))])
@@ -327,6 +361,28 @@ def test_every_window_of_a_path_is_indexed_wherever_its_borders_are():
         assert set(split._index.items()[0].tolist()) == set(whole._index.items()[0].tolist())
 
 
+@pytest.mark.parametrize("gone", [1, 3, 7, 8, 12])
+def test_text_deleted_before_a_border_is_not_taken_for_equal(gone):
+    for border in range(150, 190):
+        tree, ids = tree_of(TEXT[:border], TEXT[border:300])
+        prompt = np.concatenate([TEXT[: border - gone], TEXT[border:300]])
+        assert tree.match(None, prompt) == (
+            Run(ids[0], 0, 0, border - gone),
+            Run(ids[1], border, border - gone, 300 - border, join=Join.EDIT),
+        )
+        for skip in range(border - 20, border - gone):
+            for run in tree.match(None, prompt[skip:]):
+                cached = tree.path_tokens(run.source, run.src_start, run.src_stop)
+                assert (cached == prompt[skip:][run.dst_start : run.dst_stop]).all()
+
+
+def test_text_of_another_path_is_a_seam_even_where_positions_go_on():
+    tree, (left,) = tree_of(TEXT[:500])
+    right = tree.insert(None, REST, start=600).id
+    prompt = np.concatenate([TEXT[:500], REST])
+    assert tree.match(None, prompt) == (Run(left, 0, 0, 500), Run(right, 600, 500, 200))
+
+
 def test_branches_of_one_text_are_each_found_with_their_own_past():
     tree, (trunk,) = tree_of(TEXT[:500])
     left = tree.insert(None, TEXT[600:900], start=200, parent=trunk).id
@@ -343,6 +399,18 @@ def test_namespaces_never_see_each_other():
     for other in ("b", None, ("a",), "A"):
         assert tree.match(other, TEXT) == ()
     assert len(tree.match("a", TEXT)) == 1
+
+
+def test_namespaces_that_look_alike_never_see_each_other():
+    class Name:
+        def __repr__(self):
+            return "name"
+
+    one, other = Name(), Name()
+    tree, _ = tree_of(TEXT, namespace=one)
+    tree.insert(other, REST)
+    assert tree.match(other, TEXT) == ()
+    assert len(tree.match(one, TEXT)) == 1
 
 
 def test_a_deeper_copy_does_not_hide_a_shallower_one():
@@ -375,6 +443,7 @@ def test_a_part_of_a_run_stays_pinned_when_the_segment_it_was_found_in_goes():
     assert part.source == tail
     tree.pin(part)
     tree.trim(tail, 500)
+    tree.trim(trunk, 450)
     with pytest.raises(TreeError):
         tree.trim(trunk, 449)
     tree.unpin(part)
