@@ -2,6 +2,7 @@
 
 import numpy as np
 from hypothesis import strategies as st
+
 from kvshare_sglang.radix_fuzzy.types import Join, Run
 
 NAMESPACES = (None, "a", ("a", None))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import TOL, assert_close
+
 from kvshare_sglang.kernels import partial_attn, reference
 from kvshare_sglang.kernels.partial_attn import BLOCK_ROWS
-from tolerances import TOL, assert_close
 
 DIM = 8
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import TOL, assert_close
+
 from kvshare_sglang.kernels import reference
 from kvshare_sglang.kernels.rope_shift import plan_shift, rotate_keys
-from tolerances import TOL, assert_close
 
 LIMIT = 4096
 HEADS = 2

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.gate import (

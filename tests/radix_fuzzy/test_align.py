@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvshare_sglang.radix_fuzzy.align import MAX_GAP, align
 from oracles import edit_distance, script_cost
+
+from kvshare_sglang.radix_fuzzy.align import MAX_GAP, align
 
 SHORT = st.lists(st.integers(0, 3), max_size=20)
 WORD = st.lists(st.integers(0, 3), min_size=60, max_size=70)  # around the 64-bit word

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import fresh, random_tokens, texts
+
 from kvshare_sglang.radix_fuzzy.chunks import cut
 from kvshare_sglang.radix_fuzzy.fingerprints import WINDOW, winnow
-from strategies import fresh, random_tokens, texts
 
 BOUNDS = st.tuples(st.integers(1, 60), st.integers(0, 100)).map(lambda b: (b[0], sum(b)))
 LONG = st.one_of(texts(max_parts=20), fresh(2000))

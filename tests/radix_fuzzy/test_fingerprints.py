@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import window_minima
+from strategies import random_tokens, texts
+
 from kvshare_sglang.radix_fuzzy.fingerprints import (
     GRAM,
     SPAN,
@@ -12,8 +15,6 @@ from kvshare_sglang.radix_fuzzy.fingerprints import (
     namespace_seed,
     winnow,
 )
-from oracles import window_minima
-from strategies import random_tokens, texts
 
 SEEDS = st.integers(0, 2**64 - 1)
 

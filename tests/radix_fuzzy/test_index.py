@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvshare_sglang.radix_fuzzy.index import FingerprintIndex
 
 CAPACITY = 8

@@ -1,12 +1,15 @@
 """A plan partitions the prompt into copies and rows to compute, within its budget."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvshare_sglang.radix_fuzzy.reuse import MERGE_GAP, MIN_COPY, plan_reuse, thin_out
-from kvshare_sglang.radix_fuzzy.types import Join, Range, Run
 from oracles import covered
 from strategies import prompts_with_runs
+
+from kvshare_sglang.radix_fuzzy.reuse import MERGE_GAP, MIN_COPY, plan_reuse, thin_out
+from kvshare_sglang.radix_fuzzy.types import Join, Range, Run
 
 BUDGETS = st.one_of(st.sampled_from((0.0, 0.15, 1.0)), st.floats(0, 1))
 HEADS = st.sampled_from((0, 1, 16, 32, 100))
@@ -130,12 +133,12 @@ def test_windows_are_served_before_seams_and_what_is_left_goes_to_all(first, sec
 
 @pytest.mark.parametrize(("seam", "window"), [(16, 32), (32, 16), (0, 32), (32, 0), (0, 0)])
 def test_behind_an_edit_the_longer_of_window_and_seam_is_computed(seam, window):
-    run = Run(1, 0, 10, 1000, join=Join.EDIT)
-    need = max(seam, window)
+    runs = (Run(1, 0, 10, 1000, join=Join.EDIT), Run(2, 0, 1010, 1000))
+    heads = max(seam, window), seam
     plan = plan_reuse(
-        (run,), prompt_len=2000, prefix_len=0, budget=need / 1000, seam=seam, window=window
+        runs, prompt_len=3000, prefix_len=0, budget=sum(heads) / 2000, seam=seam, window=window
     )
-    assert plan.copies == (run.cut(10 + need, 1010),)
+    assert plan.copies == (runs[0].cut(10 + heads[0], 1010), runs[1].cut(1010 + heads[1], 2010))
 
 
 @pytest.mark.parametrize("length", [MIN_COPY - 1, MIN_COPY, MIN_COPY + 1])
@@ -195,7 +198,7 @@ def test_thinning_out_keeps_the_limit_every_position_and_every_request(rows, lim
 @given(batches(), st.integers(0, 30))
 def test_thinning_out_fills_the_smallest_gaps(rows, limit):
     def gaps(some):
-        return sorted(b.start - a.stop for r in some for a, b in zip(r[:-1], r[1:], strict=True))
+        return sorted(b.start - a.stop for r in some for a, b in pairwise(r))
 
     thin = gaps(thin_out(rows, limit=limit))
     every = gaps(rows)

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from oracles import covered
+from strategies import NAMESPACES, fresh, random_tokens, texts
+
 from kvshare_sglang.errors import TreeError
 from kvshare_sglang.radix_fuzzy import tree as tree_module
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
-from oracles import covered
-from strategies import NAMESPACES, fresh, random_tokens, texts
 
 MAX_DEPTH = 2
 
@@ -271,6 +272,14 @@ def tree_of(*segments, namespace=None):
     return tree, ids
 
 
+def assert_equal_tokens(tree, prompt):
+    runs = tree.match(None, prompt)
+    assert runs
+    for run in runs:
+        cached = tree.path_tokens(run.source, run.src_start, run.src_stop)
+        assert cached.tolist() == prompt[run.dst_start : run.dst_stop].tolist()
+
+
 def test_a_text_inserted_once_is_found_whole_wherever_it_stands():
     tree, (home,) = tree_of(TEXT)
     for before in (0, 1, 15, 16, 300):
@@ -371,9 +380,20 @@ def test_text_deleted_before_a_border_is_not_taken_for_equal(gone):
             Run(ids[1], border, border - gone, 300 - border, join=Join.EDIT),
         )
         for skip in range(border - 20, border - gone):
-            for run in tree.match(None, prompt[skip:]):
-                cached = tree.path_tokens(run.source, run.src_start, run.src_stop)
-                assert (cached == prompt[skip:][run.dst_start : run.dst_stop]).all()
+            assert_equal_tokens(tree, prompt[skip:])
+
+
+@pytest.mark.parametrize("gone", [1, 3, 7, 8, 12])
+def test_text_deleted_behind_a_border_is_not_taken_for_equal(gone):
+    for border in range(150, 190):
+        tree, ids = tree_of(TEXT[:border], TEXT[border:300])
+        prompt = np.concatenate([TEXT[:border], TEXT[border + gone : 300]])
+        assert tree.match(None, prompt) == (
+            Run(ids[0], 0, 0, border),
+            Run(ids[1], border + gone, border, 300 - border - gone, join=Join.EDIT),
+        )
+        for skip in range(border - 20, border):
+            assert_equal_tokens(tree, prompt[skip:])
 
 
 def test_text_of_another_path_is_a_seam_even_where_positions_go_on():
@@ -423,6 +443,15 @@ def test_a_deeper_copy_does_not_hide_a_shallower_one():
     again = tree.insert(None, TEXT, start=9, depth=1).id
     assert tree.match(None, TEXT) == ()
     assert [run.source for run in tree.match(None, TEXT, max_depth=1)] == [again] != [deeper]
+
+
+def test_of_equal_copies_the_newest_serves_and_outlives_the_others():
+    tree = FuzzyTree()
+    copies = [tree.insert(None, TEXT, start=i).id for i in range(3)]
+    for gone in copies[:2]:
+        assert tree.match(None, TEXT) == (Run(copies[2], 2, 0, len(TEXT)),)
+        tree.trim(gone, tree.segment(gone).start)
+    assert tree.match(None, TEXT) == (Run(copies[2], 2, 0, len(TEXT)),)
 
 
 def test_the_dead_are_not_found():

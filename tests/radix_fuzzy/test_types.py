@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvshare_sglang.radix_fuzzy.types import Range, Run, check_runs, clip, complement
 from strategies import prompts_with_runs
+
+from kvshare_sglang.radix_fuzzy.types import Range, Run, check_runs, clip, complement
 
 
 @st.composite
