@@ -34,7 +34,12 @@ def hook_add_one_req(
     cache.release(req)
     state = propose(cache, req)
     if state.plan is not None:
-        cache.lock_sources(state)
+        try:
+            cache.lock_sources(state)
+        except Exception:
+            logger.exception("KVShare could not lock the sources of request %s", req.rid)
+            cache.unlock_sources(state)
+            state = RequestReuse(None, Decline.FAULT)
     result = original(adder, req, *args, **kw)
     if state.plan is not None and not _admitted(adder, req):
         cache.unlock_sources(state)

@@ -8,6 +8,7 @@ no request can name; only the fuzzy index leads there. Copies are never stored: 
 
 import bisect
 import logging
+import secrets
 import time
 from array import array
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ class FuzzyRadixCache(RadixCache):
     def __init__(self, params: Any, *, config: KVShareConfig, report: Report) -> None:
         self.config = config
         self.report = report
-        self.fuzzy = FuzzyTree()
+        self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
+        self._holders: dict[int, RequestReuse] = {}  # states that hold locks, by identity
         self._adopted: dict[int, list[Range]] = {}  # req_pool_idx -> what the tree took over
         super().__init__(params)
 
@@ -81,6 +83,10 @@ class FuzzyRadixCache(RadixCache):
 
     def reset(self) -> None:
         super().reset()
+        # The nodes that were locked are gone with the tree, and so are the pins.
+        for state in self._holders.values():
+            state.locked.clear()
+        self._holders.clear()
         self.fuzzy.clear()
         self._adopted.clear()
 
@@ -264,6 +270,7 @@ class FuzzyRadixCache(RadixCache):
     def lock_sources(self, state: RequestReuse) -> None:
         """Keep the sources of a plan from eviction, mark them used, and read their slots."""
         assert state.plan is not None
+        self._holders[id(state)] = state
         now = time.monotonic()
         slots = []
         for run in state.plan.copies:
@@ -284,6 +291,7 @@ class FuzzyRadixCache(RadixCache):
             self.fuzzy.unpin(run)
             self.dec_lock_ref(node)
         state.locked.clear()
+        self._holders.pop(id(state), None)
 
     def release(self, req: Any) -> None:
         """Forget a request that finished, was aborted or retracted."""

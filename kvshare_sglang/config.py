@@ -45,10 +45,10 @@ class KVShareConfig:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             flag = "--kvshare-" + spec.name.replace("_", "-")
-            if spec.type in (float, "float") and isinstance(value, int):
+            kind = type(spec.default)
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 value = float(value)
                 object.__setattr__(self, spec.name, value)
-            kind = type(spec.default)
             lo, hi = spec.metadata["lo"], spec.metadata["hi"]
             allowed = kind.__name__ if lo is None else f"{kind.__name__} in [{lo:g}, {hi:g}]"
             if not isinstance(value, kind) or isinstance(value, bool):

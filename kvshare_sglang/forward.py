@@ -191,9 +191,10 @@ def _count_rows(batch: Any, chunks: list[Range], rows: list[list[Range]], report
             continue
         runs = state.plan.runs if state.plan else ()
         spans = tuple(Range(run.dst_start, run.dst_stop) for run in runs)
-        computed = sum(map(len, ranges))
-        copied = len(chunk) - computed
-        recomputed = sum(map(len, clip(spans, start=chunk.start, stop=chunk.stop))) - copied
+        computed = sum(r.num for r in ranges)
+        copied = chunk.num - computed
+        found = clip(spans, start=chunk.start, stop=chunk.stop)
+        recomputed = sum(r.num for r in found) - copied
         state.info["computed_tokens"] += computed
         state.info["fuzzy_tokens"] += copied
         state.info["recomputed_tokens"] += recomputed
@@ -248,7 +249,7 @@ def cut_tokens(fb: Any, rows: list[list[Range]]) -> None:
         rows, fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True
     ):
         keep += [torch.arange(base + r.start - start, base + r.stop - start) for r in ranges]
-        counts.append(sum(map(len, ranges)))
+        counts.append(sum(r.num for r in ranges))
         base += length
     device = fb.input_ids.device
     picked = torch.cat(keep).to(device, non_blocking=True)
@@ -294,7 +295,7 @@ def runs_as_rows(fb: Any, rows: list[list[Range]]) -> Any:
     view.seq_lens = view.seq_lens_cpu.to(device, dtype=fb.seq_lens.dtype, non_blocking=True)
     view.seq_lens_sum = sum(stops)
     view.extend_prefix_lens_cpu = starts
-    view.extend_seq_lens_cpu = [len(r) for r in flat]
+    view.extend_seq_lens_cpu = [r.num for r in flat]
     view.extend_prefix_lens = torch.tensor(starts, dtype=torch.int32).to(device)
     view.extend_seq_lens = torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32).to(device)
     view.extend_start_loc = torch.cumsum(view.extend_seq_lens, 0) - view.extend_seq_lens

@@ -47,6 +47,7 @@ class Segment:
     parent: "Segment | None"
     depth: int
     payload: Any
+    root_start: int  # where the path begins
     pins: Counter[int] = field(default_factory=Counter)  # stop of a pinned stretch -> how often
 
     @property
@@ -64,10 +65,12 @@ class FuzzyTree:
     """Cached token sequences and an index of their n-grams, by namespace.
 
     Insert, trim and clear keep it in step with the cache it describes in amortised O(1) a token.
-    A namespace is any hashable with a stable ``repr``; nothing ever crosses namespaces.
+    A namespace is any hashable with a stable ``repr``; nothing ever crosses namespaces. ``secret``
+    seeds the hashes: who does not know it cannot make texts whose grams collide.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, secret: int = 0) -> None:
+        self._secret = secret
         self._stops = np.zeros(64, np.int64)  # by segment id; 0 once the segment is gone
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
@@ -141,6 +144,7 @@ class FuzzyTree:
             parent=above,
             depth=depth,
             payload=payload,
+            root_start=start if above is None else above.root_start,
         )
         if above is not None and above.namespace != seg.namespace:
             raise ValueError(f"namespace {namespace!r} is not that of the parent segment")
@@ -162,9 +166,9 @@ class FuzzyTree:
 
         Each stretch is a list of neighbouring chunks. Changes nothing. O(len(tokens)).
         """
-        space = self._space(namespace)
+        seed = namespace_seed((self._secret, namespace))
         out: list[list[Chunk]] = []
-        for chunk in chunks.cut(tokens, seed=self._seeds[space]):
+        for chunk in chunks.cut(tokens, seed=seed):
             known = self._segments.get(self._chunk_home.get(chunk.key, 0))
             if known is not None and known.depth <= depth:
                 continue
@@ -254,7 +258,8 @@ class FuzzyTree:
         if its fingerprint was last inserted with that segment: newer text hides older text that
         shares single grams with it. What lies between two runs of one cached text is aligned by
         edit distance. Sources deeper than ``max_depth`` do not count. Changes nothing. Valid
-        until the next trim or clear. O(n) plus the way up the path for each fingerprint hit that
+        until the next trim or clear. Gives up on a prompt in which over ``64 + n / 32`` hits do not
+        extend to ``SPAN``. O(n) plus the way up the path for each fingerprint hit that
         no run covers, and O(gap^2) for short gaps.
         """
         space = self._namespaces.get(namespace)
@@ -275,11 +280,17 @@ class FuzzyTree:
         )
         runs: list[Run] = []
         end = start
+        patience = 64 + len(prompt) // 32
         for at, home, src in hits:
             if at < end:
                 continue
             run = self._extend(self._segments[home], src, prompt, at, end)
             if run.length < SPAN:
+                # Ordinary text has few hits that do not extend; text made of them must not hold
+                # up the scheduler.
+                patience -= 1
+                if patience < 0:
+                    break
                 continue
             end = run.dst_stop
             runs.append(run)
@@ -333,7 +344,7 @@ class FuzzyTree:
         space = self._namespaces.get(namespace)
         if space is None:
             space = self._namespaces[namespace] = len(self._seeds)
-            self._seeds.append(namespace_seed(namespace))
+            self._seeds.append(namespace_seed((self._secret, namespace)))
         return space
 
     def _alive(self, values: Words) -> Bools:
@@ -345,7 +356,7 @@ class FuzzyTree:
 
     def _index_segment(self, seg: Segment, seed: int) -> None:
         """Index the grams that the whole path keeps and the path above it does not."""
-        left = max(seg.start - (SPAN - 1) - (WINDOW - 1), self._root_start(seg))
+        left = max(seg.start - (SPAN - 1) - (WINDOW - 1), seg.root_start)
         path = self.path_tokens(seg.id, left, seg.stop)
         marks = winnow(path, seed=seed)
         # What windows that end above keep was indexed with the parent, and lives as long as it.
@@ -361,11 +372,6 @@ class FuzzyTree:
             self._depths[(old >> _POSITION_BITS).astype(np.int64)] < seg.depth
         )
         self._index.put(hashes[~better], values[~better])
-
-    def _root_start(self, seg: Segment) -> int:
-        while seg.parent is not None:
-            seg = seg.parent
-        return seg.start
 
     def _owner(self, seg: Segment, position: int) -> Segment:
         """The segment that holds a path position of ``seg``."""
@@ -419,7 +425,7 @@ class FuzzyTree:
         if a is b:
             return True
         last = before.src_stop - 1
-        return last >= self._root_start(b) and self._owner(a, last) is self._owner(b, last)
+        return last >= b.root_start and self._owner(a, last) is self._owner(b, last)
 
     def _link(self, runs: list[Run], prompt: Tokens, tolerance: float) -> tuple[Run, ...]:
         """Join runs that go on in one cached text, and align the short gaps between them."""

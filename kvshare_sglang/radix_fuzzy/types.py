@@ -54,7 +54,9 @@ class Range(NamedTuple):
     start: int
     stop: int
 
-    def __len__(self) -> int:  # a range's length, not the tuple's
+    @property
+    def num(self) -> int:
+        """How many positions; ``len`` is the tuple's."""
         return self.stop - self.start
 
 
@@ -84,7 +86,7 @@ class ReusePlan(NamedTuple):
     @property
     def computed(self) -> int:
         """Rows to run, fresh text included."""
-        return sum(map(len, self.compute))
+        return sum(r.num for r in self.compute)
 
     @property
     def copied(self) -> int:
