@@ -16,6 +16,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 class Spread(NamedTuple):
     """Median and quartiles."""
 
@@ -69,12 +74,19 @@ def environment(**more: Any) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "gpu": gpu or None,
         "load_1min_at_start": round(os.getloadavg()[0], 2),
         "commit": _commit(),
         **more,
     }
+
+
+def warn_if_busy() -> None:
+    """Say so if other work runs on this machine: times measured beside it mean little."""
+    load = os.getloadavg()[0]
+    if load > 0.5 * cores():
+        print(f"note: load is {load:.1f} on {cores()} cores; times will be noisy", file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -58,12 +58,17 @@ class ServerSpec:
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def max_running(self) -> int:
+        """On a GPU it also bounds into how many stretches the rows of a batch may fall."""
+        return 8 if self.device == "cpu" else 64
+
     def command(self, port: int) -> list[str]:
         numbers = {
             "--port": port,
             "--mem-fraction-static": self.mem_fraction,
             "--max-total-tokens": self.max_total_tokens,
-            "--max-running-requests": 8,
+            "--max-running-requests": self.max_running,
             "--chunked-prefill-size": self.chunk,
         }
         flags = [text for flag, value in numbers.items() for text in (flag, str(value))]
@@ -111,7 +116,7 @@ class Server:
             trust_env=False,
         )
         with self.log.open("wb") as out:
-            # A session of its own: one signal to the group reaches all of the server's processes.
+            # A process group of its own: one signal to it reaches all of the server's processes.
             self.process = subprocess.Popen(
                 spec.command(self.port),
                 env=spec.environment(),

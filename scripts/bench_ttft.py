@@ -159,7 +159,7 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
         mirror.add(tokens)
     plan = mirror.plan(case.prompt, bench.config)
     info = answers["kvshare"].kvshare
-    rows = expected_rows(bench, plan, info)
+    rows = expected_rows(plan, info, servers[-1].spec)
     full = np.arange(plan.prefix_len, plan.prompt_len)
     config = bench.model.config
     return Sample(
@@ -173,10 +173,10 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
     )
 
 
-def expected_rows(bench: Bench, plan: ReusePlan, info: dict[str, Any]) -> np.ndarray:
+def expected_rows(plan: ReusePlan, info: dict[str, Any], spec: ServerSpec) -> np.ndarray:
     """Positions of the rows that the server ran. Raises ScriptError if it ran other numbers."""
-    max_rows = None if bench.args.device == "cpu" else 8
-    rows = row_positions(plan, chunk=bench.ours.chunk, max_rows=max_rows)
+    max_rows = None if spec.device == "cpu" else spec.max_running
+    rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
     told = {name: info[name] for name in ("exact_tokens", "fuzzy_tokens", "computed_tokens")}
     want = {
         "exact_tokens": plan.prefix_len,
@@ -343,7 +343,12 @@ def parse() -> argparse.Namespace:
     add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
     add("--chunk", type=int, default=8192, help="chunked prefill size of allrows and kvshare")
-    add("--threads", type=int, default=2, help="OpenMP threads of allrows and kvshare")
+    add(
+        "--threads",
+        type=int,
+        default=min(_bench.cores(), 8),
+        help="OpenMP threads of allrows and kvshare",
+    )
     add("--plain-chunk", type=int, help="chunk size of plain (default: the best of a probe)")
     add("--plain-threads", type=int, help="threads of plain (default: the best of a probe)")
     add("--probe-tokens", type=int, default=4096, help="prompt length of the probe")
@@ -413,6 +418,7 @@ def main() -> int:
         kvshare=bench.config.to_json(),
         iqr="q75 - q25 of ratio_allrows",
     )
+    _bench.warn_if_busy()
     miss: dict[str, Any] = {"lookup_ms_p50_8k": lookup_ms(), "ttft_ratio_p50": None, "ci95": None}
     plain_setting, tried = probe_plain(bench)
     settings = {"plain": plain_setting, "allrows": bench.ours, "kvshare": bench.ours}

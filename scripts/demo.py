@@ -65,7 +65,7 @@ class Scenario:
 
     @property
     def ratio(self) -> float:
-        return _bench.median([t.plain_s / t.kvshare_s for t in self.timings])
+        return self.plain_s / self.kvshare_s
 
     @property
     def exact_agreement(self) -> float:
@@ -211,7 +211,7 @@ def show_table(kinds: list[Scenario]) -> str:
 
 LEGEND = f"""
 tokens      length of the prompt; both servers had cached the same earlier texts
-TTFT        time to the first streamed token, median; 'faster' is the median of the paired ratios
+TTFT        time to the first streamed token, median over the repeats
 prefix      share of the prompt found as an exact prefix (SGLang's own cache; both servers)
 reused      share copied from other places of the cache by kvshare; 'recomputed' was found there
             too, but is computed again to repair it; the rest of the prompt is new text
@@ -333,7 +333,7 @@ def parse() -> argparse.Namespace:
         "else a small random Llama made on the spot)")  # fmt: skip
     add("--tokens", type=int, default=2400, help="length of a text in tokens")
     add("--repeats", type=int, default=3, help="fresh texts for each scenario")
-    add("--threads", type=int, default=2, help="OpenMP threads of each server")
+    add("--threads", type=int, default=min(_bench.cores(), 8), help="OpenMP threads of each server")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--server-arg", action="append", default=[], metavar="ARG",
         help="one more argument for both servers, as --server-arg=--flag")  # fmt: skip
@@ -383,6 +383,7 @@ def main() -> int:
         raise ScriptError(str(error)) from None
     print(about_model(model, trained=trained), flush=True)
     env = _bench.environment(model=model.path.name, device=args.device, threads=args.threads)
+    _bench.warn_if_busy()
     corpus = Corpus(model.tokenizer(), seed=args.seed)
     with serve(*server_specs(model, args)) as (plain, shared):
         kinds = run(plain, shared, corpus, args)

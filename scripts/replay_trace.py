@@ -150,7 +150,7 @@ def parse() -> argparse.Namespace:
     add("--budget", type=float, help="--kvshare-budget (default: the plug-in's)")
     add("--source-depth", type=int, help="--kvshare-source-depth (default: the plug-in's)")
     add("--chunk", type=int, default=8192, help="chunked prefill size")
-    add("--threads", type=int, default=2, help="OpenMP threads of the server")
+    add("--threads", type=int, default=min(_bench.cores(), 8), help="OpenMP threads of the server")
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     add("--server-arg", action="append", default=[], metavar="ARG",
         help="one more argument for the server, as --server-arg=--flag")  # fmt: skip
