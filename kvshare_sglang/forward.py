@@ -105,7 +105,7 @@ def hook_can_run_graph(
 
 def hook_init_attention_backends(result: Any, runner: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``ModelRunner.init_attention_backends``: wrap what SGLang built."""
-    wrap_backend(runner.attn_backend)
+    wrap_backend(runner.attn_backend, runner)
 
 
 # ---- the batch -------------------------------------------------------------------------------
@@ -302,10 +302,12 @@ def runs_as_rows(fb: Any, rows: list[list[Range]]) -> Any:
     return view
 
 
-def wrap_backend(backend: Any) -> None:
+def wrap_backend(backend: Any, runner: Any) -> None:
     """Teach a backend that SGLang built to attend for partial batches; others run as before."""
     plan, attend = backend.init_forward_metadata, backend.forward_extend
     cpu = type(backend).__name__ == "TorchNativeAttnBackend"
+    attn = runner.model.model.layers[0].self_attn.attn
+    group = attn.tp_q_head_num // attn.tp_k_head_num
     backend.kvshare_rows = None
     backend.kvshare_plan = None
 
@@ -316,7 +318,7 @@ def wrap_backend(backend: Any) -> None:
             return plan(fb)
         if cpu:
             # torch_native pads every row's queries to the full length: use our own attention.
-            backend.kvshare_plan = _plan_cpu(backend, fb, rows)
+            backend.kvshare_plan = _plan_cpu(backend, fb, rows, group)
             return plan(fb)
         backend.kvshare_plan = runs_as_rows(fb, rows)
         return plan(backend.kvshare_plan)
@@ -348,11 +350,13 @@ def wrap_backend(backend: Any) -> None:
     backend.forward_extend = forward_extend
 
 
-def _plan_cpu(backend: Any, fb: Any, rows: list[list[Range]]) -> list[partial_attn.RequestRows]:
+def _plan_cpu(
+    backend: Any, fb: Any, rows: list[list[Range]], group: int
+) -> list[partial_attn.RequestRows]:
     table = backend.req_to_token_pool.req_to_token
     positions = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in rows]
     slots = [
         table[index, : int(at[-1]) + 1].long()
         for index, at in zip(fb.req_pool_indices.tolist(), positions, strict=True)
     ]
-    return partial_attn.plan(list(zip(positions, slots, strict=True)))
+    return partial_attn.plan(list(zip(positions, slots, strict=True)), group=group)

@@ -2,8 +2,8 @@
 
 Rows of a request, in order of position, are taken in blocks; each block is one
 ``scaled_dot_product_attention`` against the keys up to its last row, under the mask
-``key position <= row position``. Query heads that share a KV head go in as the batch's inner
-dimension over one expanded view of K and V, so nothing is repeated in memory.
+``key position <= row position``. Query heads that share a KV head are stacked as further rows, so
+nothing is repeated in memory and small blocks fill the kernel's tiles.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-BLOCK_ROWS = 256  # more saves nothing a row and wastes keys that early rows may not see
+# PyTorch's CPU kernel takes queries 64 at a time from here on, and half as fast below. More rows
+# would save nothing a row and waste keys that the block's early rows may not see.
+BLOCK_QUERIES = 192
 
 
 class Block(NamedTuple):
     """Rows ``[start, stop)`` of the batch, which see the first ``kv_len`` keys under ``mask``.
 
-    ``mask`` [stop - start, kv_len] is 0 where a row sees a key and -inf where not.
+    ``mask`` [group * (stop - start), kv_len] is 0 where a row sees a key and -inf where not.
     """
 
     start: int
@@ -28,24 +30,30 @@ class Block(NamedTuple):
 
 
 class RequestRows(NamedTuple):
-    """The rows of one request, and the KV slot of each of its positions."""
+    """The rows of one request, and the KV slot of each of its positions: a tensor, or a slice
+    where the slots stand side by side (then K and V are read in place)."""
 
-    slots: torch.Tensor
+    slots: torch.Tensor | slice
     blocks: list[Block]
 
 
 def plan(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], *, dtype: torch.dtype = torch.float32
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    group: int,
+    dtype: torch.dtype = torch.float32,
 ) -> list[RequestRows]:
     """Blocks for a batch. Each request gives ``positions`` [rows], ascending, and ``slots``
-    [at least last position + 1]: the KV slot of each of its positions. O(rows x kv) memory.
+    [at least last position + 1]: the KV slot of each of its positions. ``group`` query heads
+    share a KV head. O(group x rows x kv) memory.
     """
     out: list[RequestRows] = []
     base = 0
+    size = max(1, BLOCK_QUERIES // group)
     for positions, slots in rows:
         blocks = []
-        for first in range(0, len(positions), BLOCK_ROWS):
-            at = positions[first : first + BLOCK_ROWS]
+        for first in range(0, len(positions), size):
+            at = positions[first : first + size]
             kv_len = int(at[-1]) + 1
             if kv_len > len(slots):
                 raise ValueError(f"position {kv_len - 1} is outside the {len(slots)} slots given")
@@ -54,10 +62,19 @@ def plan(
             lo = int(at[0]) + 1
             hidden = torch.arange(lo, kv_len)[None] > at[:, None]
             mask[:, lo:].masked_fill_(hidden, float("-inf"))
-            blocks.append(Block(base + first, base + first + len(at), kv_len, mask))
-        out.append(RequestRows(slots[: blocks[-1].kv_len] if blocks else slots[:0], blocks))
+            block = Block(base + first, base + first + len(at), kv_len, mask.repeat(group, 1))
+            blocks.append(block)
+        out.append(RequestRows(_side_by_side(slots[: blocks[-1].kv_len if blocks else 0]), blocks))
         base += len(positions)
     return out
+
+
+def _side_by_side(slots: torch.Tensor) -> torch.Tensor | slice:
+    """The same slots as a slice, if they are consecutive."""
+    if len(slots) == 0 or bool((slots.diff() != 1).any()):
+        return slots
+    first = int(slots[0])
+    return slice(first, first + len(slots))
 
 
 def run(
@@ -79,16 +96,18 @@ def run(
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
     out = q.new_empty(q.shape[0], q.shape[1], value_buffer.shape[2])
     for slots, blocks in requests:
-        k = key_buffer[slots].to(q.dtype).transpose(0, 1)[:, None]
-        v = value_buffer[slots].to(q.dtype).transpose(0, 1)[:, None]
+        k = key_buffer[slots].to(q.dtype).transpose(0, 1)
+        v = value_buffer[slots].to(q.dtype).transpose(0, 1)
         for start, stop, kv_len, mask in blocks:
-            rows = q[start:stop].view(stop - start, kv_heads, group, -1).permute(1, 2, 0, 3)
+            num = stop - start
+            rows = q[start:stop].view(num, kv_heads, group, -1).permute(1, 2, 0, 3)
             seen = F.scaled_dot_product_attention(
-                rows,
-                k[:, :, :kv_len].expand(-1, group, -1, -1),
-                v[:, :, :kv_len].expand(-1, group, -1, -1),
+                rows.reshape(1, kv_heads, group * num, -1),
+                k[None, :, :kv_len],
+                v[None, :, :kv_len],
                 attn_mask=mask,
                 scale=scaling,
             )
-            out[start:stop] = seen.permute(2, 0, 1, 3).flatten(1, 2)
+            seen = seen.view(kv_heads, group, num, -1).permute(2, 0, 1, 3)
+            out[start:stop] = seen.flatten(1, 2)
     return out

@@ -57,7 +57,8 @@ def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Ten
         a, b = turn[..., :half], turn[..., half:]
     else:
         a, b = turn[..., 0::2], turn[..., 1::2]
-    new_a, new_b = a * shift.cos - b * shift.sin, b * shift.cos + a * shift.sin
+    new_a = torch.addcmul(a * shift.cos, b, shift.sin, value=-1)
+    new_b = torch.addcmul(b * shift.cos, a, shift.sin)
     if is_neox:
         turned = torch.cat((new_a, new_b), dim=-1)
     else:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tolerances import TOL, assert_close
 
 from kvshare_sglang.kernels import partial_attn, reference
-from kvshare_sglang.kernels.partial_attn import BLOCK_ROWS
+from kvshare_sglang.kernels.partial_attn import BLOCK_QUERIES
 
 DIM = 8
 
@@ -35,7 +35,8 @@ class Case:
 
     def run(self):
         rows = list(zip(self.positions, self.slots, strict=True))
-        plan = partial_attn.plan(rows, dtype=self.q.dtype)
+        group = self.q.shape[1] // self.k.shape[1]
+        plan = partial_attn.plan(rows, group=group, dtype=self.q.dtype)
         return partial_attn.run(plan, self.q, self.k, self.v, scaling=0.3)
 
     def want(self):
@@ -70,7 +71,7 @@ def test_scattered_rows_see_every_key_up_to_their_own(batch, kv_heads, group):
 def test_blocks_of_any_size_give_the_same(batch):
     case = Case(batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_attn, "BLOCK_ROWS", 7)
+        patch.setattr(partial_attn, "BLOCK_QUERIES", 7)
         assert_close(case.run(), case.want(), torch.float32)
 
 
@@ -80,7 +81,7 @@ def test_grouped_heads_read_their_own_kv_head_in_every_dtype(group, dtype):
     Case([(40, [0, 3, 4, 39]), (9, [8])], kv_heads=3, group=group, dtype=dtype).check()
 
 
-@pytest.mark.parametrize("num_rows", [BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1])
 @pytest.mark.parametrize("step", [1, 2])
 def test_rows_around_the_size_of_a_block(num_rows, step):
     kv_len = step * num_rows + 5
@@ -122,12 +123,12 @@ def test_slots_past_the_last_row_are_not_read():
 def test_no_row_at_all_is_no_error():
     case = Case([(5, [])])
     assert case.run().shape == (0, 4, DIM)
-    assert partial_attn.plan([]) == []
+    assert partial_attn.plan([], group=1) == []
 
 
 def test_a_row_past_its_slots_is_refused():
     with pytest.raises(ValueError, match="position 5 is outside the 5 slots given"):
-        partial_attn.plan([(torch.tensor([2, 5]), torch.arange(5))])
+        partial_attn.plan([(torch.tensor([2, 5]), torch.arange(5))], group=1)
 
 
 def test_query_heads_that_do_not_share_evenly_are_refused():
