@@ -50,6 +50,16 @@ def hook_add_one_req(
     return result
 
 
+def hook_check_decode_mem(original: Callable[..., Any], batch: Any, *args: Any, **kw: Any) -> Any:
+    """AROUND ``ScheduleBatch.check_decode_mem``: before a running request is retracted for want of
+    memory, requests in mid-prefill give back their sources."""
+    fits = original(batch, *args, **kw)
+    cache = batch.tree_cache
+    if not fits and isinstance(cache, FuzzyRadixCache) and cache.yield_sources():
+        fits = original(batch, *args, **kw)
+    return fits
+
+
 def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     """What the request should reuse, or why nothing. Changes nothing but a note on the request."""
     options = parse_options(req.sampling_params.custom_params)
@@ -101,7 +111,7 @@ def _plan(
         seam=config.seam,
         window=config.window,
     )
-    reason = pays(plan, config)
+    reason = pays(plan, config, found=bool(runs))
     return (plan, None) if reason is None else (None, reason)
 
 

@@ -23,6 +23,7 @@ from kvshare_sglang import compat
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import SeamError
 from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
+from kvshare_sglang.radix_fuzzy.reuse import keep_before
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import Range, complement
 from kvshare_sglang.report import Report
@@ -292,6 +293,19 @@ class FuzzyRadixCache(RadixCache):
             self.dec_lock_ref(node)
         state.locked.clear()
         self._holders.pop(id(state), None)
+
+    def yield_sources(self) -> bool:
+        """Give back the sources of requests that are in mid-prefill; False if there are none.
+
+        What they have not copied yet they will compute: memory is short, and reuse must not cost
+        another request its place.
+        """
+        holders = [state for state in self._holders.values() if state.plan is not None]
+        for state in holders:
+            assert state.plan is not None
+            self.unlock_sources(state)
+            state.plan = keep_before(state.plan, state.done)
+        return bool(holders)
 
     def release(self, req: Any) -> None:
         """Forget a request that finished, was aborted or retracted."""

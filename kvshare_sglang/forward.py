@@ -132,7 +132,10 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
         rows = every_row
     _count_rows(batch, chunks, rows, cache.report)
     for state, chunk in zip(states, chunks, strict=True):
-        if state is not None and state.plan is not None and chunk.stop >= state.plan.prompt_len:
+        if state is None or state.plan is None:
+            continue
+        state.done = chunk.stop
+        if chunk.stop >= state.plan.prompt_len:
             # The copy is enqueued on the forward stream, and whatever overwrites the sources
             # later is enqueued behind it.
             cache.unlock_sources(state)

@@ -20,6 +20,7 @@ class RequestReuse:
     decline: Decline | None
     src_slots: Any = None
     locked: list[Any] = field(default_factory=list)
+    done: int = 0  # prompt positions below this have been through a forward pass
     info: dict[str, Any] = field(default_factory=dict)
 
 

@@ -92,10 +92,13 @@ def may_reuse(view: RequestView) -> Decline | None:
     return None
 
 
-def pays(plan: ReusePlan, config: KVShareConfig) -> Decline | None:
-    """Why the plan is not worth it: it must save enough tokens, and enough of the prompt."""
+def pays(plan: ReusePlan, config: KVShareConfig, *, found: bool = False) -> Decline | None:
+    """Why the plan is not worth it: it must save enough tokens, and enough of the prompt.
+
+    ``found`` says that the cache holds some of the prompt, in runs too short for the plan or not.
+    """
     if not plan.runs:
-        return Decline.NO_MATCH
+        return Decline.TOO_LITTLE if found else Decline.NO_MATCH
     rows = plan.prompt_len - plan.prefix_len
     if plan.copied < max(config.min_reuse, config.min_share * rows):
         return Decline.TOO_LITTLE

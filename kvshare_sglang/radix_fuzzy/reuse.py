@@ -49,6 +49,24 @@ def plan_reuse(
     return ReusePlan(prompt_len, prefix_len, tuple(kept), tuple(copies), tuple(compute))
 
 
+def keep_before(plan: ReusePlan, stop: int) -> ReusePlan:
+    """The plan without what it would copy from prompt position ``stop`` on: that is computed.
+
+    >>> run = Run(1, 0, 10, 60)
+    >>> plan = ReusePlan(100, 0, (run,), (run.cut(20, 70),), (Range(0, 20), Range(70, 100)))
+    >>> keep_before(plan, 40).compute
+    (Range(start=0, stop=20), Range(start=40, stop=100))
+    """
+    runs = [r.cut(r.dst_start, min(r.dst_stop, stop)) for r in plan.runs if r.dst_start < stop]
+    copies = [r.cut(r.dst_start, min(r.dst_stop, stop)) for r in plan.copies if r.dst_start < stop]
+    compute = complement(
+        [Range(c.dst_start, c.dst_stop) for c in copies],
+        start=plan.prefix_len,
+        stop=plan.prompt_len,
+    )
+    return plan._replace(runs=tuple(runs), copies=tuple(copies), compute=tuple(compute))
+
+
 def thin_out(rows: list[list[Range]], *, limit: int) -> list[list[Range]]:
     """Merge ranges of the same request over the smallest gaps until at most ``limit`` are left.
 

@@ -135,6 +135,27 @@ def test_sources_survive_the_pressure_of_their_own_reuse(llama: Path, texts: Tex
         assert_clean(it)
 
 
+def test_sources_are_given_back_before_a_running_request_is_retracted(
+    llama: Path, texts: Texts
+) -> None:
+    """A long prefill holds its sources while another request decodes into the last free slots."""
+    a, running = texts.passage(500), texts.passage(50)
+    settings = {"max_total_tokens": 1100, "chunked_prefill_size": 16, "enable_mixed_chunk": True}
+    with lab(llama, kvshare=True, schedule_conservativeness=0.1, **settings) as it:
+        it.one(a, new=1)
+        answers = it.play(
+            [
+                request("decode", running, new=300),
+                ("polls", 8),
+                request("prefill", texts.passage(5) + a, new=1),
+            ]
+        )
+        for answer in answers.values():
+            assert answer["finish"]["type"] == "length"
+        assert len(answers["decode"]["output"]) == 300
+        assert_clean(it)
+
+
 def test_abort_in_the_middle_of_chunks_leaves_nothing(tight: Lab, texts: Texts) -> None:
     tight.flush()
     a = texts.passage(400)

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def test_flush_and_abort(server: Server, texts: Texts) -> None:
     assert info(server.generate(texts.passage(5) + a))["declined"] == "no_match"
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
-        while not any(
-            line for line in server.log.read_text().splitlines() if "#running-req: 3" in line
-        ):
-            pass
+        for _ in range(1200):
+            if "#running-req: 3" in server.log.read_text():
+                break
+            time.sleep(0.1)
         assert server.post("/abort_request", {"abort_all": True}).status_code == 200
         kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}
     assert kinds == {"abort"}

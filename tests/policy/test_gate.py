@@ -135,3 +135,9 @@ def test_reuse_pays_iff_it_saves_enough_tokens_and_enough_of_the_prompt(
 def test_the_fewest_tokens_is_inclusive(copied):
     verdict = pays(plan_with(copied, 100), KVShareConfig(min_reuse=64, min_share=0))
     assert (verdict is None) == (copied >= 64)
+
+
+def test_text_found_in_runs_too_short_is_too_little_not_no_match():
+    empty = ReusePlan(100, 0, (), (), (Range(0, 100),))
+    assert pays(empty, KVShareConfig()) is Decline.NO_MATCH
+    assert pays(empty, KVShareConfig(), found=True) is Decline.TOO_LITTLE

@@ -1,0 +1,32 @@
+"""The laws of ``gpu_oracles.py`` on a real GPU; skipped, and counted, where there is none."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gpu_oracles
+from gpu_oracles import Case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
+
+BACKENDS = os.environ.get("KVSHARE_GPU_BACKENDS", "triton flashinfer").split()
+CASES = [Case(backend, page) for backend in BACKENDS for page in (1, 16)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gpu_oracles.make_model(tmp_path_factory.mktemp("models"), small=False)
+
+
+def test_kernels() -> None:
+    assert gpu_oracles.check_kernels("cuda").failed == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.backend}, page {case.page_size}")
+@pytest.mark.parametrize("law", ["check_partial", "check_exact", "check_life"])
+def test_law(law: str, case: Case, model: Path) -> None:
+    assert getattr(gpu_oracles, law)(case, model).failed == []
