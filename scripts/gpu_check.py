@@ -122,10 +122,11 @@ def bench(backend: str, args: argparse.Namespace) -> dict[str, Any]:
 def bench_options(backend: str, device: str) -> list[str] | str:
     """Options of bench_ttft.py, or why there are none."""
     if device == "cpu":
-        return (
-            "--device cpu --model replay-5m --sizes 512 --repeats 1 --miss-pairs 2 --chunk 512"
-            " --threads 1 --plain-chunk 512 --plain-threads 1 --max-total-tokens 2048"
-        ).split()
+        return [
+            *("--device", "cpu", "--model", "replay-5m", "--sizes", "512", "--repeats", "1"),
+            *("--miss-pairs", "2", "--chunk", "2048", "--plain-chunk", "2048"),
+            *("--threads", "1", "--plain-threads", "1", "--max-total-tokens", "4096"),
+        ]
     mib = _nvidia_smi("memory.total").split()
     gib = int(mib[0]) / 1024 if mib and mib[0].isdigit() else 0.0
     # Three servers, each with 16 GB of weights and 128 KiB of KV a token.
@@ -379,7 +380,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu: rehearse the same code without a GPU, in a small shape")  # fmt: skip
     add("--backends", default=None, metavar="NAMES",
-        help="attention backends, comma-separated (default: triton,flashinfer; cpu: torch_native)")  # fmt: skip
+        help="attention backends (default: triton,flashinfer; on cpu: torch_native)")  # fmt: skip
     add("--steps", default=None, metavar="NAMES",
         help="only these: env,kernels,start,partial,exact,life,bench")  # fmt: skip
     add("--seconds", type=float, default=540, help="time for all; what is late is skipped")
@@ -388,7 +389,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     on_cpu = args.device == "cpu"
     args.out = args.out.resolve()
-    args.backends = (args.backends or ("torch_native" if on_cpu else "triton,flashinfer")).split(",")
+    args.backends = (args.backends or ("torch_native" if on_cpu else "triton,flashinfer")).split(
+        ","
+    )
     args.jobs = args.jobs or (1 if on_cpu else 4)
     if args.steps is not None:
         known = ("env", "kernels", "start", *LAWS, "bench")

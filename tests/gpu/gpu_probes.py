@@ -11,14 +11,18 @@ def prepare(child: Any) -> None:
     """
     import torch
 
-    answer = child._answer
+    play = child.play
 
-    def on_cpu(req: Any) -> dict[str, Any]:
+    def on_cpu(script: list[Any]) -> dict[str, dict[str, Any]]:
+        answers = play(script)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the last reads of KV may still be under way
-        return {name: _to_cpu(value) for name, value in answer(req).items()}
+        return {
+            rid: {name: _to_cpu(value) for name, value in answer.items()}
+            for rid, answer in answers.items()
+        }
 
-    child._answer = on_cpu
+    child.play = on_cpu
     child.ways = Counter()
     runner = child.runner
     ways = {"eager": runner.eager_runner}
