@@ -53,3 +53,12 @@ def make_key(token_ids: Any, like: Any, *, extra_key: Any = None) -> Any:
         return RadixKey(token_ids, extra_key)
     extra, salt = namespace(like)
     return RadixKey(token_ids, extra, cache_salt=salt) if salt else RadixKey(token_ids, extra)
+
+
+def set_num_tokens(fb: Any, num: int) -> None:
+    """Tell a ForwardBatch how many tokens it has; 0.5.17 keeps the counts under shorter names."""
+    prefix = "global_" if hasattr(fb, "global_num_token_non_padded_cpu") else ""
+    setattr(fb, f"{prefix}num_token_non_padded_cpu", num)
+    on_device = getattr(fb, f"{prefix}num_token_non_padded")
+    if on_device is not None:
+        on_device.fill_(num)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvshare_sglang import compat
 from kvshare_sglang.cache import FuzzyRadixCache
 from kvshare_sglang.errors import UnsupportedError
 from kvshare_sglang.kernels import partial_attn, rope_shift
@@ -51,6 +52,16 @@ def check_model(runner: Any, ctx: Any = None) -> None:
     table = getattr(_rotary(runner), "cos_sin_cache", None)
     if len(rotary) != 1 or not isinstance(table, torch.Tensor):
         raise UnsupportedError("models without one RoPE table", "--kvshare or the model")
+    # Copies address K and V as [slot, head, dim].
+    if getattr(runner.token_to_kv_pool, "kv_cache_layout", "nhd") != "nhd":
+        raise UnsupportedError("a KV cache with heads before tokens", "SGLANG_USE_HND_KVCACHE")
+
+
+def _to(host: torch.Tensor, device: Any) -> torch.Tensor:
+    """To the batch's device without waiting for it: only pinned memory is copied asynchronously."""
+    if torch.device(device).type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _rotary(runner: Any) -> Any:
@@ -174,7 +185,7 @@ def _copy_and_cut(
             state.info["declined"] = Decline.FAULT.value
         return False
     num_all = int(fb.extend_num_tokens)
-    cut_tokens(fb, rows)
+    cut_tokens(fb, rows, runner)
     cache.report.copied(
         time.perf_counter() - started,
         requests=len(sharing),
@@ -222,11 +233,11 @@ def _copy_part(state: RequestReuse, chunk: Range, fb: Any, i: int) -> Copy:
     if not src:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Copy(empty, empty, empty, empty)
-    positions = torch.cat(new).to(device, non_blocking=True)
+    positions = _to(torch.cat(new), device)
     return Copy(
         src_slots=torch.cat(src),
         dst_slots=fb.out_cache_loc[first + positions - start],
-        old_positions=torch.cat(old).to(device, non_blocking=True),
+        old_positions=_to(torch.cat(old), device),
         new_positions=positions,
     )
 
@@ -245,7 +256,7 @@ def copy_kv(runner: Any, rows: Copy) -> None:
         pool.set_kv_buffer(attn, rows.dst_slots, keys, values)
 
 
-def cut_tokens(fb: Any, rows: list[list[Range]]) -> None:
+def cut_tokens(fb: Any, rows: list[list[Range]], runner: Any) -> None:
     """Keep only the tokens of ``rows`` in a batch; requests, and their last tokens, stay."""
     keep, counts, base = [], [], 0
     for ranges, start, length in zip(
@@ -255,7 +266,7 @@ def cut_tokens(fb: Any, rows: list[list[Range]]) -> None:
         counts.append(sum(r.num for r in ranges))
         base += length
     device = fb.input_ids.device
-    picked = torch.cat(keep).to(device, non_blocking=True)
+    picked = _to(torch.cat(keep), device)
     for name in ("input_ids", "positions", "out_cache_loc"):
         setattr(fb, name, getattr(fb, name)[picked])
     if fb.extend_logprob_start_lens_cpu is not None:
@@ -267,13 +278,19 @@ def cut_tokens(fb: Any, rows: list[list[Range]]) -> None:
             )
         ]
     fb.extend_seq_lens_cpu = counts
-    fb.extend_seq_lens = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
-    fb.extend_start_loc = torch.cumsum(fb.extend_seq_lens, 0) - fb.extend_seq_lens
+    fb.extend_seq_lens = _to(torch.tensor(counts, dtype=torch.int32), device)
+    fb.extend_start_loc = _starts(fb.extend_seq_lens)
     fb.extend_num_tokens = len(picked)
-    fb.global_num_token_non_padded_cpu = len(picked)
-    if getattr(fb, "global_num_token_non_padded", None) is not None:
-        fb.global_num_token_non_padded.fill_(len(picked))
+    compat.set_num_tokens(fb, len(picked))
     fb.kvshare_rows = rows
+    if runner.lora_manager is not None:
+        # Its segments were laid out for all tokens when the batch was built.
+        runner.lora_manager.prepare_lora_batch(fb)
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each request's tokens start, in the dtype of ``lengths``."""
+    return torch.cumsum(lengths, 0, dtype=lengths.dtype) - lengths
 
 
 # ---- attention -------------------------------------------------------------------------------
@@ -290,18 +307,18 @@ def runs_as_rows(fb: Any, rows: list[list[Range]]) -> Any:
     owner = torch.tensor([i for i, ranges in enumerate(rows) for _ in ranges])
     flat = [r for ranges in rows for r in ranges]
     starts, stops = [r.start for r in flat], [r.stop for r in flat]
-    view.req_pool_indices = fb.req_pool_indices[owner.to(device)]
+    view.req_pool_indices = fb.req_pool_indices[_to(owner, device)]
     if getattr(fb, "req_pool_indices_cpu", None) is not None:
         view.req_pool_indices_cpu = fb.req_pool_indices_cpu[owner]
     view.batch_size = len(flat)
     view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
-    view.seq_lens = view.seq_lens_cpu.to(device, dtype=fb.seq_lens.dtype, non_blocking=True)
+    view.seq_lens = _to(view.seq_lens_cpu.to(fb.seq_lens.dtype), device)
     view.seq_lens_sum = sum(stops)
     view.extend_prefix_lens_cpu = starts
     view.extend_seq_lens_cpu = [r.num for r in flat]
-    view.extend_prefix_lens = torch.tensor(starts, dtype=torch.int32).to(device)
-    view.extend_seq_lens = torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32).to(device)
-    view.extend_start_loc = torch.cumsum(view.extend_seq_lens, 0) - view.extend_seq_lens
+    view.extend_prefix_lens = _to(torch.tensor(starts, dtype=torch.int32), device)
+    view.extend_seq_lens = _to(torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32), device)
+    view.extend_start_loc = _starts(view.extend_seq_lens)
     return view
 
 
@@ -337,6 +354,8 @@ def wrap_backend(backend: Any, runner: Any) -> None:
             k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
             v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
             scales = (getattr(layer, "k_scale", None), getattr(layer, "v_scale", None))
+            if any(scale is not None for scale in scales):
+                k, v = k.clone(), v.clone()  # the pool divides by the scales in place
             pool.set_kv_buffer(layer, fb.out_cache_loc, k, v, *scales)
         if not cpu:
             return attend(q, k, v, layer, backend.kvshare_plan, save_kv_cache=False, **kw)

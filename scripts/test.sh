@@ -64,7 +64,7 @@ integration() {
     if ! _env_has_gpu; then # the ends of the supported range, for the smoke tests
         env_other_sglang 0.5.17 >/dev/null || return 1
     fi
-    run_pytest tests/integration -m "sglang or gpu"
+    run_pytest tests/integration tests/gpu -m "sglang or gpu"
 }
 
 stage "format (ruff)" ruff format --check .
@@ -72,7 +72,7 @@ stage "lint (ruff)" ruff check .
 stage "types (mypy)" mypy
 stage "layers" run_pytest tests/test_layers.py
 stage "pure tests and doctests" run_pytest tests \
-    --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration \
+    --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration --ignore=tests/gpu \
     --doctest-modules kvshare_sglang/{errors,config}.py kvshare_sglang/{radix_fuzzy,policy}
 stage "kernels against their references" run_pytest tests/kernels
 ((num_stages > 6)) && stage "the real SGLang" integration

@@ -63,6 +63,9 @@ def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Ten
         turned = torch.cat((new_a, new_b), dim=-1)
     else:
         turned = torch.stack((new_a, new_b), dim=-1).flatten(-2)
+    if keys.dtype.itemsize == 1:  # fp8: a pair can turn past the range, and the cast gives nan
+        top = torch.finfo(keys.dtype).max
+        turned = turned.clamp_(-top, top)
     turned = turned.to(keys.dtype)
     rest = keys[..., 2 * half :]
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -110,13 +110,14 @@ def request(
     logprob_start: int | None = None,
     forced: Any = None,
     keep: str = "",
+    lora: bool = False,
     **sampling: Any,
 ) -> dict[str, Any]:
     """One request, greedy.
 
     ``forced``: ranges of rows to compute; everything else is copied from the same positions of the
     same text cached under extra_key "donor" (exact KV in the skipped slots). ``keep``: "kv" keeps
-    the KV of the whole row at release.
+    the KV of the whole row at release. ``lora``: run with the server's first adapter.
     """
     return {
         "rid": rid,
@@ -127,6 +128,7 @@ def request(
         "logprob_start": logprob_start,
         "forced": forced,
         "keep": keep,
+        "lora": lora,
         "sampling": sampling,
     }
 
@@ -321,6 +323,8 @@ class Child:
         want_logprob = spec["logprob_start"] is not None
         names = getattr(TokenizedGenerateReqInput, "__struct_fields__", ())
         more = {"token_type_ids": None} if "token_type_ids" in names else {}
+        if spec["lora"]:
+            more["lora_id"] = next(iter(self.runner.lora_manager.loras))
         return TokenizedGenerateReqInput(
             **more,
             rid=spec["rid"],
@@ -368,6 +372,7 @@ def _make_scheduler(server_args: Any, port_args_class: Any) -> Any:
         return Scheduler(server_args, port_args, **ranks, dp_rank=None)
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
+    server_args.check_server_args()
     port_args = port_args_class.init_new(server_args)
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     return Scheduler(server_args, port_args)

@@ -112,6 +112,24 @@ def update_weights(child: Any, path: str) -> bool:
     return bool(output.success)
 
 
+def no_pinning() -> None:
+    """SGLang's LoRA layers pin host memory, which only a machine with an accelerator can."""
+    import functools
+
+    import torch
+
+    def unpinned(make: Any) -> Any:
+        @functools.wraps(make)
+        def wrapper(*args: Any, pin_memory: bool = False, **kw: Any) -> Any:
+            return make(*args, **kw)
+
+        return wrapper
+
+    for name in ("tensor", "empty", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor: tensor
+
+
 # ---- planted faults: each must make a named test fail ------------------------------------------
 
 

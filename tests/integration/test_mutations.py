@@ -41,10 +41,10 @@ def exact_oracle(it, texts: Texts) -> None:
 def rows_oracle(it, texts: Texts) -> None:
     """test_random_rows_alone's law."""
     it.ask("probes:force_plans")
-    prompt = texts.passage(257)
-    full = test_partial_prefill.donate(it, [prompt])["full0"]
+    prompt = texts.passage(250)
+    full = test_partial_prefill.donate(it, texts, [prompt])["full0"]
     for _ in range(3):
-        test_partial_prefill.assert_like_full(full, it.one(prompt, forced=texts.rows(257)))
+        test_partial_prefill.assert_like_full(full, it.one(prompt, forced=texts.rows(250)))
 
 
 def pressure_oracle(it, texts: Texts) -> None:

@@ -57,6 +57,35 @@ def make_model(folder: Path, name: str) -> Path:
     return path
 
 
+def make_adapter(folder: Path) -> Path:
+    """A random LoRA adapter for the attention of ``llama``, in PEFT's format."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    path = folder / "adapter"
+    path.mkdir(exist_ok=True)
+    rank, hidden, kv = 4, _COMMON["hidden_size"], _COMMON["hidden_size"] // 2
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(_COMMON["num_hidden_layers"]):
+        for name, width in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden) * 0.1
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(width, rank) * 0.5
+    save_file(weights, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
 def add_tokenizer(path: Path) -> None:
     """A byte-level BPE of ``VOCAB`` tokens, trained on Python's library, and a chat template."""
     import os

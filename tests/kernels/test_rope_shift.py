@@ -148,3 +148,11 @@ def test_keys_that_do_not_fit_the_angles_are_refused(num, dim):
     shift = plan_shift(TABLE, at(1, 2), at(3, 4))
     with pytest.raises(ValueError, match="2 angles of rotary_dim 16"):
         rotate_keys(keys_of(num, dim), shift, is_neox=True)
+
+
+def test_fp8_keys_stay_in_range():
+    top = torch.finfo(torch.float8_e4m3fn).max
+    keys = torch.full((len(MOVES), 1, 16), top).to(torch.float8_e4m3fn)
+    turned = rotate_keys(keys, plan_shift(TABLE, OLD, NEW), is_neox=True).float()
+    assert turned.isfinite().all()
+    assert (turned.abs() == top).any(), "nothing was turned past the range: the test shows nothing"
