@@ -50,16 +50,6 @@ def hook_add_one_req(
     return result
 
 
-def hook_check_decode_mem(original: Callable[..., Any], batch: Any, *args: Any, **kw: Any) -> Any:
-    """AROUND ``ScheduleBatch.check_decode_mem``: before a running request is retracted for want of
-    memory, requests in mid-prefill give back their sources."""
-    fits = original(batch, *args, **kw)
-    cache = batch.tree_cache
-    if not fits and isinstance(cache, FuzzyRadixCache) and cache.yield_sources():
-        fits = original(batch, *args, **kw)
-    return fits
-
-
 def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     """What the request should reuse, or why nothing. Changes nothing but a note on the request."""
     options = parse_options(req.sampling_params.custom_params)
@@ -127,7 +117,7 @@ def _view(req: Any, mode: str) -> RequestView:
         lora=req.lora_id is not None,
         prompt_logprobs=bool(prompt_logprobs),
         hidden_states=bool(req.return_hidden_states),
-        embedding=bool(req.is_prefill_only),
+        prefill_only=bool(req.is_prefill_only),
         multimodal=any(value is not None for value in inputs),
         session=getattr(req, "session", None) is not None,
         beam_search=getattr(req, "beam_group", None) is not None,
@@ -153,4 +143,4 @@ def _attach(cache: FuzzyRadixCache, req: Any, state: RequestReuse) -> None:
         "source_depth": state.plan.depth if state.plan else 0,
         "declined": state.decline.value if state.decline else None,
     }
-    req.customized_info = {**(req.customized_info or {}), "kvshare": OncePerAnswer([state.info])}
+    req.customized_info = {**(req.customized_info or {}), "kvshare": OncePerAnswer(state.info, req)}

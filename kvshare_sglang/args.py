@@ -15,7 +15,7 @@ from kvshare_sglang.compat import check_version
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, UnsupportedError
 
-ENV = "KVSHARE_CONFIG"  # the config as JSON; set only while kvshare is on
+ENV = "KVSHARE_LAUNCHER"  # process id of a launcher with kvshare on, for those it spawns
 BACKEND = "kvshare"  # our name among --radix-cache-backend
 
 # (attribute of ServerArgs, value that is served, what to call the rest, what to drop)
@@ -122,7 +122,7 @@ def build(make: Callable[[], Any], config: KVShareConfig | None) -> Any:
     check_version()
     server_args = make()
     check_served(server_args)
-    os.environ[ENV] = config.to_json()  # spawned processes inherit it
+    os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     server_args._kvshare = config
     return server_args
 

@@ -7,6 +7,7 @@ no request can name; only the fuzzy index leads there. Copies are never stored: 
 """
 
 import bisect
+import dataclasses
 import logging
 import secrets
 import time
@@ -16,12 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from kvshare_sglang import compat
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import SeamError
+from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
 from kvshare_sglang.radix_fuzzy.reuse import keep_before
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
@@ -124,6 +131,16 @@ class FuzzyRadixCache(RadixCache):
         )
         segment.payload = Nodes(start, node)
         node.kvshare = segment, start
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Where all that may be evicted is not enough, sources are given back and evicted too:
+        SGLang is about to allocate, and raises when it falls short."""
+        result = super().evict(params)
+        short = params.num_tokens - result.num_tokens_evicted
+        if short > 0 and self.yield_sources():
+            more = super().evict(dataclasses.replace(params, num_tokens=short))
+            result.num_tokens_evicted += more.num_tokens_evicted
+        return result
 
     # ---- what a request leaves behind ------------------------------------------------------
 
@@ -238,7 +255,7 @@ class FuzzyRadixCache(RadixCache):
         tokens = as_tokens(token_ids)
         runs = [Range(run.dst_start, run.dst_stop) for run in plan.runs]
         taken: list[Range] = []
-        for start, stop in complement(runs, start=0, stop=len(tokens)):
+        for start, stop in complement(runs, start=plan.exact_len, stop=len(tokens)):
             before = [run.depth for run in plan.runs if run.dst_stop <= start]
             if not before or (depth := 1 + max(before)) > self.config.source_depth:
                 continue
@@ -281,15 +298,15 @@ class FuzzyRadixCache(RadixCache):
                     slots.append(node.value[lo:hi])
                     node.last_access_time = now
                     last = node
-            self.fuzzy.pin(run)
+            pin = self.fuzzy.pin(run)
             self.inc_lock_ref(last)
-            state.locked.append((run, last))
+            state.locked.append((pin, last))
         state.src_slots = torch.cat(slots)
 
     def unlock_sources(self, state: RequestReuse) -> None:
         """Let the sources go; safe to call again."""
-        for run, node in state.locked:
-            self.fuzzy.unpin(run)
+        for pin, node in state.locked:
+            self.fuzzy.unpin(pin)
             self.dec_lock_ref(node)
         state.locked.clear()
         self._holders.pop(id(state), None)
@@ -305,6 +322,9 @@ class FuzzyRadixCache(RadixCache):
             assert state.plan is not None
             self.unlock_sources(state)
             state.plan = keep_before(state.plan, state.done)
+            if not state.plan.copies:
+                state.info["declined"] = Decline.NO_ROOM.value
+                self.report.declined(Decline.NO_ROOM)
         return bool(holders)
 
     def release(self, req: Any) -> None:

@@ -1,7 +1,6 @@
 """The one frozen configuration, checked when it is built. Bottom layer: stdlib only."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +58,3 @@ class KVShareConfig:
             raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
         if self.scope != "tenant":
             raise ConfigError("--kvshare-scope", self.scope, "one of tenant, group, global")
-
-    def to_json(self) -> str:
-        """One line that ``from_json`` turns back into an equal config."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "KVShareConfig":
-        return cls(**json.loads(text))

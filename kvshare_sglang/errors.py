@@ -10,7 +10,13 @@ class ConfigError(KVShareError, ValueError):
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
         self.name, self.value, self.allowed = name, value, allowed
-        super().__init__(f"{name} must be {allowed}, got {value!r}")
+        super().__init__(f"{name} must be {allowed}, got {_brief(value)}")
+
+
+def _brief(value: object, *, limit: int = 120) -> str:
+    """``repr``, cut: what a client sends by mistake must not come back in full."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
 class UnsupportedError(KVShareError, ValueError):

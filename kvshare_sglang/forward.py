@@ -135,6 +135,8 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
     states = [reuse_of(req) for req in batch.reqs]
     every_row = [[chunk] for chunk in chunks]
     rows = [_rows_of(state, chunk) for state, chunk in zip(states, chunks, strict=True)]
+    if _needs_every_row(fb, batch):
+        rows = every_row
     if not on_cpu(runner):
         rows = thin_out(rows, limit=max(runner.max_running_requests, len(rows)))
     if _ALL_ROWS:
@@ -150,6 +152,15 @@ def narrow(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> None:
             # The copy is enqueued on the forward stream, and whatever overwrites the sources
             # later is enqueued behind it.
             cache.unlock_sources(state)
+
+
+def _needs_every_row(fb: Any, batch: Any) -> bool:
+    """Whether any request of the batch has inputs or outputs by token that the cut would shift."""
+    return (
+        any(req.return_hidden_states for req in batch.reqs)
+        or fb.input_embeds is not None
+        or any(mm is not None for mm in fb.mm_inputs or ())
+    )
 
 
 def _rows_of(state: RequestReuse | None, chunk: Range) -> list[Range]:

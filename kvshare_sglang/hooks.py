@@ -66,12 +66,6 @@ SEAMS = (
         "no graph replay for a partial batch",
     ),
     Seam(
-        "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem",
-        "AROUND",
-        "kvshare_sglang.admission:hook_check_decode_mem",
-        "give back sources before a request is retracted",
-    ),
-    Seam(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",
         "AFTER",
         "kvshare_sglang.admission:hook_verify",

@@ -12,5 +12,5 @@ def register() -> None:
     from kvshare_sglang import args, hooks
 
     hooks.install_flags()
-    if os.environ.get(args.ENV):
+    if os.environ.get(args.ENV) == str(os.getppid()):
         hooks.install()

@@ -37,7 +37,13 @@ class OncePerAnswer(list[Any]):
     ``meta_info["kvshare"]`` is ``[info]`` however long the answer is.
     """
 
+    def __init__(self, info: dict[str, Any], req: Any) -> None:
+        super().__init__([info])
+        # An answer of no tokens is sent as [0:0]; before a first token that would be too early.
+        self._first_stop = min(1, req.sampling_params.max_new_tokens)
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return list(self) if not key.start and key.stop != 0 else []
+            first = not key.start and (key.stop is None or key.stop >= self._first_stop)
+            return list(self) if first else []
         return super().__getitem__(key)

@@ -6,6 +6,7 @@ the cache, in another order. Nothing is compared across runs: every ratio is of 
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -415,7 +416,7 @@ def main() -> int:
         device=args.device,
         seed=args.seed,
         repeats=args.repeats,
-        kvshare=bench.config.to_json(),
+        kvshare=dataclasses.asdict(bench.config),
         iqr="q75 - q25 of ratio_allrows",
     )
     _bench.warn_if_busy()

@@ -76,6 +76,6 @@ if ! has_plugin; then
 fi
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-unset KVSHARE_CONFIG KVSHARE_MEASURE_ALL_ROWS
+unset KVSHARE_LAUNCHER KVSHARE_MEASURE_ALL_ROWS
 say "$("$python" -V 2>&1) ($python); results in $out"
 exec "$python" scripts/gpu_check.py "$out" "$@"

@@ -45,28 +45,40 @@ def plan(
 ) -> list[RequestRows]:
     """Blocks for a batch. Each request gives ``positions`` [rows], ascending, and ``slots``
     [at least last position + 1]: the KV slot of each of its positions. ``group`` query heads
-    share a KV head. O(group x rows x kv) memory.
+    share a KV head. O(group x rows x kv) memory for scattered rows; blocks of side-by-side rows
+    share one mask.
     """
     out: list[RequestRows] = []
     base = 0
     size = max(1, BLOCK_QUERIES // group)
+    widest = max((int(positions[-1]) + 1 for positions, _ in rows if len(positions)), default=0)
+    shared: dict[int, torch.Tensor] = {}  # by rows: the mask of side-by-side rows at the very end
     for positions, slots in rows:
         blocks = []
         for first in range(0, len(positions), size):
             at = positions[first : first + size]
-            kv_len = int(at[-1]) + 1
+            num, kv_len = len(at), int(at[-1]) + 1
             if kv_len > len(slots):
                 raise ValueError(f"position {kv_len - 1} is outside the {len(slots)} slots given")
-            mask = torch.zeros(len(at), kv_len, dtype=dtype)
-            # only keys past the block's first row can be hidden from any row of it
-            lo = int(at[0]) + 1
-            hidden = torch.arange(lo, kv_len)[None] > at[:, None]
-            mask[:, lo:].masked_fill_(hidden, float("-inf"))
-            block = Block(base + first, base + first + len(at), kv_len, mask.repeat(group, 1))
-            blocks.append(block)
+            if kv_len - int(at[0]) > num:
+                mask = _mask(at, kv_len, dtype).repeat(group, 1)
+            else:
+                if num not in shared:
+                    last = torch.arange(widest - num, widest)
+                    shared[num] = _mask(last, widest, dtype).repeat(group, 1)
+                mask = shared[num][:, widest - kv_len :]
+            blocks.append(Block(base + first, base + first + num, kv_len, mask))
         out.append(RequestRows(_side_by_side(slots[: blocks[-1].kv_len if blocks else 0]), blocks))
         base += len(positions)
     return out
+
+
+def _mask(at: torch.Tensor, kv_len: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, kv_len]: 0 where a row at position ``at`` sees a key, -inf where not."""
+    mask = torch.zeros(len(at), kv_len, dtype=dtype)
+    lo = int(at[0]) + 1  # only keys past the first row can be hidden from any row
+    mask[:, lo:].masked_fill_(torch.arange(lo, kv_len)[None] > at[:, None], float("-inf"))
+    return mask
 
 
 def _side_by_side(slots: torch.Tensor) -> torch.Tensor | slice:

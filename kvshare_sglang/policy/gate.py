@@ -16,7 +16,7 @@ class Decline(StrEnum):
     LORA = "lora"
     PROMPT_LOGPROBS = "prompt_logprobs"
     HIDDEN_STATES = "hidden_states"
-    EMBEDDING = "embedding"
+    PREFILL_ONLY = "prefill_only"
     MULTIMODAL = "multimodal"
     SESSION = "session"
     BEAM_SEARCH = "beam_search"
@@ -33,7 +33,7 @@ class RequestView(NamedTuple):
     lora: bool = False
     prompt_logprobs: bool = False
     hidden_states: bool = False
-    embedding: bool = False
+    prefill_only: bool = False
     multimodal: bool = False
     session: bool = False
     beam_search: bool = False
@@ -54,7 +54,11 @@ def parse_options(custom_params: object) -> RequestOptions:
 
     No such key means the server's own settings. Raises ConfigError on anything else.
     """
-    if not isinstance(custom_params, Mapping) or custom_params.get("kvshare") is None:
+    if custom_params is None:
+        return RequestOptions()
+    if not isinstance(custom_params, Mapping):
+        raise ConfigError("custom_params", custom_params, "an object")
+    if custom_params.get("kvshare") is None:
         return RequestOptions()
     asked = custom_params["kvshare"]
     if isinstance(asked, str):
@@ -82,7 +86,7 @@ def may_reuse(view: RequestView) -> Decline | None:
         (view.lora, Decline.LORA),
         (view.prompt_logprobs, Decline.PROMPT_LOGPROBS),
         (view.hidden_states, Decline.HIDDEN_STATES),
-        (view.embedding, Decline.EMBEDDING),
+        (view.prefill_only, Decline.PREFILL_ONLY),
         (view.multimodal, Decline.MULTIMODAL),
         (view.session, Decline.SESSION),
         (view.beam_search, Decline.BEAM_SEARCH),

@@ -22,11 +22,21 @@ _MAX_LOAD = 0.6
 class FingerprintIndex:
     """Maps non-zero 64-bit keys to 64-bit values; the newest value of a key wins.
 
-    ``alive(values) -> mask`` says which entries are still worth keeping when the table is rebuilt.
+    ``alive(values) -> mask`` says which entries are still worth keeping when the table is rebuilt;
+    ``dropped()`` is called when all others are gone.
     """
 
-    def __init__(self, alive: Callable[[Words], Bools], *, capacity: int = 1 << 12) -> None:
+    def __init__(
+        self,
+        alive: Callable[[Words], Bools],
+        *,
+        dropped: Callable[[], None] = lambda: None,
+        capacity: int = 1 << 12,
+    ) -> None:
+        if capacity < 1 or capacity & (capacity - 1):
+            raise ValueError(f"capacity must be a power of two, got {capacity}")
         self._alive = alive
+        self._dropped = dropped
         self._min_capacity = capacity
         self.clear()
 
@@ -83,6 +93,10 @@ class FingerprintIndex:
             self._used += int(np.count_nonzero(won & free))
             pending, slots = pending[~won], (slots[~won] + _ONE) & self._mask
 
+    def compact(self) -> None:
+        """Drop the dead entries now. O(entries)."""
+        self._rebuild(0)
+
     def _rebuild(self, room: int) -> None:
         keys, values = self.items()
         keep = self._alive(values)
@@ -93,6 +107,7 @@ class FingerprintIndex:
             capacity *= 2
         self._allocate(capacity)
         self._put_unique(keys, values)
+        self._dropped()
 
     def _allocate(self, capacity: int) -> None:
         self._keys = np.zeros(capacity, np.uint64)

@@ -57,8 +57,13 @@ def keep_before(plan: ReusePlan, stop: int) -> ReusePlan:
     >>> keep_before(plan, 40).compute
     (Range(start=0, stop=20), Range(start=40, stop=100))
     """
-    runs = [r.cut(r.dst_start, min(r.dst_stop, stop)) for r in plan.runs if r.dst_start < stop]
     copies = [r.cut(r.dst_start, min(r.dst_stop, stop)) for r in plan.copies if r.dst_start < stop]
+    # A run of which nothing is copied is no run: its text is computed like any other.
+    runs = [
+        r.cut(r.dst_start, min(r.dst_stop, stop))
+        for r in plan.runs
+        if any(r.dst_start <= c.dst_start < r.dst_stop for c in copies)
+    ]
     compute = complement(
         [Range(c.dst_start, c.dst_stop) for c in copies],
         start=plan.prefix_len,

@@ -11,7 +11,7 @@ Payloads are opaque: the host keeps in them where the KV of a segment is.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ class Segment:
     """One edge. ``tokens`` holds what is alive; ``stop`` is its end in path positions."""
 
     id: int
-    namespace: int
+    namespace: object
     tokens: Tokens
     start: int
     parent: "Segment | None"
@@ -53,6 +53,22 @@ class Segment:
     @property
     def stop(self) -> int:
         return self.start + len(self.tokens)
+
+
+class Pin(NamedTuple):
+    """A claim on the segment that holds the end of a run's source."""
+
+    owner: Segment
+    stop: int
+
+
+class Space:
+    """A namespace that has live segments."""
+
+    __slots__ = ("id", "num_segments", "seed")
+
+    def __init__(self, space_id: int, seed: int) -> None:
+        self.id, self.seed, self.num_segments = space_id, seed, 0
 
 
 class Piece(tuple[Segment, int, int]):
@@ -71,17 +87,23 @@ class FuzzyTree:
 
     def __init__(self, *, secret: int = 0) -> None:
         self._secret = secret
+        self._version = 0
+        self._reset()
+
+    def _reset(self) -> None:
         self._stops = np.zeros(64, np.int64)  # by segment id; 0 once the segment is gone
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
-        self._index = FingerprintIndex(self._alive)
+        self._index = FingerprintIndex(self._alive, dropped=self._reuse_ids)
         self._segments: dict[int, Segment] = {}
-        self._namespaces: dict[object, int] = {}
-        self._seeds: list[int] = []
+        self._namespaces: dict[object, Space] = {}
+        self._free_spaces: list[int] = []
         self._chunk_home: dict[int, int] = {}
-        self._pin_owners: dict[Run, list[Segment]] = {}
-        # Ids are never used twice, so that nothing stale can name a new segment; 0 is "nothing".
+        # The id of a dead segment is used again only after nothing names it any more; 0 is
+        # "nothing".
         self._next_id = 1
+        self._dead_ids: list[int] = []
+        self._free_ids: list[int] = []
         self._num_tokens = 0
 
     # ---- what is in it ------------------------------------------------------------------
@@ -89,7 +111,7 @@ class FuzzyTree:
     @property
     def version(self) -> int:
         """Changes whenever a match may find more than before."""
-        return self._next_id
+        return self._version
 
     @property
     def num_tokens(self) -> int:
@@ -136,9 +158,12 @@ class FuzzyTree:
             raise ValueError(f"start must be in [{above.start + 1}, {above.stop}], got {start}")
         if above is not None and above.depth != depth:  # a run may reach up into the parent
             raise ValueError(f"depth must be the parent's {above.depth}, got {depth}")
+        if above is not None and above.namespace != namespace:
+            raise ValueError(f"namespace {namespace!r} is not that of the parent segment")
+        space = self._space(namespace)
         seg = Segment(
-            id=self._next_id,
-            namespace=self._space(namespace),
+            id=self._new_id(),
+            namespace=namespace,
             tokens=np.array(tokens, np.int32),
             start=start,
             parent=above,
@@ -146,19 +171,14 @@ class FuzzyTree:
             payload=payload,
             root_start=start if above is None else above.root_start,
         )
-        if above is not None and above.namespace != seg.namespace:
-            raise ValueError(f"namespace {namespace!r} is not that of the parent segment")
-        self._next_id += 1
+        space.num_segments += 1
+        self._version += 1
         self._segments[seg.id] = seg
         self._num_tokens += len(seg.tokens)
-        if seg.id >= len(self._stops):
-            for name in ("_stops", "_depths", "_spaces"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
         self._stops[seg.id] = seg.stop
         self._depths[seg.id] = depth
-        self._spaces[seg.id] = seg.namespace
-        self._index_segment(seg, self._seeds[seg.namespace])
+        self._spaces[seg.id] = space.id
+        self._index_segment(seg, space.seed)
         return seg
 
     def unknown_chunks(self, namespace: object, tokens: Tokens, *, depth: int) -> list[list[Chunk]]:
@@ -200,42 +220,32 @@ class FuzzyTree:
         seg.tokens = seg.tokens[: stop - seg.start].copy()
         self._stops[seg.id] = stop
         if stop == seg.start:
-            self._stops[seg.id] = 0
-            del self._segments[seg.id]
+            self._drop(seg)
 
     def clear(self) -> None:
         """Forget everything (the cache was flushed). Pins die with it."""
-        self._segments.clear()
-        self._namespaces.clear()
-        self._seeds.clear()
-        self._chunk_home.clear()
-        self._pin_owners.clear()
-        self._num_tokens = 0
-        self._stops[:] = 0
-        self._index.clear()
+        self._reset()
 
-    def pin(self, run: Run) -> None:
-        """The run's source must not be trimmed until it is unpinned.
+    def pin(self, run: Run) -> Pin:
+        """The run's source must not be trimmed until the pin is given back.
 
         Raises KeyError or TreeError if it was trimmed since the match.
         """
+        # The run's own segment may go, only the one that holds its end is held.
         owner = self._owner(self._segments[run.source], run.src_stop - 1)
         if run.src_stop > owner.stop:
             raise TreeError(f"{run} ends past the last position alive, {owner.stop}")
         owner.pins[run.src_stop] += 1
-        # Not to be looked up again: the run's own segment may go, only this one is held.
-        self._pin_owners.setdefault(run, []).append(owner)
+        return Pin(owner, run.src_stop)
 
-    def unpin(self, run: Run) -> None:
-        """Take one pin back. Raises TreeError if there is none."""
-        if not (owners := self._pin_owners.get(run)):
-            raise TreeError(f"{run} is not pinned")
-        owner = owners.pop()
-        if not owners:
-            del self._pin_owners[run]
-        owner.pins[run.src_stop] -= 1
-        if owner.pins[run.src_stop] == 0:
-            del owner.pins[run.src_stop]
+    def unpin(self, pin: Pin) -> None:
+        """Give a pin back, once. Raises TreeError if it does not stand."""
+        owner, stop = pin
+        if self._segments.get(owner.id) is not owner or not owner.pins[stop]:
+            raise TreeError(f"nothing is pinned up to {stop} in segment {owner.id}")
+        owner.pins[stop] -= 1
+        if owner.pins[stop] == 0:
+            del owner.pins[stop]
 
     @property
     def num_pins(self) -> int:
@@ -265,11 +275,11 @@ class FuzzyTree:
         space = self._namespaces.get(namespace)
         if space is None:
             return ()
-        marks = winnow(prompt[start:], seed=self._seeds[space])
+        marks = winnow(prompt[start:], seed=space.seed)
         found = self._index.get(marks.hashes)
         homes = (found >> _POSITION_BITS).astype(np.int64)
         ok = self._alive(found) & (self._depths[homes] <= max_depth)
-        ok &= self._spaces[homes] == space
+        ok &= self._spaces[homes] == space.id
         if not ok.any():
             return ()
         hits = zip(
@@ -336,16 +346,53 @@ class FuzzyTree:
         for hashed, value in zip(keys[keep].tolist(), values[keep].tolist(), strict=True):
             seg, at = self._segments[value >> 32], value & (2**32 - 1)
             gram = self.path_tokens(seg.id, at, at + GRAM)
-            assert gram_hashes(gram, seed=self._seeds[seg.namespace])[0] == hashed
+            assert gram_hashes(gram, seed=self._namespaces[seg.namespace].seed)[0] == hashed
+        # Namespaces live as long as their segments, and each has an id of its own.
+        counts = Counter(seg.namespace for seg in self._segments.values())
+        assert counts == {name: s.num_segments for name, s in self._namespaces.items()}
+        assert len({space.id for space in self._namespaces.values()}) == len(counts)
+        # An id is alive, dead or free, and only one of these.
+        ids = [*self._segments, *self._dead_ids, *self._free_ids]
+        assert sorted(ids) == list(range(1, self._next_id))
 
     # ---- inside -------------------------------------------------------------------------
 
-    def _space(self, namespace: object) -> int:
+    def _space(self, namespace: object) -> Space:
         space = self._namespaces.get(namespace)
         if space is None:
-            space = self._namespaces[namespace] = len(self._seeds)
-            self._seeds.append(namespace_seed((self._secret, namespace)))
+            space_id = self._free_spaces.pop() if self._free_spaces else len(self._namespaces)
+            seed = namespace_seed((self._secret, namespace))
+            space = self._namespaces[namespace] = Space(space_id, seed)
         return space
+
+    def _new_id(self) -> int:
+        if self._free_ids:
+            return self._free_ids.pop()
+        self._next_id += 1
+        if self._next_id > len(self._stops):
+            for name in ("_stops", "_depths", "_spaces"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        return self._next_id - 1
+
+    def _drop(self, seg: Segment) -> None:
+        """Forget a segment that has no tokens left, and its namespace with the last one."""
+        self._stops[seg.id] = 0
+        del self._segments[seg.id]
+        self._dead_ids.append(seg.id)
+        space = self._namespaces[seg.namespace]
+        space.num_segments -= 1
+        if space.num_segments == 0:
+            del self._namespaces[seg.namespace]
+            self._free_spaces.append(space.id)
+        if len(self._dead_ids) > 4096 + 2 * len(self._segments):
+            self._index.compact()  # segments too short for a fingerprint never fill the index
+
+    def _reuse_ids(self) -> None:
+        """The index has dropped all that was dead; whatever else names dead segments goes too."""
+        self._chunk_home = {k: s for k, s in self._chunk_home.items() if s in self._segments}
+        self._free_ids += self._dead_ids
+        self._dead_ids.clear()
 
     def _alive(self, values: Words) -> Bools:
         """Which index entries name a gram that is still there in full."""

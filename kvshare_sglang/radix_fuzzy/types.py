@@ -122,7 +122,7 @@ def complement(ranges: list[Range], *, start: int, stop: int) -> list[Range]:
     for a, b in ranges:
         if a > start:
             out.append(Range(start, a))
-        start = b
+        start = max(start, b)
     if start < stop:
         out.append(Range(start, stop))
     return out

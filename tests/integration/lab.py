@@ -111,6 +111,7 @@ def request(
     forced: Any = None,
     keep: str = "",
     lora: bool = False,
+    hidden_states: bool = False,
     **sampling: Any,
 ) -> dict[str, Any]:
     """One request, greedy.
@@ -129,6 +130,7 @@ def request(
         "forced": forced,
         "keep": keep,
         "lora": lora,
+        "hidden_states": hidden_states,
         "sampling": sampling,
     }
 
@@ -339,9 +341,12 @@ class Child:
             token_ids_logprob=None,
             stream=False,
             extra_key=spec["extra_key"],
+            return_hidden_states=spec["hidden_states"],
         )
 
     def _answer(self, req: Any) -> dict[str, Any]:
+        import torch
+
         info = (req.customized_info or {}).get("kvshare")
         logprob = getattr(req, "logprob", None)
         return {
@@ -353,6 +358,7 @@ class Child:
             "logits": self.logits.get(req.rid),
             "input_logprobs": getattr(logprob, "input_token_logprobs_val", None),
             "kv": self.kept.get(req.rid),
+            "hidden_states": [torch.tensor(part) for part in req.hidden_states],
         }
 
 

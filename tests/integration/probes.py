@@ -102,6 +102,39 @@ def break_copy(child: Any) -> None:
     forward.copy_kv = broken
 
 
+def count_yields(child: Any) -> None:
+    """Count how often sources were really given back."""
+    cache = child.cache
+    original, child.num_yields = cache.yield_sources, 0
+
+    def counted() -> bool:
+        gave: bool = original()
+        child.num_yields += gave
+        return gave
+
+    cache.yield_sources = counted
+
+
+def yields(child: Any) -> int:
+    return child.num_yields
+
+
+def yield_once_between(child: Any, low: int, high: int) -> None:
+    """Give sources back when a chunked request has done between ``low`` and ``high`` tokens."""
+    count_yields(child)
+    scheduler = child.scheduler
+    original = scheduler.get_next_batch_to_run
+
+    def get_next(*args: Any, **kw: Any) -> Any:
+        state = getattr(scheduler.chunked_req, "kvshare", None)
+        reusing = state is not None and state.plan is not None
+        if reusing and low <= state.done < high and not child.num_yields:
+            child.cache.yield_sources()
+        return original(*args, **kw)
+
+    scheduler.get_next_batch_to_run = get_next
+
+
 def update_weights(child: Any, path: str) -> bool:
     """What /update_weights_from_disk does in the scheduler."""
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput

@@ -45,7 +45,7 @@ def environment(sglang: Path | None = None) -> dict[str, str]:
         TRANSFORMERS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
     )
-    env.pop("KVSHARE_CONFIG", None)
+    env.pop("KVSHARE_LAUNCHER", None)
     if sglang is not None:
         env["PYTHONPATH"] = str(sglang)
     return env

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Texts
 from lab import Lab, lab, request
 
@@ -135,25 +136,58 @@ def test_sources_survive_the_pressure_of_their_own_reuse(llama: Path, texts: Tex
         assert_clean(it)
 
 
-def test_sources_are_given_back_before_a_running_request_is_retracted(
-    llama: Path, texts: Texts
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_sources_are_given_back_when_memory_runs_out(
+    overlap: bool, page_size: int, llama: Path, texts: Texts
 ) -> None:
-    """A long prefill holds its sources while another request decodes into the last free slots."""
-    a, running = texts.passage(500), texts.passage(50)
-    settings = {"max_total_tokens": 1100, "chunked_prefill_size": 16, "enable_mixed_chunk": True}
-    with lab(llama, kvshare=True, schedule_conservativeness=0.1, **settings) as it:
+    """A long prefill holds its sources while another request decodes into the last free slots;
+    mixed batches allocate without asking first."""
+    a, running = texts.passage(1000), texts.passage(50)
+    settings = {
+        "max_total_tokens": 2096,
+        "chunked_prefill_size": 2 * max(page_size, 8),
+        "enable_mixed_chunk": True,
+        "schedule_conservativeness": 0.01,
+        "disable_overlap_schedule": not overlap,
+        "page_size": page_size,
+    }
+    with lab(llama, kvshare=True, **settings) as it:
         it.one(a, new=1)
+        it.ask("probes:count_yields")
         answers = it.play(
             [
-                request("decode", running, new=300),
+                request("decode", running, new=400),
                 ("polls", 8),
                 request("prefill", texts.passage(5) + a, new=1),
             ]
         )
         for answer in answers.values():
             assert answer["finish"]["type"] == "length"
-        assert len(answers["decode"]["output"]) == 300
+        assert len(answers["decode"]["output"]) == 400
+        assert it.ask("probes:yields") > 0, "memory never ran out"
         assert_clean(it)
+
+
+@pytest.mark.parametrize(("low", "high"), [(8, 40), (51, 70), (200, 300)])
+def test_sources_may_be_given_back_at_any_chunk(
+    low: int, high: int, llama: Path, texts: Texts
+) -> None:
+    """In the fresh text before a run, in its head, and behind copies that were made."""
+    a, b = texts.passage(300), texts.passage(300)
+    prompt = texts.passage(50) + a + texts.passage(40) + b + texts.passage(90)
+    with lab(llama, kvshare=True, chunked_prefill_size=32) as it:
+        it.one(b + a, new=1)
+        it.ask("probes:yield_once_between", low, high)
+        answer = it.one(prompt, new=60, keep="kv")
+        assert it.ask("probes:yields") == 1
+        info = answer["kvshare"]
+        assert info["fuzzy_tokens"] + info["computed_tokens"] == len(prompt)
+        assert (info["declined"] == "no_room") == (info["fuzzy_tokens"] == 0) == (low < 200)
+        assert_clean(it)
+        if not info["fuzzy_tokens"]:
+            fresh = it.one(prompt, new=60, kvshare="exact", extra_key="fresh")
+            assert fresh["output"] == answer["output"]
 
 
 def test_abort_in_the_middle_of_chunks_leaves_nothing(tight: Lab, texts: Texts) -> None:
@@ -214,6 +248,31 @@ def test_odd_prompts(kv_lab: Lab, texts: Texts) -> None:
             again = kv_lab.one(rest + prompt + prompt)
             assert len(first["output"]) == len(again["output"]) == 8
     assert_clean(kv_lab)
+
+
+def test_hidden_states_in_a_batch_with_reuse(llama: Path, texts: Texts) -> None:
+    """SGLang hands out a batch's hidden states by the length of each prompt."""
+    a, mine, other = texts.passage(300), texts.passage(40), texts.passage(500)
+    with lab(llama, kvshare=True, enable_return_hidden_states=True) as it:
+        alone = it.one(mine, hidden_states=True, new=3)["hidden_states"]
+        it.flush()
+        it.one(a)
+        batch = it.play(
+            [
+                [
+                    request("reuse", texts.passage(4) + a),
+                    request("mine", mine, hidden_states=True, new=3, extra_key="x"),
+                    request("other", other),
+                ]
+            ]
+        )
+        assert batch["mine"]["kvshare"]["declined"] == "hidden_states"
+        assert batch["reuse"]["kvshare"]["computed_tokens"] == 304
+        got = batch["mine"]["hidden_states"]
+        assert [len(part) for part in got] == [len(part) for part in alone]
+        for ours, theirs in zip(got, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+        assert_clean(it)
 
 
 def test_prompt_logprobs_and_plain_requests_share_a_batch_with_reuse(

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from conftest import Texts
 from server import ARGS, Server, environment, refuse, serve
 from tiny_models import add_tokenizer, make_model
 
-from kvshare_sglang import compat
+from kvshare_sglang import compat, hooks
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
 
@@ -78,6 +79,13 @@ def test_request_options_pass_through_every_endpoint(server: Server) -> None:
         reply = server.post(path, {**request, "custom_params": {"kvshare": {"budget": 9}}})
         assert reply.status_code == 400
         assert "custom_params.kvshare.budget must be a number in [0, 1], got 9" in reply.text
+    for custom in ("exact", ["exact"], 5):
+        sampling = {"max_new_tokens": 4, "custom_params": custom}
+        reply = server.post("/generate", {"text": text, "sampling_params": sampling})
+        assert reply.status_code == 400
+        assert (
+            f"custom_params must be an object, got {custom!r}" in reply.json()["error"]["message"]
+        )
     chat["messages"][0]["content"] = "Again: " + text + "thrice"
     assert server.post("/v1/chat/completions", chat).status_code == 200
     assert tokens_copied(server) > before
@@ -109,6 +117,9 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     many = server.generate(texts.passage(9) + a, sampling={"n": 3, "max_new_tokens": 6})
     assert len(many) == 3
     assert len({tuple(answer["output_ids"]) for answer in many}) == 1, "greedy samples agree"
+    # SGLang prefills a prompt of several samples once, with an answer of no tokens.
+    warm = server.generate(texts.passage(9) + a, new=0)
+    assert info(warm)["declined"] == "prefill_only"
 
 
 def test_flush_and_abort(server: Server, texts: Texts) -> None:
@@ -213,6 +224,23 @@ def test_what_is_not_served_ends_the_start_with_one_line(
 
 def test_an_option_without_the_switch_is_an_error(model: Path) -> None:
     assert "--kvshare-budget given without --kvshare" in refuse(model, "--kvshare-budget", "0.2")
+
+
+def test_a_launcher_of_another_server_changes_nothing() -> None:
+    """The variable that tells spawned processes of kvshare counts only from their own parent."""
+    code = """
+import os
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from kvshare_sglang import hooks
+print("MISSING", len(hooks.missing()), "OF", len(hooks.SEAMS))
+"""
+    count = len(hooks.SEAMS)
+    for launcher, missing in (("garbage", count), ("1", count), (str(os.getpid()), 0)):
+        env = {**environment(), "KVSHARE_LAUNCHER": launcher}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert f"MISSING {missing} OF {count}" in done.stdout, done.stderr
 
 
 def test_a_missing_seam_stops_the_start_by_name(tmp_path: Path) -> None:

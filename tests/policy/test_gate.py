@@ -70,6 +70,20 @@ def test_anything_else_is_refused_by_name_value_and_what_is_allowed(asked, name,
         parse_options({"kvshare": asked})
 
 
+@pytest.mark.parametrize("custom_params", ["exact", ["exact"], 5, True])
+def test_custom_params_that_are_no_object_are_refused(custom_params):
+    with pytest.raises(ConfigError, match="custom_params must be an object, got"):
+        parse_options(custom_params)
+
+
+def test_what_a_client_sent_does_not_come_back_in_full():
+    with pytest.raises(ConfigError) as caught:
+        parse_options({"kvshare": "x" * 200_000})
+    assert len(str(caught.value)) < 300
+    assert "(200002 characters)" in str(caught.value)
+    assert caught.value.value == "x" * 200_000
+
+
 def test_a_plain_request_may_reuse():
     assert may_reuse(RequestView()) is None
 
@@ -80,7 +94,7 @@ def test_a_plain_request_may_reuse():
         ("lora", Decline.LORA),
         ("prompt_logprobs", Decline.PROMPT_LOGPROBS),
         ("hidden_states", Decline.HIDDEN_STATES),
-        ("embedding", Decline.EMBEDDING),
+        ("prefill_only", Decline.PREFILL_ONLY),
         ("multimodal", Decline.MULTIMODAL),
         ("session", Decline.SESSION),
         ("beam_search", Decline.BEAM_SEARCH),

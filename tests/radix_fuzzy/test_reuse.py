@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from oracles import covered
 from strategies import prompts_with_runs
 
-from kvshare_sglang.radix_fuzzy.reuse import MERGE_GAP, MIN_COPY, plan_reuse, thin_out
-from kvshare_sglang.radix_fuzzy.types import Join, Range, Run
+from kvshare_sglang.radix_fuzzy.reuse import MERGE_GAP, MIN_COPY, keep_before, plan_reuse, thin_out
+from kvshare_sglang.radix_fuzzy.types import Join, Range, ReusePlan, Run, complement
 
 BUDGETS = st.one_of(st.sampled_from((0.0, 0.15, 1.0)), st.floats(0, 1))
 HEADS = st.sampled_from((0, 1, 16, 32, 100))
@@ -208,3 +208,16 @@ def test_thinning_out_fills_the_smallest_gaps(rows, limit):
 def test_thinning_out_changes_nothing_below_the_limit():
     rows = [[Range(0, 2), Range(9, 10)], [], [Range(5, 6)]]
     assert thin_out(rows, limit=3) == rows
+
+
+def test_what_is_no_longer_copied_is_no_run():
+    """A request that gave its sources back in the head of a run has computed that head itself."""
+    runs = (Run(1, 0, 10, 60), Run(2, 0, 100, 60))
+    copies = (runs[0].cut(26, 70), runs[1].cut(116, 160))
+    compute = complement([Range(26, 70), Range(116, 160)], start=0, stop=200)
+    plan = ReusePlan(200, 0, runs, copies, tuple(compute))
+    for stop, kept, exact in ((20, 0, 200), (26, 0, 200), (40, 1, 26), (110, 1, 26), (120, 2, 26)):
+        short = keep_before(plan, stop)
+        assert (len(short.runs), len(short.copies), short.exact_len) == (kept, kept, exact)
+        assert short.computed + short.copied == 200
+        assert all(c.dst_stop <= stop for c in short.copies)
