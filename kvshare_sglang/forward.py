@@ -294,7 +294,7 @@ def cut_tokens(fb: Any, rows: list[list[Range]], runner: Any) -> None:
     fb.extend_num_tokens = len(picked)
     compat.set_num_tokens(fb, len(picked))
     fb.kvshare_rows = rows
-    if runner.lora_manager is not None:
+    if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
         # Its segments were laid out for all tokens when the batch was built.
         runner.lora_manager.prepare_lora_batch(fb)
 
