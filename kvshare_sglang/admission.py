@@ -133,6 +133,8 @@ def _attach(cache: FuzzyRadixCache, req: Any, state: RequestReuse) -> None:
     req.kvshare = state
     req.kvshare_proposal = None
     exact = len(req.prefix_indices)
+    if exact:
+        cache.note_prefix_hit(req.last_node)
     cache.report.admitted(exact, state.decline)
     # Rows are counted as they run.
     state.info = {

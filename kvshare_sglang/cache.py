@@ -23,12 +23,14 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     MatchPrefixParams,
 )
+from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from kvshare_sglang import compat
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import SeamError
 from kvshare_sglang.policy.gate import Decline
+from kvshare_sglang.policy.worth import NEW, rank, used
 from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
 from kvshare_sglang.radix_fuzzy.reuse import keep_before
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
@@ -42,10 +44,11 @@ logger = logging.getLogger(__name__)
 class TaggedKey:
     """The ``extra_key`` of inexact KV. Equal only to itself, so no user's key is ever equal."""
 
-    __slots__ = ("depth", "namespace", "start")
+    __slots__ = ("context", "depth", "namespace", "start")
 
-    def __init__(self, namespace: object, *, start: int, depth: int) -> None:
+    def __init__(self, namespace: object, *, start: int, depth: int, context: int) -> None:
         self.namespace, self.start, self.depth = namespace, start, depth
+        self.context = context  # FuzzyTree.context_of what stood before
 
 
 class Nodes:
@@ -76,6 +79,16 @@ class Nodes:
             i += 1
 
 
+class ByWorth(EvictionStrategy):
+    """Evict first what was used least, then what was used longest ago."""
+
+    def __init__(self, cache: "FuzzyRadixCache") -> None:
+        self._cache = cache
+
+    def get_priority(self, node: TreeNode) -> tuple[int, float]:
+        return rank(node.kvshare_worth, now=self._cache.turnover), node.last_access_time
+
+
 class FuzzyRadixCache(RadixCache):
     """SGLang's RadixCache with a fuzzy index over all that it holds."""
 
@@ -85,7 +98,10 @@ class FuzzyRadixCache(RadixCache):
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
         self._holders: dict[int, RequestReuse] = {}  # states that hold locks, by identity
         self._adopted: dict[int, list[Range]] = {}  # req_pool_idx -> what the tree took over
+        self.turnover = 0.0  # tokens taken in, in units of the pool's size
         super().__init__(params)
+        if config.eviction == "worth":
+            self.eviction_strategy = ByWorth(self)
 
     # ---- the fuzzy tree follows every change of the exact one -----------------------------
 
@@ -111,6 +127,7 @@ class FuzzyRadixCache(RadixCache):
         segment, start = upper.kvshare = child.kvshare
         child.kvshare = segment, start + split_len
         segment.payload.split(start, upper, at=start + split_len)
+        upper.kvshare_worth = child.kvshare_worth
         return upper
 
     def _delete_leaf(self, node: TreeNode) -> None:
@@ -121,16 +138,24 @@ class FuzzyRadixCache(RadixCache):
 
     def _note_new_node(self, node: TreeNode, *, start: int) -> None:
         tag = node.key.extra_key
-        depth = 0
+        depth = context = 0
         space: object = compat.namespace(node.key)
         if isinstance(tag, TaggedKey):
             start, depth, space = start + tag.start, tag.depth, tag.namespace
+            context = tag.context
         parent = None if node.parent is self.root_node else node.parent.kvshare[0].id
         segment = self.fuzzy.insert(
-            space, as_tokens(node.key.token_ids), start=start, parent=parent, depth=depth
+            space,
+            as_tokens(node.key.token_ids),
+            start=start,
+            parent=parent,
+            depth=depth,
+            context=context,
         )
         segment.payload = Nodes(start, node)
         node.kvshare = segment, start
+        node.kvshare_worth = NEW
+        self.turnover += len(node.key) / self.token_to_kv_pool_allocator.size
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Where all that may be evicted is not enough, sources are given back and evicted too:
@@ -256,8 +281,8 @@ class FuzzyRadixCache(RadixCache):
         runs = [Range(run.dst_start, run.dst_stop) for run in plan.runs]
         taken: list[Range] = []
         for start, stop in complement(runs, start=plan.exact_len, stop=len(tokens)):
-            before = [run.depth for run in plan.runs if run.dst_stop <= start]
-            if not before or (depth := 1 + max(before)) > self.config.source_depth:
+            before = [run.depth_behind for run in plan.runs if run.dst_stop <= start]
+            if not before or (depth := max(before)) > self.config.source_depth:
                 continue
             for chunks in self.fuzzy.unknown_chunks(space, tokens[start:stop], depth=depth):
                 a = start + chunks[0].start
@@ -265,7 +290,8 @@ class FuzzyRadixCache(RadixCache):
                 borders = [(start + chunk.stop) // page * page for chunk in chunks]
                 if borders[-1] - first < max(SPAN, page):
                     continue
-                key_of = TaggedKey(space, start=first, depth=depth)
+                context = self.fuzzy.context_of(tokens[:first])
+                key_of = TaggedKey(space, start=first, depth=depth, context=context)
                 slots = self.req_to_token_pool.req_to_token[compat.kv_row(req).req_pool_idx]
                 for chunk, border in zip(chunks, borders, strict=True):
                     if border - first <= 0:
@@ -297,11 +323,21 @@ class FuzzyRadixCache(RadixCache):
                 for node, lo, hi in segment.payload.covering(start, stop):
                     slots.append(node.value[lo:hi])
                     node.last_access_time = now
+                    self._use(node, (hi - lo) / len(node.value))
                     last = node
             pin = self.fuzzy.pin(run)
             self.inc_lock_ref(last)
             state.locked.append((pin, last))
         state.src_slots = torch.cat(slots)
+
+    def note_prefix_hit(self, node: TreeNode) -> None:
+        """The path to ``node`` serves a request as its exact prefix."""
+        while node is not self.root_node:
+            self._use(node, 1.0)
+            node = node.parent
+
+    def _use(self, node: TreeNode, amount: float) -> None:
+        node.kvshare_worth = used(node.kvshare_worth, amount, now=self.turnover)
 
     def unlock_sources(self, state: RequestReuse) -> None:
         """Let the sources go; safe to call again."""

@@ -33,10 +33,13 @@ class KVShareConfig:
         0.1, "smallest share of the uncached prompt that reuse must save", 0, 1
     )
     edit_tolerance: float = _option(
-        0.5, "largest share of edited tokens in a gap that is still aligned as an edit", 0, 1
+        0.8, "largest share of edited tokens in a gap that is still aligned as an edit", 0, 1
     )
     source_depth: int = _option(
         1, "how many times reuse may build on reused text (0: exact sources only)", 0, 16
+    )
+    eviction: str = _option(
+        "worth", "what is evicted first: worth (least used, aged) or sglang (its own policy)"
     )
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
@@ -54,6 +57,8 @@ class KVShareConfig:
                 raise ConfigError(flag, value, allowed)
             if lo is not None and not lo <= value <= hi:  # also refuses nan
                 raise ConfigError(flag, value, allowed)
+        if self.eviction not in ("worth", "sglang"):
+            raise ConfigError("--kvshare-eviction", self.eviction, "one of worth, sglang")
         if self.scope in ("group", "global"):
             raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
         if self.scope != "tenant":

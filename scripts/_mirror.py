@@ -14,7 +14,8 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.gate import pays
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse, thin_out
-from kvshare_sglang.radix_fuzzy.tree import FuzzyTree, common_prefix
+from kvshare_sglang.radix_fuzzy.segments import common_prefix
+from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, Run, clip
 
 _NAMESPACE = (None, None)

@@ -26,8 +26,9 @@ def plan_reuse(
 
     ``budget`` is the share of reused tokens that is computed again. Where the heads (windows and
     seams) need more, they are trimmed in proportion, seams before windows; where they need less,
-    every head grows in proportion to its run. The last ``max(seam, 1)`` tokens of the prompt are
-    always computed: they choose the next token. Raises ValueError on runs out of order.
+    every head grows in proportion to its run. A run behind the text that it was computed behind
+    has no head. The last ``max(seam, 1)`` tokens of the prompt are always computed: they choose
+    the next token. Raises ValueError on runs out of order.
     """
     check_runs(runs, start=prefix_len, stop=prompt_len)
     limit = prompt_len - max(seam, 1)
@@ -100,7 +101,9 @@ def thin_out(rows: list[list[Range]], *, limit: int) -> list[list[Range]]:
 
 
 def _head(run: Run, seam: int, window: int) -> int:
-    return min(run.length, max(window, seam) if run.join is Join.EDIT else seam)
+    """Rows that the start of a run needs; none where nothing before it has changed."""
+    heads = {Join.SEAM: seam, Join.EDIT: max(window, seam), Join.SAME: 0}
+    return min(run.length, heads[run.join])
 
 
 def _heads(runs: list[Run], budget: float, seam: int, window: int) -> list[int]:
@@ -116,9 +119,10 @@ def _heads(runs: list[Run], budget: float, seam: int, window: int) -> list[int]:
     if sum(windows) + sum(seams) > allowed:
         return [w + s for w, s in zip(windows, _scale(seams, allowed - sum(windows)), strict=True)]
     spare = allowed - sum(windows) - sum(seams)
+    grown = [0 if run.join is Join.SAME else run.length for run in runs]
     return [
-        min(run.length, w + s + spare * run.length // total)
-        for run, w, s in zip(runs, windows, seams, strict=True)
+        min(run.length, w + s + spare * grow // max(sum(grown), 1))
+        for run, w, s, grow in zip(runs, windows, seams, grown, strict=True)
     ]
 
 

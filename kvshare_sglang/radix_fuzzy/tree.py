@@ -1,24 +1,20 @@
 """The fuzzy radix tree: find cached text at any position, in step with a cache's life. Pure.
 
-An edge of the tree is a *segment*: tokens that were inserted at once, standing at absolute
-positions ``[start, start + len)`` of a sequence and hanging on a parent segment (or on nothing).
-The *path* of a segment is the sequence from its root to its end. The host's own prefix tree splits
-its nodes as it likes; a segment only ever shrinks from its end, because a cache evicts leaves.
+The host's own prefix tree splits its nodes as it likes; a segment only ever shrinks from its end,
+because a cache evicts leaves.
 
 Payloads are opaque: the host keeps in them where the KV of a segment is.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from kvshare_sglang.errors import TreeError
 from kvshare_sglang.radix_fuzzy import chunks
-from kvshare_sglang.radix_fuzzy.align import MAX_GAP, align
 from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import (
     GRAM,
@@ -30,29 +26,12 @@ from kvshare_sglang.radix_fuzzy.fingerprints import (
     winnow,
 )
 from kvshare_sglang.radix_fuzzy.index import Bools, FingerprintIndex, Words
+from kvshare_sglang.radix_fuzzy.matching import Hits, find_runs
+from kvshare_sglang.radix_fuzzy.segments import Piece, Segment, owner, path_tokens, pieces
 from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
 
 _POSITION_BITS = np.uint64(32)
 _POSITION_MASK = np.uint64(2**32 - 1)
-
-
-@dataclass(slots=True)
-class Segment:
-    """One edge. ``tokens`` holds what is alive; ``stop`` is its end in path positions."""
-
-    id: int
-    namespace: object
-    tokens: Tokens
-    start: int
-    parent: "Segment | None"
-    depth: int
-    payload: Any
-    root_start: int  # where the path begins
-    pins: Counter[int] = field(default_factory=Counter)  # stop of a pinned stretch -> how often
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.tokens)
 
 
 class Pin(NamedTuple):
@@ -69,12 +48,6 @@ class Space:
 
     def __init__(self, space_id: int, seed: int) -> None:
         self.id, self.seed, self.num_segments = space_id, seed, 0
-
-
-class Piece(tuple[Segment, int, int]):
-    """``(segment, start, stop)``: path positions that one segment holds."""
-
-    __slots__ = ()
 
 
 class FuzzyTree:
@@ -94,7 +67,7 @@ class FuzzyTree:
         self._stops = np.zeros(64, np.int64)  # by segment id; 0 once the segment is gone
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
-        self._index = FingerprintIndex(self._alive, dropped=self._reuse_ids)
+        self._index = FingerprintIndex(self._alive, better=self._shallower, dropped=self._reuse_ids)
         self._segments: dict[int, Segment] = {}
         self._namespaces: dict[object, Space] = {}
         self._free_spaces: list[int] = []
@@ -141,9 +114,13 @@ class FuzzyTree:
         start: int = 0,
         parent: int | None = None,
         depth: int = 0,
+        context: int = 0,
         payload: Any = None,
     ) -> Segment:
         """Add new text behind path position ``start`` of ``parent``; the new segment.
+
+        ``context`` is ``context_of`` the tokens that stood before a segment without parent, so
+        that the same prompt, going on, knows the text as its own (``Join.SAME``).
 
         Raises ValueError if the text is empty, does not begin where the parent is alive, or is
         not of the parent's namespace and depth. A segment without parent may begin anywhere.
@@ -170,10 +147,13 @@ class FuzzyTree:
             depth=depth,
             payload=payload,
             root_start=start if above is None else above.root_start,
+            context=context if above is None else above.context,
         )
         space.num_segments += 1
         self._version += 1
         self._segments[seg.id] = seg
+        if above is not None:
+            above.children[start, int(seg.tokens[0])] = seg
         self._num_tokens += len(seg.tokens)
         self._stops[seg.id] = seg.stop
         self._depths[seg.id] = depth
@@ -217,9 +197,12 @@ class FuzzyTree:
         if any(pinned > stop for pinned in seg.pins):
             raise TreeError(f"trim to {stop} would drop tokens pinned up to {max(seg.pins)}")
         self._num_tokens -= seg.stop - stop
+        place = seg.start, int(seg.tokens[0])
         seg.tokens = seg.tokens[: stop - seg.start].copy()
         self._stops[seg.id] = stop
         if stop == seg.start:
+            if seg.parent is not None and seg.parent.children.get(place) is seg:
+                del seg.parent.children[place]
             self._drop(seg)
 
     def clear(self) -> None:
@@ -232,20 +215,20 @@ class FuzzyTree:
         Raises KeyError or TreeError if it was trimmed since the match.
         """
         # The run's own segment may go, only the one that holds its end is held.
-        owner = self._owner(self._segments[run.source], run.src_stop - 1)
-        if run.src_stop > owner.stop:
-            raise TreeError(f"{run} ends past the last position alive, {owner.stop}")
-        owner.pins[run.src_stop] += 1
-        return Pin(owner, run.src_stop)
+        holder = owner(self._segments[run.source], run.src_stop - 1)
+        if run.src_stop > holder.stop:
+            raise TreeError(f"{run} ends past the last position alive, {holder.stop}")
+        holder.pins[run.src_stop] += 1
+        return Pin(holder, run.src_stop)
 
     def unpin(self, pin: Pin) -> None:
         """Give a pin back, once. Raises TreeError if it does not stand."""
-        owner, stop = pin
-        if self._segments.get(owner.id) is not owner or not owner.pins[stop]:
-            raise TreeError(f"nothing is pinned up to {stop} in segment {owner.id}")
-        owner.pins[stop] -= 1
-        if owner.pins[stop] == 0:
-            del owner.pins[stop]
+        holder, stop = pin
+        if self._segments.get(holder.id) is not holder or not holder.pins[stop]:
+            raise TreeError(f"nothing is pinned up to {stop} in segment {holder.id}")
+        holder.pins[stop] -= 1
+        if holder.pins[stop] == 0:
+            del holder.pins[stop]
 
     @property
     def num_pins(self) -> int:
@@ -265,58 +248,58 @@ class FuzzyTree:
         """Cached text found in ``prompt[start:]``: ascending, disjoint runs of equal tokens.
 
         A shared span of ``SPAN`` tokens that one live segment holds is found wherever it stands,
-        if its fingerprint was last inserted with that segment: newer text hides older text that
-        shares single grams with it. What lies between two runs of one cached text is aligned by
-        edit distance. Sources deeper than ``max_depth`` do not count. Changes nothing. Valid
-        until the next trim or clear. Gives up on a prompt in which over ``64 + n / 32`` hits do not
-        extend to ``SPAN``. O(n) plus the way up the path for each fingerprint hit that
-        no run covers, and O(gap^2) for short gaps.
+        unless its gram stands in more places than the index keeps. What lies between two runs of
+        one cached text is aligned by edit distance. Sources deeper than ``max_depth`` do not
+        count. Changes nothing. Valid until the next trim or clear. O(n) plus the way up the path
+        for each fingerprint hit that no run covers, and O(gap^2) for short gaps.
         """
         space = self._namespaces.get(namespace)
         if space is None:
             return ()
-        marks = winnow(prompt[start:], seed=space.seed)
-        found = self._index.get(marks.hashes)
+        # Spans that begin before ``start`` count for what they hold behind it.
+        first = max(start - SPAN + 1, 0)
+        marks = winnow(prompt[first:], seed=space.seed)
+        which, found = self._index.find(marks.hashes)
         homes = (found >> _POSITION_BITS).astype(np.int64)
         ok = self._alive(found) & (self._depths[homes] <= max_depth)
         ok &= self._spaces[homes] == space.id
         if not ok.any():
             return ()
-        hits = zip(
-            (marks.positions[ok] + start).tolist(),
-            homes[ok].tolist(),
-            (found[ok] & _POSITION_MASK).astype(np.int64).tolist(),
-            strict=True,
+        hits = Hits(
+            marks.positions[which[ok]] + first,
+            homes[ok],
+            (found[ok] & _POSITION_MASK).astype(np.int64),
         )
-        runs: list[Run] = []
-        end = start
-        patience = 64 + len(prompt) // 32
-        for at, home, src in hits:
-            if at < end:
-                continue
-            run = self._extend(self._segments[home], src, prompt, at, end)
-            if run.length < SPAN:
-                # Ordinary text has few hits that do not extend; text made of them must not hold
-                # up the scheduler.
-                patience -= 1
-                if patience < 0:
-                    break
-                continue
-            end = run.dst_stop
-            runs.append(run)
-        linked = self._link(runs, prompt, tolerance)
-        check_runs(linked, start=start, stop=len(prompt))
-        return linked
+        runs = find_runs(prompt, hits, self._segments, start=start, tolerance=tolerance)
+        runs = tuple(
+            run._replace(join=Join.SAME) if self._is_own(run, prompt) else run for run in runs
+        )
+        check_runs(runs, start=start, stop=len(prompt))
+        return runs
+
+    def context_of(self, tokens: Tokens) -> int:
+        """Hash of the tokens before a path, never 0. O(n)."""
+        return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).tobytes(), self._secret) or 1
+
+    def _is_own(self, run: Run, prompt: Tokens) -> bool:
+        """Whether the prompt up to a run is what stood before the run's source."""
+        seg = self._segments[run.source]
+        root = seg.root_start
+        if run.shift or not seg.context or run.src_start < root:
+            return False
+        before = path_tokens(seg, root, run.src_start)
+        return (
+            np.array_equal(before, prompt[root : run.dst_start])
+            and self.context_of(prompt[:root]) == seg.context
+        )
 
     def pieces(self, run: Run) -> list[Piece]:
         """The live segments that hold the run's source, in path order."""
-        return self._pieces(self._segments[run.source], run.src_start, run.src_stop)
+        return pieces(self._segments[run.source], run.src_start, run.src_stop)
 
     def path_tokens(self, segment_id: int, start: int, stop: int) -> Tokens:
         """Tokens at path positions ``[start, stop)`` of a live segment."""
-        parts = self._pieces(self._segments[segment_id], start, stop)
-        cut = [seg.tokens[a - seg.start : b - seg.start] for seg, a, b in parts]
-        return np.concatenate(cut) if cut else np.empty(0, np.int32)
+        return path_tokens(self._segments[segment_id], start, stop)
 
     # ---- invariants ---------------------------------------------------------------------
 
@@ -401,128 +384,23 @@ class FuzzyTree:
         mask: npt.NDArray[np.bool_] = ends <= stops
         return mask
 
+    def _shallower(self, old: Words, new: Words) -> Bools:
+        """Which old entries lead to a smaller depth than the new ones: they stay."""
+        depth_of = self._depths
+        homes = (old >> _POSITION_BITS).astype(np.int64), (new >> _POSITION_BITS).astype(np.int64)
+        mask: Bools = depth_of[homes[0]] < depth_of[homes[1]]
+        return mask
+
     def _index_segment(self, seg: Segment, seed: int) -> None:
         """Index the grams that the whole path keeps and the path above it does not."""
         left = max(seg.start - (SPAN - 1) - (WINDOW - 1), seg.root_start)
-        path = self.path_tokens(seg.id, left, seg.stop)
+        path = path_tokens(seg, left, seg.stop)
         marks = winnow(path, seed=seed)
         # What windows that end above keep was indexed with the parent, and lives as long as it.
-        above = winnow(path[: seg.start - left], seed=seed)
-        own = ~np.isin(marks.positions, above.positions)
-        starts = marks.positions[own] + left
-        values = (np.uint64(seg.id) << _POSITION_BITS) | starts.astype(np.uint64)
-        hashes = marks.hashes[own]
-        old = self._index.get(hashes)
-        # A shallower copy that is still alive is the better source; among equals the newest is
-        # likely to live longest.
-        better = self._alive(old) & (
-            self._depths[(old >> _POSITION_BITS).astype(np.int64)] < seg.depth
-        )
-        self._index.put(hashes[~better], values[~better])
-
-    def _owner(self, seg: Segment, position: int) -> Segment:
-        """The segment that holds a path position of ``seg``."""
-        while position < seg.start:
-            if seg.parent is None:
-                raise ValueError(f"position {position} is before the path's start {seg.start}")
-            seg = seg.parent
-        return seg
-
-    def _upwards(self, seg: Segment, stop: int) -> Iterator[Piece]:
-        """Pieces of the path that end at ``stop``, from the last to the first."""
-        node: Segment | None = seg
-        while node is not None:
-            if node.start < stop:
-                yield Piece((node, node.start, stop))
-                stop = node.start
-            node = node.parent
-
-    def _pieces(self, seg: Segment, start: int, stop: int) -> list[Piece]:
-        out: list[Piece] = []
-        for node, a, b in self._upwards(seg, stop):
-            out.append(Piece((node, max(a, start), b)))
-            if a <= start:
-                break
-        out.reverse()
-        return out
-
-    def _extend(self, seg: Segment, src: int, prompt: Tokens, at: int, floor: int) -> Run:
-        """The longest run through path position ``src`` and prompt position ``at``."""
-        dst = at
-        for node, a, b in self._pieces(seg, src, seg.stop):
-            length = common_prefix(node.tokens[a - node.start : b - node.start], prompt[dst:])
-            dst += length
-            if length < b - a:
-                break
-        first = at
-        for node, a, b in self._upwards(seg, src):
-            lo = max(b - (first - floor), a)
-            cached, fresh = node.tokens[lo - node.start : b - node.start], prompt[floor:first]
-            length = common_prefix(cached[::-1], fresh[::-1])
-            first -= length
-            if length < b - a:
-                break
-        return Run(seg.id, src - (at - first), first, dst - first, seg.depth)
-
-    def _same_path(self, before: Run, after: Run) -> bool:
-        """Whether ``after`` goes on in the cached text in which ``before`` stands."""
-        if before.src_stop > after.src_start:
-            return False
-        a, b = self._segments[before.source], self._segments[after.source]
-        if a is b:
-            return True
-        last = before.src_stop - 1
-        return last >= b.root_start and self._owner(a, last) is self._owner(b, last)
-
-    def _link(self, runs: list[Run], prompt: Tokens, tolerance: float) -> tuple[Run, ...]:
-        """Join runs that go on in one cached text, and align the short gaps between them."""
-        out: list[Run] = []
-        for run in runs:
-            if not out or not self._same_path(out[-1], run):
-                out.append(run)
-                continue
-            before = out[-1]
-            src_gap = run.src_start - before.src_stop
-            dst_gap = run.dst_start - before.dst_stop
-            if src_gap == dst_gap == 0:
-                out[-1] = run._replace(
-                    src_start=before.src_start,
-                    dst_start=before.dst_start,
-                    length=before.length + run.length,
-                    join=before.join,
-                )
-                continue
-            if src_gap > MAX_GAP:
-                out.append(run)  # far on in the same text: what stood before it is gone
-                continue
-            if min(src_gap, dst_gap) >= GRAM:
-                cached = self.path_tokens(run.source, before.src_stop, run.src_start).tolist()
-                fresh = prompt[before.dst_stop : run.dst_start].tolist()
-                for block in align(cached, fresh, tolerance=tolerance, min_block=GRAM) or ():
-                    out.append(
-                        run._replace(
-                            src_start=before.src_stop + block.src,
-                            dst_start=before.dst_stop + block.dst,
-                            length=block.length,
-                            join=Join.EDIT,
-                        )
-                    )
-            out.append(run._replace(join=Join.EDIT))
-        return tuple(out)
-
-
-def common_prefix(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common prefix. O(that), whatever else there is to compare.
-
-    >>> common_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
-    2
-    """
-    size = min(len(a), len(b))
-    done, step = 0, 64
-    while done < size:
-        differ = a[done : min(done + step, size)] != b[done : min(done + step, size)]
-        first = int(differ.argmax())
-        if differ[first]:
-            return done + first
-        done, step = done + len(differ), 4 * step
-    return size
+        positions, hashes = marks
+        if left < seg.start:
+            above = winnow(path[: seg.start - left], seed=seed)
+            own = ~np.isin(positions, above.positions)
+            positions, hashes = positions[own], hashes[own]
+        starts = positions + left
+        self._index.put(hashes, (np.uint64(seg.id) << _POSITION_BITS) | starts.astype(np.uint64))

@@ -9,6 +9,7 @@ class Join(Enum):
 
     SEAM = "seam"  # other text stood before it in the cache
     EDIT = "edit"  # the same cached text goes on behind an edit
+    SAME = "same"  # all that stood before it in the cache stands before it in the prompt
 
 
 class Run(NamedTuple):
@@ -34,6 +35,12 @@ class Run(NamedTuple):
     def shift(self) -> int:
         """New position minus old position, in tokens: what K is rotated by."""
         return self.dst_start - self.src_start
+
+    @property
+    def depth_behind(self) -> int:
+        """Depth of text that is computed behind the run. Behind the very text that it was
+        computed behind, the run is no new reuse."""
+        return self.depth if self.join is Join.SAME else self.depth + 1
 
     def cut(self, start: int, stop: int) -> "Run":
         """The part of the run that stands at prompt ``[start, stop)``."""

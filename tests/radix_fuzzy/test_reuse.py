@@ -102,10 +102,9 @@ def test_a_whole_budget_copies_nothing(case):
 @given(plans())
 def test_heads_are_computed_in_full_where_the_budget_has_room_for_all(case):
     plan, runs, asked = case
-    heads = {
-        run: min(run.length, max(asked["seam"], asked["window"] if run.join is Join.EDIT else 0))
-        for run in runs
-    }
+    seam, window = asked["seam"], asked["window"]
+    of = {Join.SEAM: seam, Join.EDIT: max(seam, window), Join.SAME: 0}
+    heads = {run: min(run.length, of[run.join]) for run in runs}
     if sum(heads.values()) <= asked["budget"] * sum(run.length for run in plan.runs) - 1:
         for run, copy in zip(plan.runs, plan.copies, strict=True):
             assert copy.dst_start - run.dst_start >= heads[run]
@@ -208,6 +207,16 @@ def test_thinning_out_fills_the_smallest_gaps(rows, limit):
 def test_thinning_out_changes_nothing_below_the_limit():
     rows = [[Range(0, 2), Range(9, 10)], [], [Range(5, 6)]]
     assert thin_out(rows, limit=3) == rows
+
+
+def test_a_run_behind_its_own_old_text_is_copied_whole():
+    runs = (Run(1, 0, 0, 500, 1, Join.SAME), Run(2, 0, 600, 500))
+    asked = {"prompt_len": 1200, "prefix_len": 0, "seam": 16, "window": 32}
+    for budget in (0.0, 0.15, 0.5):
+        plan = plan_reuse(runs, budget=budget, **asked)
+        assert plan.copies[0] == runs[0]
+    assert [run.depth_behind for run in runs] == [1, 1]
+    assert runs[0]._replace(join=Join.SEAM).depth_behind == 2
 
 
 def test_what_is_no_longer_copied_is_no_run():

@@ -13,7 +13,8 @@ from oracles import covered
 from strategies import NAMESPACES, fresh, random_tokens, texts
 
 from kvshare_sglang.errors import TreeError
-from kvshare_sglang.radix_fuzzy import tree as tree_module
+from kvshare_sglang.radix_fuzzy import segments
+from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
@@ -448,11 +449,59 @@ def test_a_deeper_copy_does_not_hide_a_shallower_one():
 
 def test_of_equal_copies_the_newest_serves_and_outlives_the_others():
     tree = FuzzyTree()
-    copies = [tree.insert(None, TEXT, start=i).id for i in range(3)]
+    copies = [tree.insert(None, TEXT, start=i).id for i in (1, 2, 3)]
     for gone in copies[:2]:
-        assert tree.match(None, TEXT) == (Run(copies[2], 2, 0, len(TEXT)),)
+        assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT)),)
         tree.trim(gone, tree.segment(gone).start)
-    assert tree.match(None, TEXT) == (Run(copies[2], 2, 0, len(TEXT)),)
+    assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT)),)
+
+
+def test_of_equal_copies_the_one_at_the_same_position_serves():
+    tree = FuzzyTree()
+    copies = [tree.insert(None, TEXT, start=i).id for i in (3, 0, 2)]
+    assert tree.match(None, TEXT) == (Run(copies[1], 0, 0, len(TEXT)),)
+
+
+def test_the_source_behind_more_of_the_prompts_own_text_serves():
+    tree = FuzzyTree()
+    before, text = TEXT[:40], TEXT[400:700]
+    alike = tree.insert(None, np.concatenate([TEXT[900:950], before[-10:], text])).id
+    tree.insert(None, np.concatenate([TEXT[1000:1060], text]))
+    tree.insert(None, np.concatenate([TEXT[1100:1150], before[-3:], text]))
+    prompt = np.concatenate([before, text])
+    (run,) = tree.match(None, prompt, start=40)
+    assert (run.source, run.dst_start, run.length) == (alike, 40, 300)
+
+
+def test_few_long_runs_are_better_than_many_short_ones():
+    """A short run from the left must not cut up a longer one that begins a little later."""
+    tree = FuzzyTree()
+    tree.insert(None, np.concatenate([TEXT[:30], random_tokens(7, 50)]))
+    whole = tree.insert(None, np.concatenate([random_tokens(8, 50), TEXT[5:400]])).id
+    runs = tree.match(None, TEXT[:400])
+    assert [(run.dst_start, run.dst_stop) for run in runs if run.source == whole] == [(5, 400)] or [
+        (run.dst_start, run.dst_stop) for run in runs
+    ] == [(0, 30), (30, 400)]
+    inner = tree.insert(None, np.concatenate([random_tokens(9, 50), TEXT[20:50]])).id
+    assert inner not in [run.source for run in tree.match(None, TEXT[5:400])]
+
+
+def test_text_goes_on_into_what_hangs_on_it():
+    """A piece behind a border is found however short it is."""
+    tree, (home, tail) = tree_of(TEXT[:500], TEXT[500:505])
+    assert tree.match(None, TEXT[300:505]) == (Run(tail, 300, 0, 205),)
+    other = np.concatenate([TEXT[300:500], [7, 8, 9]]).astype(np.int32)
+    assert tree.match(None, other) == (Run(home, 300, 0, 200),)
+    tree.trim(tail, 500)
+    assert tree.match(None, TEXT[300:505]) == (Run(home, 300, 0, 200),)
+
+
+def test_a_span_that_began_in_the_prefix_counts_behind_it():
+    tree, (home,) = tree_of(TEXT[100:400])
+    prompt = TEXT[100:120]
+    (run,) = tree.match(None, prompt, start=9)
+    assert (run.dst_start, run.dst_stop, run.src_start) == (9, 20, 9)
+    assert run.source == home
 
 
 def test_the_dead_are_not_found():
@@ -550,13 +599,13 @@ def test_a_flush_forgets_everything():
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 9, 20])
 def test_a_prompt_of_few_tokens_over_and_over_gives_few_runs_and_little_work(monkeypatch, period):
     compared = []
-    compare = tree_module.common_prefix
+    compare = segments.common_prefix
 
     def counted(a, b):
         compared.append(compare(a, b))
         return compared[-1]
 
-    monkeypatch.setattr(tree_module, "common_prefix", counted)
+    monkeypatch.setattr(segments, "common_prefix", counted)
     cached = np.resize(np.arange(period, dtype=np.int32), 8192)
     tree, _ = tree_of(cached)
     runs = tree.match(None, np.concatenate([PREFACE, cached]))
@@ -564,7 +613,7 @@ def test_a_prompt_of_few_tokens_over_and_over_gives_few_runs_and_little_work(mon
     assert sum(run.length for run in runs) > 8192 - period
     longer = tree.match(None, np.resize(cached, 4 * 8192))
     assert len(longer) <= 2 * 4
-    assert len(compared) <= 20
+    assert len(compared) <= 32
 
 
 class Counting(np.ndarray):
@@ -582,7 +631,7 @@ def test_comparing_costs_what_is_equal_and_not_what_could_have_been(equal):
     a, b = (random_tokens(1, 100_000).view(Counting) for _ in range(2))
     b[equal:] += 1
     Counting.compared = 0
-    assert tree_module.common_prefix(a, b) == equal
+    assert segments.common_prefix(a, b) == equal
     assert Counting.compared <= 8 * equal + 64
 
 
@@ -608,7 +657,7 @@ def test_chunks_of_dead_segments_are_not_remembered_for_ever():
     tree = FuzzyTree()
     for i in range(6000):
         segment = tree.insert(None, TEXT[:1])
-        tree.remember_chunk(tree_module.Chunk(0, 1, i), segment)
+        tree.remember_chunk(Chunk(0, 1, i), segment)
         tree.trim(segment.id, 0)
     assert len(tree._chunk_home) <= 4096 + 1
 
@@ -640,3 +689,39 @@ def test_an_id_that_is_used_again_brings_nothing_back():
     assert tree.unknown_chunks("a", TEXT[:200], depth=0)
     (run,) = tree.match("b", TEXT[600:900])
     assert run.length == 300
+
+
+# ---- text behind its own old text ----------------------------------------------------------
+
+
+def test_a_prompt_that_goes_on_knows_its_own_text():
+    """Inexact text is at home where all that stood before it stands before it again."""
+    tree = FuzzyTree(secret=5)
+    before, own, more = TEXT[:300], TEXT[300:500], TEXT[500:600]
+    tree.insert(None, own, start=300, depth=1, context=tree.context_of(before))
+    (run,) = tree.match(None, TEXT[:600], max_depth=1)
+    assert (run.dst_start, run.length, run.join) == (300, 200, Join.SAME)
+    other = before.copy()
+    other[7] += 1
+    moved = np.concatenate([before[1:], own, more])
+    edited = np.concatenate([before, own[:90], [7], own[91:], more]).astype(np.int32)
+    for prompt in (np.concatenate([other, own, more]), moved):
+        (run,) = tree.match(None, prompt, max_depth=1)
+        assert run.join is Join.SEAM
+    first, second = tree.match(None, edited, max_depth=1)
+    assert (first.join, second.join) == (Join.SAME, Join.EDIT)
+
+
+def test_a_child_has_its_parents_context():
+    tree = FuzzyTree()
+    context = tree.context_of(TEXT[:300])
+    home = tree.insert(None, TEXT[300:400], start=300, depth=1, context=context).id
+    tree.insert(None, TEXT[400:500], start=400, parent=home, depth=1)
+    (run,) = tree.match(None, TEXT[:500], max_depth=1, start=350)
+    assert (run.dst_start, run.dst_stop, run.join) == (350, 500, Join.SAME)
+
+
+def test_text_without_a_context_is_never_at_home():
+    tree, _ = tree_of(TEXT)
+    (run,) = tree.match(None, TEXT)
+    assert run.join is Join.SEAM

@@ -1,0 +1,377 @@
+"""The matchers that are compared, behind one small interface. Pure: NumPy, no torch, no sglang.
+
+A cache tells its matcher of each *segment*: tokens ``[start, stop)`` of a path, which hang on a
+parent segment. The cache later trims segments from their ends. A baseline keeps a view of the
+whole path; only ``kvshare`` keeps tokens of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens, namespace_seed
+from kvshare_sglang.radix_fuzzy.index import Bools, Words
+from kvshare_sglang.radix_fuzzy.segments import common_prefix
+from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
+from kvshare_sglang.radix_fuzzy.types import Run
+
+SPAN = 16  # the shortest shared text that counts
+FIXED_LEN = 256  # chunk length of the fixed matchers: LMCache's
+
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+_BITS, _LOW = np.uint64(32), np.uint64(2**32 - 1)
+
+
+class Piece(NamedTuple):
+    """``[start, stop)`` of fresh text that is worth storing, and what it is remembered by."""
+
+    start: int
+    stop: int
+    note: object = None
+
+
+class Matcher(Protocol):
+    """What the model of a cache needs. Path positions count from the start of a sequence."""
+
+    copies_tokens: bool  # whether it holds tokens of its own
+
+    def insert(
+        self,
+        space: object,
+        path: Tokens,
+        *,
+        root: int,
+        start: int,
+        parent: int | None,
+        depth: int,
+        before: Tokens | None = None,
+    ) -> int:
+        """Learn of ``path[start - root:]``; the id of the segment.
+
+        ``path`` begins at ``root``; ``before`` is what stood before it, where that is no path.
+        """
+
+    def trim(self, segment: int, stop: int) -> None:
+        """Forget a segment's positions from ``stop`` on."""
+
+    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
+        """Ascending, disjoint runs in ``prompt[start:]``. Changes nothing."""
+
+    def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
+        """What of fresh text to store, as stretches of neighbouring pieces."""
+
+    def remember(self, note: object, segment: int) -> None:
+        """A piece was stored as a segment."""
+
+
+class Prefix:
+    """SGLang alone: nothing beyond the exact prefix."""
+
+    copies_tokens = False
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def insert(
+        self,
+        space: object,
+        path: Tokens,
+        *,
+        root: int,
+        start: int,
+        parent: int | None,
+        depth: int,
+        before: Tokens | None = None,
+    ) -> int:
+        self._next += 1
+        return self._next
+
+    def trim(self, segment: int, stop: int) -> None:
+        pass
+
+    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
+        return ()
+
+    def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
+        return [[Piece(0, len(tokens))]]
+
+    def remember(self, note: object, segment: int) -> None:
+        pass
+
+
+class Indexed(Prefix):
+    """A baseline: some grams of the cached text in a hash table, the newest place of each."""
+
+    gram: int  # tokens hashed together
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._paths: dict[int, tuple[Tokens, int]] = {}  # path and where it begins
+        self._seeds: dict[object, int] = {}
+        self._stops = np.zeros(64, np.int64)
+        self._depths = np.zeros(64, np.int64)
+        self._index: dict[int, int] = {}
+
+    def insert(
+        self,
+        space: object,
+        path: Tokens,
+        *,
+        root: int,
+        start: int,
+        parent: int | None,
+        depth: int,
+        before: Tokens | None = None,
+    ) -> int:
+        segment = super().insert(space, path, root=root, start=start, parent=parent, depth=depth)
+        if segment >= len(self._stops):
+            self._stops = np.concatenate([self._stops, np.zeros_like(self._stops)])
+            self._depths = np.concatenate([self._depths, np.zeros_like(self._depths)])
+        self._paths[segment] = path, root
+        self._stops[segment] = root + len(path)
+        self._depths[segment] = depth
+        keys, places = self._to_store(path, root, max(start - root, 0), self._seed(space))
+        values = (np.uint64(segment) << _BITS) | (places + root).astype(np.uint64)
+        # Of equal grams of one text the first counts, of several texts the newest.
+        self._index.update(reversed([*zip(keys.tolist(), values.tolist(), strict=True)]))
+        return segment
+
+    def trim(self, segment: int, stop: int) -> None:
+        path, root = self._paths[segment]
+        self._stops[segment] = stop
+        self._paths[segment] = path[: stop - root], root
+
+    def _hits(
+        self, keys: Words, places: npt.NDArray[np.int64], max_depth: int
+    ) -> list[tuple[int, int, int]]:
+        """``(prompt position, segment, path position)`` of each gram that stands in the cache."""
+        found = np.array([self._index.get(key, 0) for key in keys.tolist()], np.uint64)
+        segments = (found >> _BITS).astype(np.int64)
+        ok = self._alive(found) & (self._depths[segments] <= max_depth)
+        sources = (found[ok] & _LOW).astype(np.int64)
+        return list(zip(places[ok].tolist(), segments[ok].tolist(), sources.tolist(), strict=True))
+
+    def _seed(self, space: object) -> int:
+        if space not in self._seeds:
+            self._seeds[space] = namespace_seed(space)
+        return self._seeds[space]
+
+    def _alive(self, values: Words) -> Bools:
+        stops = self._stops[(values >> _BITS).astype(np.int64)]
+        mask: Bools = (values & _LOW).astype(np.int64) + self.gram <= stops
+        return mask
+
+    def _to_store(
+        self, path: Tokens, root: int, fresh: int, seed: int
+    ) -> tuple[Words, npt.NDArray[np.int64]]:
+        """Keys and offsets in ``path`` of the grams to index that end behind offset ``fresh``."""
+        raise NotImplementedError
+
+
+class FixedAnyOffset(Indexed):
+    """LMCache-like: chunks at multiples of a length, whose hashes are probed at every offset."""
+
+    def __init__(self, length: int = FIXED_LEN) -> None:
+        self.gram = length
+        super().__init__()
+
+    def _to_store(
+        self, path: Tokens, root: int, fresh: int, seed: int
+    ) -> tuple[Words, npt.NDArray[np.int64]]:
+        size = self.gram
+        # The chunk that holds the first fresh token may begin above it.
+        first = max((root + fresh) // size * size, -(-root // size) * size) - root
+        if len(path) - first < size:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        places = np.arange(first, len(path) - size + 1, size)
+        return window_hashes(path[first:], size, seed)[places - first], places
+
+    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
+        keys = window_hashes(prompt[start:], self.gram, self._seed(space))
+        places = self._probes(start, len(keys))
+        return self._join(self._hits(keys[places - start], places, max_depth), prompt)
+
+    def _probes(self, start: int, num: int) -> npt.NDArray[np.int64]:
+        return np.arange(start, start + num)
+
+    def _join(self, hits: list[tuple[int, int, int]], prompt: Tokens) -> list[Run]:
+        runs: list[Run] = []
+        end = 0
+        for at, segment, src in hits:
+            if at < end:
+                continue
+            path, root = self._paths[segment]
+            cached = path[src - root : src - root + self.gram]
+            if not np.array_equal(cached, prompt[at : at + self.gram]):
+                continue
+            end = at + self.gram
+            last = runs[-1] if runs else None
+            if last and last.source == segment and (last.src_stop, last.dst_stop) == (src, at):
+                runs[-1] = last._replace(length=last.length + self.gram)
+            else:
+                runs.append(Run(segment, src, at, self.gram, int(self._depths[segment])))
+        return runs
+
+
+class FixedAligned(FixedAnyOffset):
+    """EPIC-like: equal chunks at multiples of a length, in the cache and in the prompt."""
+
+    def _probes(self, start: int, num: int) -> npt.NDArray[np.int64]:
+        return np.arange(-(-start // self.gram) * self.gram, start + num, self.gram)
+
+
+class Winnow(Indexed):
+    """Plain winnowing: every kept gram leads to one place, from which it is extended exactly."""
+
+    gram = 8
+    window = SPAN - gram + 1
+
+    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
+        keys, places = self._kept(prompt[start:], self._seed(space))
+        runs: list[Run] = []
+        end = start
+        for at, segment, src in self._hits(keys, places + start, max_depth):
+            if at < end:
+                continue
+            path, root = self._paths[segment]
+            src -= root
+            ahead = common_prefix(path[src:], prompt[at:])
+            back = common_prefix(path[:src][::-1], prompt[:at][::-1])
+            if ahead + back < SPAN:
+                continue
+            back = min(back, at - end)
+            run = Run(segment, root + src - back, at - back, ahead + back)
+            runs.append(run._replace(depth=int(self._depths[segment])))
+            end = at + ahead
+        return runs
+
+    def _to_store(
+        self, path: Tokens, root: int, fresh: int, seed: int
+    ) -> tuple[Words, npt.NDArray[np.int64]]:
+        keys, places = self._kept(path, seed)
+        own = places + self.gram > fresh
+        return keys[own], places[own]
+
+    def _kept(self, tokens: Tokens, seed: int) -> tuple[Words, npt.NDArray[np.int64]]:
+        hashes = window_hashes(tokens, self.gram, seed)
+        num = len(hashes) - self.window + 1
+        if num <= 0:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        windows = np.lib.stride_tricks.sliding_window_view(hashes, self.window)
+        places = np.unique(windows.argmin(1) + np.arange(num))
+        return hashes[places], places
+
+
+class KVShare:
+    """The plug-in's own tree."""
+
+    copies_tokens = True
+
+    def __init__(self, config: KVShareConfig | None = None) -> None:
+        self.tree = FuzzyTree()
+        self._tolerance = (config or KVShareConfig()).edit_tolerance
+
+    def insert(
+        self,
+        space: object,
+        path: Tokens,
+        *,
+        root: int,
+        start: int,
+        parent: int | None,
+        depth: int,
+        before: Tokens | None = None,
+    ) -> int:
+        tokens = path[start - root :]
+        context = 0 if before is None else self.tree.context_of(before)
+        return self.tree.insert(
+            space, tokens, start=start, parent=parent, depth=depth, context=context
+        ).id
+
+    def trim(self, segment: int, stop: int) -> None:
+        self.tree.trim(segment, stop)
+
+    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
+        return self.tree.match(
+            space, prompt, start=start, max_depth=max_depth, tolerance=self._tolerance
+        )
+
+    def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
+        stretches = self.tree.unknown_chunks(space, tokens, depth=depth)
+        return [[Piece(c.start, c.stop, c) for c in chunks] for chunks in stretches]
+
+    def remember(self, note: object, segment: int) -> None:
+        self.tree.remember_chunk(note, self.tree.segment(segment))  # type: ignore[arg-type]
+
+
+MATCHERS: dict[str, Callable[[], Matcher]] = {
+    "prefix": Prefix,
+    "fixed-aligned": FixedAligned,
+    "fixed-any-offset": FixedAnyOffset,
+    "winnow": Winnow,
+    "kvshare": KVShare,
+}
+
+
+def ceiling(prompts: Sequence[Tokens], spaces: Sequence[object]) -> list[Bools]:
+    """Which tokens of each prompt lie in a span of ``SPAN`` seen in an earlier one. Exact.
+
+    Grams get numbers by doubling: equal numbers of two halves make equal numbers of the whole, so
+    no hash can collide. O(n log n) for all prompts together.
+    """
+    numbers = {space: i for i, space in enumerate(dict.fromkeys(spaces))}
+    owner = np.repeat(np.arange(len(prompts)), [len(p) for p in prompts])
+    space = np.array([numbers[s] for s in spaces], np.int64)[owner]
+    ids = np.concatenate(prompts).astype(np.int64) + (space << 32)
+    size = 1
+    while size < SPAN:
+        ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+        ids = (ids[:-size] << 32) + ids[size:]
+        size *= 2
+    numbered = np.unique(ids, return_inverse=True)[1]
+    whole = owner[: len(ids)] == owner[SPAN - 1 :]  # not over the border of two prompts
+    first = np.full(numbered.max(initial=0) + 1, len(prompts))
+    np.minimum.at(first, numbered[whole], owner[: len(ids)][whole])
+    seen = whole & (first[numbered] < owner[: len(ids)])
+    edges = np.zeros(len(owner) + 1, np.int64)
+    edges[: len(seen)] += seen
+    edges[SPAN : SPAN + len(seen)] -= seen
+    covered = np.cumsum(edges)[:-1] > 0
+    return np.split(covered, np.cumsum([len(p) for p in prompts])[:-1])
+
+
+_powers: tuple[Words, Words] = (np.ones(1, np.uint64), np.ones(1, np.uint64))
+
+
+def _powers_of_base(num: int) -> tuple[Words, Words]:
+    """Powers of the base and of its inverse modulo 2**64."""
+    global _powers
+    if len(_powers[0]) < num:
+        bases = (_BASE, pow(_BASE, -1, 2**64))
+        up, down = (
+            np.cumprod(np.array([1] + [base] * (2 * num), np.uint64), dtype=np.uint64)
+            for base in bases
+        )
+        _powers = up, down
+    return _powers
+
+
+def window_hashes(tokens: Tokens, length: int, seed: int) -> Words:
+    """Hash of ``tokens[i : i + length]`` for every i, never 0. O(n), whatever the length."""
+    num = len(tokens) - length + 1
+    if num <= 0:
+        return np.empty(0, np.uint64)
+    up, down = _powers_of_base(len(tokens))
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum(_mixed(tokens.astype(np.uint64)) * up[: len(tokens)], out=sums[1:])
+    out = (sums[length:] - sums[:-length]) * down[:num]
+    return np.maximum(_mixed(out ^ np.uint64(seed)), np.uint64(1))
+
+
+def _mixed(words: Words) -> Words:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
