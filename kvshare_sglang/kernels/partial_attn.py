@@ -44,9 +44,9 @@ def plan(
     dtype: torch.dtype = torch.float32,
 ) -> list[RequestRows]:
     """Blocks for a batch. Each request gives ``positions`` [rows], ascending, and ``slots``
-    [at least last position + 1]: the KV slot of each of its positions. ``group`` query heads
-    share a KV head. O(group x rows x kv) memory for scattered rows; blocks of side-by-side rows
-    share one mask.
+    [at least last position + 1]: the KV slot of each of its positions; ``ValueError`` otherwise.
+    ``group`` query heads share a KV head. O(group x rows x kv) memory for scattered rows; blocks
+    of side-by-side rows share one mask.
     """
     out: list[RequestRows] = []
     base = 0
@@ -54,6 +54,8 @@ def plan(
     widest = max((int(positions[-1]) + 1 for positions, _ in rows if len(positions)), default=0)
     shared: dict[int, torch.Tensor] = {}  # by rows: the mask of side-by-side rows at the very end
     for positions, slots in rows:
+        if bool((positions.diff() <= 0).any()):
+            raise ValueError("the positions of a request's rows must ascend, each once")
         blocks = []
         for first in range(0, len(positions), size):
             at = positions[first : first + size]

@@ -131,6 +131,12 @@ def test_a_row_past_its_slots_is_refused():
         partial_attn.plan([(torch.tensor([2, 5]), torch.arange(5))], group=1)
 
 
+def test_rows_given_twice_are_refused():
+    # 3 rows between positions 2 and 4 look side by side unless each is checked
+    with pytest.raises(ValueError, match="must ascend, each once"):
+        partial_attn.plan([(torch.tensor([2, 2, 4]), torch.arange(5))], group=1)
+
+
 def test_query_heads_that_do_not_share_evenly_are_refused():
     case = Case([(5, [4])], kv_heads=2, group=1)
     case.q = torch.zeros(1, 3, DIM)

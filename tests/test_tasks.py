@@ -1,0 +1,123 @@
+"""Laws of the reader's tasks: what an edit, a splice and a template keep, and what they change."""
+
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import _tasks as tasks
+
+SIZE = tasks.Size(18, prose=0)
+KINDS = ("substitution", "insertion", "deletion")
+
+
+def samples(task, count=40, **wanted):
+    rng = random.Random(f"tests of {task}")
+    return rng, [tasks.make(task, rng, SIZE, **wanted) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_sample_is_told_consistently_and_has_one_answer(task):
+    _, made = samples(task)
+    for sample in made:
+        assert tasks.consistent(sample.documents)
+        assert sample.answer
+        assert sample.prompt.endswith(f"Q: {sample.question} A:")
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_the_same_seed_makes_the_same_samples(task):
+    assert samples(task, 5)[1] == samples(task, 5)[1]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_without_its_documents_a_question_has_no_answer(task):
+    _, made = samples(task, 10)
+    for sample in made:
+        bare = tasks.Sample(task, sample.documents[:0], sample.ask)
+        assert bare.answer is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_chain_of_some_depth_hangs_on_that_many_more_facts(depth):
+    _, made = samples("hops", 10, depth=depth)
+    for sample in made:
+        facts = [(d, i) for d, doc in enumerate(sample.documents) for i in range(len(doc.facts))]
+        needed = 0
+        for d, i in facts:
+            doc = sample.documents[d]
+            without = list(sample.documents)
+            without[d] = doc._replace(facts=doc.facts[:i] + doc.facts[i + 1 :])
+            needed += tasks.Sample("hops", tuple(without), sample.ask).answer is None
+        assert needed == depth + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [True, False])
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_an_edit_touches_one_fact_and_changes_the_answer_only_if_asked(task, kind, changes):
+    if kind == "deletion" and changes and task != "state":
+        pytest.skip("without this fact there would be no answer")
+    rng, made = samples(task)
+    pairs = [tasks.edit(rng, s, kind, changes=changes) for s in made]
+    found = [p for p in pairs if p is not None]
+    assert len(found) > len(made) // 8
+    step = {"substitution": 0, "insertion": 1, "deletion": -1}[kind]
+    for pair in found:
+        assert pair.changes == changes
+        old, new = (
+            [f for d in s.documents for f in d.facts] for s in (pair.cached[0], pair.prompt)
+        )
+        assert len(new) - len(old) == step
+        same = sum(a == b for a, b in zip(old, new, strict=False))
+        same_from_end = sum(a == b for a, b in zip(old[::-1], new[::-1], strict=False))
+        assert max(same, same_from_end, len(new) - 1) == len(new) - 1 or step
+
+
+def test_far_edits_lie_in_front_of_near_ones():
+    rng, made = samples("lookup")
+    first = {}
+    for where in ("far", "near"):
+        pairs = [tasks.edit(rng, s, "substitution", changes=False, where=where) for s in made]
+        first[where] = [
+            next(i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b) / len(texts[0])
+            for pair in pairs
+            if pair is not None
+            for texts in [[pair.cached[0].prompt.split(), pair.prompt.prompt.split()]]
+        ]
+    assert max(first["far"]) < 0.5 < min(first["near"])
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_splice_has_cached_every_document_and_foreign_ones(task):
+    rng, made = samples(task, 10)
+    for sample, other in pairwise(made):
+        pair = tasks.splice(rng, sample, foreign=other.documents)
+        cached = [d for s in pair.cached for d in s.documents]
+        assert set(sample.documents) <= set(cached)
+        assert set(other.documents) & set(cached)
+        assert pair.prompt == sample
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_template_keeps_the_frame(task):
+    rng, made = samples(task, 10)
+    for sample in made:
+        (old,) = tasks.template(rng, sample).cached
+        for a, b in zip(old.documents, sample.documents, strict=True):
+            assert [(f.kind, f.key, f.phrase) for f in a.facts] == [
+                (f.kind, f.key, f.phrase) for f in b.facts
+            ]
+        assert old.documents != sample.documents
+
+
+def test_prose_to_train_on_and_to_test_on_are_apart():
+    assert not set(tasks.prose("train")) & set(tasks.prose("test"))
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task must be one of"):
+        tasks.make("chess", random.Random(0), SIZE)
