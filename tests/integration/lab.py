@@ -112,6 +112,7 @@ def request(
     keep: str = "",
     lora: bool = False,
     hidden_states: bool = False,
+    priority: int | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """One request, greedy.
@@ -131,6 +132,7 @@ def request(
         "keep": keep,
         "lora": lora,
         "hidden_states": hidden_states,
+        "priority": priority,
         "sampling": sampling,
     }
 
@@ -342,6 +344,7 @@ class Child:
             stream=False,
             extra_key=spec["extra_key"],
             return_hidden_states=spec["hidden_states"],
+            priority=spec["priority"],
         )
 
     def _answer(self, req: Any) -> dict[str, Any]:

@@ -193,3 +193,61 @@ def test_depth_is_recorded_and_bounded(both: tuple[Lab, Lab], texts: Texts) -> N
     # An exact request over the tagged text shares nothing with it.
     plain = ours.one(texts.passage(12) + fresh, kvshare="exact")
     assert plain["kvshare"]["exact_tokens"] == 0
+
+
+POLICIES = {
+    "lpm": {"schedule_policy": "lpm"},
+    "lof": {"schedule_policy": "lof"},
+    "priorities, with preemption": {
+        "enable_priority_scheduling": True,
+        "priority_scheduling_preemption_threshold": 0,
+        "max_running_requests": 3,
+    },
+    "retraction at random": {
+        "env": {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "17"}
+    },
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_exact_answers_under_every_order_of_service(
+    policy: str, llama: Path, plain_lab: Lab, texts: Texts
+) -> None:
+    """Requests overtake each other, stop and start again, in a pool that is too small for all."""
+    tight = {
+        "page_size": 16,
+        "chunked_prefill_size": 96,
+        "max_total_tokens": 2208,
+        "schedule_conservativeness": 0.3,
+        "disable_overlap_schedule": False,
+    }
+    corpus, rng = Corpus(texts), texts.rng
+    with lab(llama, kvshare=True, **tight, **POLICIES[policy]) as it:
+        reused = 0
+        for round_ in range(2):
+            for source in corpus.sources:
+                it.one(source, new=1)
+            script: list = []
+            exact: dict[str, tuple[int, int]] = {}
+            for i in range(14):
+                rid, which, new = f"{round_}-{i}", rng.randrange(6), rng.choice([2, 10, 40])
+                mode = rng.choice(["exact", None, {"budget": rng.random()}])
+                if mode == "exact":
+                    exact[rid] = which, new
+                script.append(
+                    request(
+                        rid, corpus.prompts[which], new=new, kvshare=mode, priority=rng.randrange(5)
+                    )
+                )
+                if rng.random() < 0.4:
+                    script.append(("polls", rng.randrange(1, 6)))
+            answers = it.play(script)
+            assert len(answers) == 14
+            for rid, (which, new) in exact.items():
+                alone = plain_lab.one(corpus.prompts[which], new=new)
+                assert answers[rid]["output"] == alone["output"], rid
+            reused += sum(a["kvshare"]["fuzzy_tokens"] > 0 for a in answers.values())
+            state = it.ask("probes:check")
+            assert state["protected"] == state["pins"] == state["adopted"] == 0
+        assert reused > 0
+        assert it.ask("probes:plain_keys_of_depth") <= {0}
