@@ -31,6 +31,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import SeamError
 from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.policy.worth import NEW, rank, used
+from kvshare_sglang.radix_fuzzy.chunks import Bounds
 from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
 from kvshare_sglang.radix_fuzzy.reuse import keep_before
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
@@ -279,12 +280,15 @@ class FuzzyRadixCache(RadixCache):
         space = compat.namespace(req)
         tokens = as_tokens(token_ids)
         runs = [Range(run.dst_start, run.dst_stop) for run in plan.runs]
+        config = self.config
+        bounds = Bounds(config.chunk_min, config.chunk_target, config.chunk_max)
         taken: list[Range] = []
         for start, stop in complement(runs, start=plan.exact_len, stop=len(tokens)):
             before = [run.depth_behind for run in plan.runs if run.dst_stop <= start]
-            if not before or (depth := max(before)) > self.config.source_depth:
+            if not before or (depth := max(before)) > config.source_depth:
                 continue
-            for chunks in self.fuzzy.unknown_chunks(space, tokens[start:stop], depth=depth):
+            fresh = tokens[start:stop]
+            for chunks in self.fuzzy.unknown_chunks(space, fresh, depth=depth, bounds=bounds):
                 a = start + chunks[0].start
                 first = -(-a // page) * page
                 borders = [(start + chunk.stop) // page * page for chunk in chunks]

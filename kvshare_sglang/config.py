@@ -38,6 +38,12 @@ class KVShareConfig:
     source_depth: int = _option(
         1, "how many times reuse may build on reused text (0: exact sources only)", 0, 16
     )
+    # The three ranges touch and never cross, so that any three values go together.
+    chunk_min: int = _option(
+        32, "shortest piece in which text computed behind reused text is stored", 16, 64
+    )
+    chunk_target: int = _option(128, "length that such pieces have on average", 64, 512)
+    chunk_max: int = _option(512, "longest such piece", 512, 8192)
     eviction: str = _option(
         "worth", "what is evicted first: worth (least used, aged) or sglang (its own policy)"
     )

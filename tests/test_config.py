@@ -71,8 +71,16 @@ def test_an_unknown_scope_is_refused(scope):
 
 @pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
 def test_a_whole_number_serves_as_a_share(spec):
-    config = KVShareConfig(**{spec.name: 1})
+    config = KVShareConfig(**{spec.name: math.ceil(spec.metadata["lo"])})
     assert type(getattr(config, spec.name)) is type(spec.default)
+
+
+def test_any_chunk_bounds_in_range_are_in_order():
+    least, target, most = (
+        next(spec.metadata for spec in FIELDS if spec.name == f"chunk_{name}")
+        for name in ("min", "target", "max")
+    )
+    assert 1 <= least["lo"] <= least["hi"] <= target["lo"] <= target["hi"] <= most["lo"]
 
 
 def test_a_config_cannot_be_changed():

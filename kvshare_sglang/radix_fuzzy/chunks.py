@@ -1,8 +1,9 @@
 """Cut token sequences by content into chunks of adaptive length. Pure: NumPy.
 
 A cut may stand only where a winnowed gram starts, so the same text is cut alike wherever it
-stands. Among the grams that would keep a chunk between its bounds the smallest hash wins: a rare
-value, met again in every copy of the text.
+stands. Among the grams that keep a chunk as far from its target as its lower bound, to either side,
+the smallest hash wins: a rare value, met again in every copy of the text. A stretch without a gram
+there (all of one token, say) goes on to the next one, at most to the upper bound.
 """
 
 from typing import NamedTuple
@@ -21,24 +22,39 @@ class Chunk(NamedTuple):
     key: int
 
 
-def cut(tokens: Tokens, *, min_len: int = 32, max_len: int = 256, seed: int = 0) -> list[Chunk]:
-    """Chunks that partition the sequence, each of ``min_len`` to ``max_len`` tokens.
+class Bounds(NamedTuple):
+    """Lengths of chunks, in tokens: ``1 <= least <= target <= most``."""
 
-    Only the last may be shorter; a stretch without any gram in bounds is cut at ``max_len``.
-    Raises ValueError unless ``1 <= min_len <= max_len``. O(n).
+    least: int = 32
+    target: int = 128
+    most: int = 512
+
+
+BOUNDS = Bounds()
+
+
+def cut(tokens: Tokens, *, bounds: Bounds = BOUNDS, seed: int = 0) -> list[Chunk]:
+    """Chunks that partition the sequence, each within ``bounds``, near the target on average.
+
+    Only the last may be shorter; a stretch without any gram in bounds is cut at the upper one.
+    Raises ValueError if the bounds are not in order. O(n).
     """
-    if not 1 <= min_len <= max_len:
-        raise ValueError(f"min_len must be in [1, max_len={max_len}], got {min_len}")
+    least, target, most = bounds
+    if not 1 <= least <= target <= most:
+        raise ValueError(f"bounds must be 1 <= least <= target <= most, got {tuple(bounds)}")
     marks = winnow(tokens, seed=seed)
+    usual = min(2 * target - least, most)
     out: list[Chunk] = []
     start = 0
     while start < len(tokens):
         stop = len(tokens)
-        if stop - start > max_len:
-            lo, hi = np.searchsorted(marks.positions, (start + min_len, start + max_len + 1))
-            stop = start + max_len
+        if stop - start > usual:
+            lo, hi = np.searchsorted(marks.positions, (start + least, start + usual + 1))
+            stop = min(stop, start + most)
             if lo < hi:
                 stop = int(marks.positions[lo + int(marks.hashes[lo:hi].argmin())])
+            elif lo < len(marks.positions):
+                stop = min(stop, int(marks.positions[lo]))
         key = xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens[start:stop]).tobytes(), seed)
         out.append(Chunk(start, stop, key))
         start = stop

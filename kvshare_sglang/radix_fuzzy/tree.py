@@ -15,7 +15,7 @@ import xxhash
 
 from kvshare_sglang.errors import TreeError
 from kvshare_sglang.radix_fuzzy import chunks
-from kvshare_sglang.radix_fuzzy.chunks import Chunk
+from kvshare_sglang.radix_fuzzy.chunks import BOUNDS, Bounds, Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import (
     GRAM,
     SPAN,
@@ -161,14 +161,16 @@ class FuzzyTree:
         self._index_segment(seg, space.seed)
         return seg
 
-    def unknown_chunks(self, namespace: object, tokens: Tokens, *, depth: int) -> list[list[Chunk]]:
+    def unknown_chunks(
+        self, namespace: object, tokens: Tokens, *, depth: int, bounds: Bounds = BOUNDS
+    ) -> list[list[Chunk]]:
         """Chunks of ``tokens`` that no live segment stores at ``depth`` or less, in stretches.
 
         Each stretch is a list of neighbouring chunks. Changes nothing. O(len(tokens)).
         """
         seed = namespace_seed((self._secret, namespace))
         out: list[list[Chunk]] = []
-        for chunk in chunks.cut(tokens, seed=seed):
+        for chunk in chunks.cut(tokens, bounds=bounds, seed=seed):
             known = self._segments.get(self._chunk_home.get(chunk.key, 0))
             if known is not None and known.depth <= depth:
                 continue

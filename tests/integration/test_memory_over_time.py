@@ -8,9 +8,7 @@ from conftest import Texts
 from lab import Lab, lab
 
 
-def test_a_conversation_that_began_with_reuse_stays_at_one_depth(
-    kv_lab: Lab, texts: Texts
-) -> None:
+def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, texts: Texts) -> None:
     kv_lab.flush()
     document = texts.passage(300)
     kv_lab.one(document)

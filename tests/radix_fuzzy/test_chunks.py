@@ -6,17 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import fresh, random_tokens, texts
 
-from kvshare_sglang.radix_fuzzy.chunks import cut
+from kvshare_sglang.radix_fuzzy.chunks import Bounds, cut
 from kvshare_sglang.radix_fuzzy.fingerprints import WINDOW, winnow
 
-BOUNDS = st.tuples(st.integers(1, 60), st.integers(0, 100)).map(lambda b: (b[0], sum(b)))
+BOUNDS = st.tuples(st.integers(1, 60), st.integers(0, 60), st.integers(0, 100)).map(
+    lambda b: Bounds(b[0], b[0] + b[1], sum(b))
+)
 LONG = st.one_of(texts(max_parts=20), fresh(2000))
 
 
 @given(LONG, BOUNDS)
 def test_chunks_partition_the_text_within_their_bounds(tokens, bounds):
-    lo, hi = bounds
-    chunks = cut(tokens, min_len=lo, max_len=hi)
+    lo, _, hi = bounds
+    chunks = cut(tokens, bounds=bounds)
     stops = [0, *(chunk.stop for chunk in chunks)]
     assert [chunk.start for chunk in chunks] == stops[:-1]
     assert stops[-1] == len(tokens)
@@ -27,7 +29,7 @@ def test_chunks_partition_the_text_within_their_bounds(tokens, bounds):
 @given(LONG, st.integers(0, 2**64 - 1))
 def test_a_cut_stands_where_a_fingerprint_does_if_there_is_one_in_bounds(tokens, seed):
     kept = set(winnow(tokens, seed=seed).positions.tolist())
-    for chunk in cut(tokens, min_len=32, max_len=32 + WINDOW, seed=seed)[:-1]:
+    for chunk in cut(tokens, bounds=Bounds(32, 32 + WINDOW // 2, 32 + WINDOW), seed=seed)[:-1]:
         in_bounds = kept & set(range(chunk.start + 32, chunk.start + 32 + WINDOW + 1))
         assert chunk.stop in in_bounds or (
             not in_bounds and chunk.stop == chunk.start + 32 + WINDOW
@@ -59,10 +61,18 @@ def test_a_seed_changes_every_key(tokens, seed):
     assert not {c.key for c in cut(tokens)} & {c.key for c in cut(tokens, seed=seed)}
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(0, 10), (-1, 10), (11, 10)])
-def test_bounds_out_of_order_are_refused(lo, hi):
-    with pytest.raises(ValueError, match=rf"min_len must be in \[1, max_len={hi}\], got {lo}"):
-        cut(np.arange(5, dtype=np.int32), min_len=lo, max_len=hi)
+@given(st.integers(0, 2**32), st.integers(16, 64), st.integers(64, 400))
+def test_chunks_have_their_target_length_on_average(seed, least, target):
+    tokens = random_tokens(seed, 200 * target)
+    chunks = cut(tokens, bounds=Bounds(least, target, 4 * target))
+    # a little above: right behind a cut stand hashes that were larger than its own
+    assert 0.95 * target <= len(tokens) / len(chunks) <= 1.25 * target
+
+
+@pytest.mark.parametrize("bounds", [(0, 5, 10), (-1, 5, 10), (6, 5, 10), (1, 11, 10)])
+def test_bounds_out_of_order_are_refused(bounds):
+    with pytest.raises(ValueError, match="bounds must be 1 <= least <= target <= most, got"):
+        cut(np.arange(5, dtype=np.int32), bounds=Bounds(*bounds))
 
 
 def test_an_empty_text_has_no_chunks():
