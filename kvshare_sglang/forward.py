@@ -261,10 +261,17 @@ def copy_kv(runner: Any, rows: Copy) -> None:
     shift = rope_shift.plan_shift(table, rows.old_positions, rows.new_positions)
     for layer in runner.model.model.layers:
         attn = layer.self_attn.attn
-        keys = pool.get_key_buffer(attn.layer_id)[rows.src_slots]
-        values = pool.get_value_buffer(attn.layer_id)[rows.src_slots]
+        keys = _picked(pool.get_key_buffer(attn.layer_id), rows.src_slots)
+        values = _picked(pool.get_value_buffer(attn.layer_id), rows.src_slots)
         keys = rope_shift.rotate_keys(keys, shift, is_neox=rotary.is_neox_style)
         pool.set_kv_buffer(attn, rows.dst_slots, keys, values)
+
+
+def _picked(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """``buffer[slots]``, twice as fast on a CPU. Bytes for fp8, which not every device can pick."""
+    if buffer.dtype.itemsize == 1:
+        return buffer.view(torch.uint8).index_select(0, slots).view(buffer.dtype)
+    return buffer.index_select(0, slots)
 
 
 def cut_tokens(fb: Any, rows: list[list[Range]], runner: Any) -> None:

@@ -53,16 +53,14 @@ def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Ten
             f"rotary_dim {2 * half}"
         )
     turn = keys[..., : 2 * half].float()
-    if is_neox:
-        a, b = turn[..., :half], turn[..., half:]
-    else:
-        a, b = turn[..., 0::2], turn[..., 1::2]
-    new_a = torch.addcmul(a * shift.cos, b, shift.sin, value=-1)
-    new_b = torch.addcmul(b * shift.cos, a, shift.sin)
-    if is_neox:
-        turned = torch.cat((new_a, new_b), dim=-1)
-    else:
-        turned = torch.stack((new_a, new_b), dim=-1).flatten(-2)
+    turned = torch.empty_like(turn)
+    # Which dimensions are pairs; written in place, for fresh memory costs a CPU more than the sums.
+    first, second = (
+        (slice(half), slice(half, None)) if is_neox else (slice(0, None, 2), slice(1, None, 2))
+    )
+    a, b = turn[..., first], turn[..., second]
+    torch.mul(a, shift.cos, out=turned[..., first]).addcmul_(b, shift.sin, value=-1)
+    torch.mul(b, shift.cos, out=turned[..., second]).addcmul_(a, shift.sin)
     if keys.dtype.itemsize == 1:  # fp8: a pair can turn past the range, and the cast gives nan
         top = torch.finfo(keys.dtype).max
         turned = turned.clamp_(-top, top)
