@@ -215,28 +215,39 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def measure_cases(bench: Bench, servers: Sequence[Server], *, seed: int) -> dict[str, list[Sample]]:
-    """All sizes, then the request file; the samples under what was asked."""
+def measure_cases(bench: Bench, plain: dict[int, Setting]) -> dict[str, list[Sample]]:
+    """All sizes, then the request file; the samples under what was asked.
+
+    Servers are started once for each setting that plain has, by size, in ``plain``.
+    """
     args, vocab = bench.args, min(bench.model.vocab_size, 4096)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(args.seed)
     groups: dict[str, Callable[[], Iterator[Case]]] = {
         str(size): lambda size=size: (moved_case(rng, size, vocab) for _ in range(args.repeats))
         for size in args.sizes
     }
     weights = {str(size): size for size in args.sizes}
+    settings = {str(size): plain[size] for size in args.sizes}
     if args.requests:
         groups[args.requests.name] = lambda: request_cases(bench, args.requests)
         weights[args.requests.name] = 4096
+        settings[args.requests.name] = plain[max(args.sizes)]
     samples: dict[str, list[Sample]] = {name: [] for name in groups}
-    with _bench.Progress(sum(weights.values()) * args.repeats, unit=" tokens") as bar:
-        bar.say("warming up")
-        measure(bench, servers, moved_case(rng, min(args.sizes), vocab), turn=0)
-        for name, cases in groups.items():
-            for turn, case in enumerate(cases()):
-                bar.say(f"{name[:16]}, repeat {turn + 1} of {args.repeats}")
-                samples[name].append(measure(bench, servers, case, turn=turn))
-                bar.update(weights[name])
-        bar.say("timed three arms")
+    for setting in dict.fromkeys(settings.values()):
+        mine = [name for name in groups if settings[name] == setting]
+        specs = [server_spec(bench, arm, setting if arm == "plain" else bench.ours) for arm in ARMS]
+        with (
+            serve(*specs) as servers,
+            _bench.Progress(sum(weights[n] for n in mine) * args.repeats, unit=" tokens") as bar,
+        ):
+            bar.say("warming up")
+            measure(bench, servers, moved_case(rng, min(args.sizes), vocab), turn=0)
+            for name in mine:
+                for turn, case in enumerate(groups[name]()):
+                    bar.say(f"{name[:16]}, repeat {turn + 1} of {args.repeats}")
+                    samples[name].append(measure(bench, servers, case, turn=turn))
+                    bar.update(weights[name])
+            bar.say("timed three arms")
     if args.requests and not samples[args.requests.name]:
         raise ScriptError(f"{args.requests} holds fewer than {args.history + 1} prompts that fit")
     return samples
@@ -245,44 +256,46 @@ def measure_cases(bench: Bench, servers: Sequence[Server], *, seed: int) -> dict
 # ---- plain's own best setting ----------------------------------------------------------------
 
 
-def probe_plain(bench: Bench) -> tuple[Setting, list[dict[str, Any]]]:
-    """The fastest setting of the plain server at one size, and all that was tried.
+def probe_plain(bench: Bench) -> tuple[dict[int, Setting], list[dict[str, Any]]]:
+    """The fastest setting of the plain server for each size, and all that was tried.
 
-    Threads first, at the largest chunk; then the chunk, at the best number of threads.
+    Threads first, at the largest chunk and all sizes; then the chunk, for each size.
     """
-    tried: list[dict[str, Any]] = []
-
-    def best(settings: Sequence[Setting]) -> Setting:
-        for setting in settings:
-            if all(Setting(t["chunk"], t["threads"]) != setting for t in tried):
-                tried.append({**setting._asdict(), "ttft_p50_s": _probe(bench, setting)})
-        seen = [t for t in tried if Setting(t["chunk"], t["threads"]) in settings]
-        return Setting(*(min(seen, key=lambda t: t["ttft_p50_s"])[k] for k in Setting._fields))
-
     args = bench.args
     chunks = [args.plain_chunk] if args.plain_chunk else list(CHUNKS)
     counts = sorted({1, bench.ours.threads}) if args.device == "cpu" else [bench.ours.threads]
     if args.plain_threads:
         counts = [args.plain_threads]
     if len(chunks) == len(counts) == 1:
-        return Setting(chunks[0], counts[0]), []
-    threads = best([Setting(max(chunks), count) for count in counts]).threads
-    return best([Setting(chunk, threads) for chunk in chunks]), tried
+        return dict.fromkeys(args.sizes, Setting(chunks[0], counts[0])), []
+    found = {(max(chunks), n): _probe(bench, Setting(max(chunks), n)) for n in counts}
+    threads = min(counts, key=lambda n: sum(found[max(chunks), n].values()))
+    for chunk in chunks:
+        if (chunk, threads) not in found:
+            found[chunk, threads] = _probe(bench, Setting(chunk, threads))
+    best = {
+        size: Setting(min(chunks, key=lambda chunk: found[chunk, threads][size]), threads)
+        for size in args.sizes
+    }
+    tried = [
+        {"chunk": chunk, "threads": n, "ttft_p50_s": times} for (chunk, n), times in found.items()
+    ]
+    return best, tried
 
 
-def _probe(bench: Bench, setting: Setting) -> float:
+def _probe(bench: Bench, setting: Setting) -> dict[int, float]:
+    """Median TTFT of plain by size."""
     rng = np.random.default_rng(1)
     vocab = min(bench.model.vocab_size, 4096)
-    spec = server_spec(bench, "plain", setting)
     print(f"probe: plain with chunks of {setting.chunk}, {setting.threads} threads", flush=True)
-    with serve(spec) as (server,):
+    with serve(server_spec(bench, "plain", setting)) as (server,):
         server.ask(random_tokens(rng, 256, vocab).tolist())
-        return _bench.median(
-            [
-                server.ask(random_tokens(rng, bench.args.probe_tokens, vocab).tolist()).ttft_s
-                for _ in range(2)
-            ]
-        )
+        return {
+            size: _bench.median(
+                [server.ask(random_tokens(rng, size, vocab).tolist()).ttft_s for _ in range(2)]
+            )
+            for size in bench.args.sizes
+        }
 
 
 # ---- prompts with nothing to reuse -----------------------------------------------------------
@@ -340,7 +353,7 @@ def parse() -> argparse.Namespace:
     add("--history", type=int, default=6, help="requests cached before each one that is timed")
     add("--sizes", default="1024,2048,4096,8192", help="prompt lengths in tokens")
     add("--repeats", type=int, default=9, help="fresh prompts for each size")
-    add("--budget", type=float, default=0.05, help="--kvshare-budget of the servers")
+    add("--budget", type=float, default=0.12, help="--kvshare-budget of the servers")
     add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
     add("--chunk", type=int, default=8192, help="chunked prefill size of allrows and kvshare")
@@ -352,7 +365,6 @@ def parse() -> argparse.Namespace:
     )
     add("--plain-chunk", type=int, help="chunk size of plain (default: the best of a probe)")
     add("--plain-threads", type=int, help="threads of plain (default: the best of a probe)")
-    add("--probe-tokens", type=int, default=4096, help="prompt length of the probe")
     add(
         "--miss-pairs",
         type=int,
@@ -421,16 +433,15 @@ def main() -> int:
     )
     _bench.warn_if_busy()
     miss: dict[str, Any] = {"lookup_ms_p50_8k": lookup_ms(), "ttft_ratio_p50": None, "ci95": None}
-    plain_setting, tried = probe_plain(bench)
-    settings = {"plain": plain_setting, "allrows": bench.ours, "kvshare": bench.ours}
-    with serve(*(server_spec(bench, arm, settings[arm]) for arm in ARMS)) as servers:
-        samples = measure_cases(bench, servers, seed=args.seed)
-        if args.miss_pairs and plain_setting == bench.ours:
-            miss |= measure_miss(bench, servers[0], servers[2])
-    if args.miss_pairs and plain_setting != bench.ours:
+    plain, tried = probe_plain(bench)
+    samples = measure_cases(bench, plain)
+    if args.miss_pairs:
         with serve(*(server_spec(bench, n, bench.ours) for n in ("twin", "kvshare"))) as servers:
             miss |= measure_miss(bench, *servers)
-    env["settings"] = {arm: setting._asdict() for arm, setting in settings.items()}
+    env["settings"] = {
+        "plain": {str(size): setting._asdict() for size, setting in plain.items()},
+        **{arm: bench.ours._asdict() for arm in ("allrows", "kvshare")},
+    }
     env["probe"] = tried
     env["samples"] = {name: [s._asdict() for s in group] for name, group in samples.items()}
     result = {"rows": [summary(group) for group in samples.values()], "miss": miss, "env": env}
