@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +42,17 @@ def median(values: Sequence[float]) -> float:
     return spread(values).p50
 
 
-def bootstrap_ci95(values: Sequence[float], *, seed: int = 0, rounds: int = 10_000) -> list[float]:
-    """95% percentile interval of the median, by resampling the values with replacement."""
+def bootstrap_ci95(
+    values: Sequence[float],
+    *,
+    statistic: Callable[..., Any] = np.median,
+    seed: int = 0,
+    rounds: int = 10_000,
+) -> list[float]:
+    """95% percentile interval of ``statistic``, by resampling the values with replacement."""
     sample = np.asarray(values, float)
     picks = np.random.default_rng(seed).integers(len(sample), size=(rounds, len(sample)))
-    low, high = np.quantile(np.median(sample[picks], axis=1), (0.025, 0.975))
+    low, high = np.quantile(statistic(sample[picks], axis=1), (0.025, 0.975))
     return [float(low), float(high)]
 
 

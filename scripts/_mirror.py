@@ -35,6 +35,7 @@ class Mirror:
     def __init__(self) -> None:
         self.tree = FuzzyTree()
         self._stored: list[_Stored] = []
+        self._owners: dict[int, int] = {}
 
     def add(self, tokens: Tokens) -> None:
         """Store what exact serving of a prompt stores. O(prompts stored + len(tokens))."""
@@ -48,11 +49,21 @@ class Mirror:
             parent = ids[-1] if ids else None
             segment = self.tree.insert(_NAMESPACE, tokens[shared:], start=shared, parent=parent)
             starts, ids = [*starts, shared], [*ids, segment.id]
+            self._owners[segment.id] = len(self._stored)
         self._stored.append(_Stored(tokens, starts, ids))
 
     def prefix_len(self, tokens: Tokens) -> int:
         """Tokens of the prompt that SGLang alone reuses: never the last one."""
         return min(self._longest_prefix(tokens)[0], len(tokens) - 1)
+
+    def prefix_owner(self, tokens: Tokens) -> int:
+        """Number of the first stored prompt with the longest prefix of this one."""
+        _, stored = self._longest_prefix(tokens)
+        return next(i for i, one in enumerate(self._stored) if one is stored)
+
+    def owner(self, run: Run) -> int:
+        """Number of the stored prompt of whose path the run is a part."""
+        return self._owners[run.source]
 
     def match(self, tokens: Tokens, config: KVShareConfig) -> tuple[Run, ...]:
         """All that the matcher finds behind the exact prefix."""
@@ -111,6 +122,12 @@ def row_positions(plan: ReusePlan, *, chunk: int, max_rows: int | None = None) -
 
 def prefill_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -> float:
     """FLOPs of a dense Llama's prefill of the rows at ``positions``; logits for the last alone."""
+    layer = [layer_flops(config, positions)] * config["num_hidden_layers"]
+    return sum(layer) + 2.0 * config["hidden_size"] * config["vocab_size"]
+
+
+def layer_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -> float:
+    """FLOPs of one layer for the rows at ``positions``."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -119,4 +136,21 @@ def prefill_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray)
     mlp_weights = 3 * hidden * config["intermediate_size"]
     linear = 2.0 * (attention_weights + mlp_weights) * len(at)
     attention = 4.0 * heads * head_dim * float((at + 1).sum())
-    return config["num_hidden_layers"] * (linear + attention) + 2.0 * hidden * config["vocab_size"]
+    return linear + attention
+
+
+def checked_flops(
+    config: dict[str, Any], by_layer: Sequence[np.ndarray], *, checked: int, at_layer: int
+) -> float:
+    """FLOPs of a prefill whose rows differ by layer; ``checked`` rows were projected to Q, K and V
+    in layer ``at_layer``."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    extra = max(0, checked - len(by_layer[at_layer]))
+    qkv = 2.0 * extra * config["hidden_size"] * head_dim * (heads + 2 * kv_heads)
+    return (
+        sum(layer_flops(config, rows) for rows in by_layer)
+        + qkv
+        + 2.0 * config["hidden_size"] * config["vocab_size"]
+    )

@@ -65,6 +65,7 @@ LEVELS = (
 DEEPEN_AT = 5  # the level at which it gets all its layers
 PASS = 0.92  # accuracy in each task that opens the next level
 MIN_STEPS = 40  # at a level
+PATIENCE, PASS_LATE = 150, 0.7  # steps after which less will do: the rest is learned on the way
 PROSE_SHARE = 0.08  # of the rows
 REST = 0.1  # of the tokens that are no answers are learned too
 
@@ -431,7 +432,8 @@ class Run:
         """Go to the next level where this one is passed."""
         p = self.progress
         worst = min(map(self.of_task, tasks.TASKS))
-        if p.level + 1 == len(LEVELS) or p.level_steps < MIN_STEPS or worst < PASS:
+        needed = PASS if p.level_steps < PATIENCE else PASS_LATE
+        if p.level + 1 == len(LEVELS) or p.level_steps < MIN_STEPS or worst < needed:
             return False
         p.level, p.level_steps, p.accuracy = p.level + 1, 0, {}
         if p.level == DEEPEN_AT and p.layers < LAYERS:

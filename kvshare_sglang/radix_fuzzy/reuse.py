@@ -36,7 +36,7 @@ def plan_reuse(
     useful = [run for run in useful if run.length - _head(run, seam, window) >= MIN_COPY]
     while True:
         kept, copies = [], []
-        for run, head in zip(useful, _heads(useful, budget, seam, window), strict=True):
+        for run, head in zip(useful, head_lengths(useful, budget, seam, window), strict=True):
             start, stop = run.dst_start + head, min(run.dst_stop, limit)
             if stop - start > MERGE_GAP:
                 kept.append(run)
@@ -106,8 +106,13 @@ def _head(run: Run, seam: int, window: int) -> int:
     return min(run.length, heads[run.join])
 
 
-def _heads(runs: list[Run], budget: float, seam: int, window: int) -> list[int]:
-    """How many tokens at the start of each run to compute again."""
+def head_lengths(
+    runs: list[Run], budget: float, seam: int, window: int, *, grow: bool = True
+) -> list[int]:
+    """How many tokens at the start of each run to compute again; see ``plan_reuse``.
+
+    Without ``grow`` a head is never longer than its window or seam.
+    """
     if budget >= 1:
         return [run.length for run in runs]
     total = sum(run.length for run in runs)
@@ -118,7 +123,7 @@ def _heads(runs: list[Run], budget: float, seam: int, window: int) -> list[int]:
         return _scale(windows, allowed)
     if sum(windows) + sum(seams) > allowed:
         return [w + s for w, s in zip(windows, _scale(seams, allowed - sum(windows)), strict=True)]
-    spare = allowed - sum(windows) - sum(seams)
+    spare = allowed - sum(windows) - sum(seams) if grow else 0
     grown = [0 if run.join is Join.SAME else run.length for run in runs]
     return [
         min(run.length, w + s + spare * grow // max(sum(grown), 1))

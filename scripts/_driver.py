@@ -1,0 +1,259 @@
+"""A dense Llama in plain torch, over the plug-in's own planner and kernels: for sweeps of quality.
+
+It runs the rows that the server would run (``tests/test_driver.py`` holds the two together) and
+lets a check layer choose the rest: up to that layer every reused row runs; there its fresh K and V
+are compared with the cached ones, and the layers behind run the chosen rows only.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _mirror import Mirror
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.kernels import deviation, partial_attn, rope_shift
+from kvshare_sglang.policy import rows as selectors
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.radix_fuzzy.types import ReusePlan
+
+
+class KV(NamedTuple):
+    """K (rotated) and V of one sequence: [layers, tokens, kv_heads, dim] each."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Partial(NamedTuple):
+    """A prefill with reuse: logits of the last token [vocab], the KV it left, rows by layer."""
+
+    logits: torch.Tensor
+    kv: KV
+    rows: list[np.ndarray]  # positions, by layer
+    check: selectors.Check | None
+
+
+class Model:
+    """Llama, Qwen2, Qwen3 or Mistral from a Hugging Face directory."""
+
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        self.config = loaded.config.to_dict()
+        self.device, self.dtype = device, dtype
+        body = loaded.model
+        self.layers = list(body.layers)
+        self.embed, self.norm, self.head = body.embed_tokens, body.norm, loaded.lm_head
+        attn = self.layers[0].self_attn
+        self.dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.dim
+        self.kv_heads = attn.k_proj.out_features // self.dim
+        self.scaling = attn.scaling
+        limit = int(loaded.config.max_position_embeddings)
+        cos, sin = body.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device),
+                                   torch.arange(limit, device=device)[None])  # fmt: skip
+        half = cos.shape[-1] // 2
+        self.table = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float()
+
+    # ---- one layer ---------------------------------------------------------------------------
+
+    def _qkv(self, layer: Any, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attn = layer.self_attn
+        h = layer.input_layernorm(x)
+        q = attn.q_proj(h).view(len(x), -1, self.dim)
+        k = attn.k_proj(h).view(len(x), -1, self.dim)
+        v = attn.v_proj(h).view(len(x), -1, self.dim)
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        return self._turn(q, at), self._turn(k, at), v
+
+    def _turn(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.table[at, None].chunk(2, dim=-1)
+        return rope_shift.rotate_keys(x, rope_shift.Shift(cos, sin), is_neox=True)
+
+    def _behind(self, layer: Any, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        x = x + layer.self_attn.o_proj(seen.flatten(1))
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def _attend(self, q: torch.Tensor, at: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        plan = partial_attn.plan(
+            [(at, torch.arange(len(k)))], group=self.heads // self.kv_heads, dtype=q.dtype
+        )
+        return partial_attn.run(plan, q, k, v, scaling=self.scaling)
+
+    # ---- prefill -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self,
+        ids: Tokens,
+        kv: KV,
+        rows: np.ndarray,
+        *,
+        check_layer: int = -1,
+        choose: Callable[..., np.ndarray] | None = None,
+    ) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """Run ``rows`` (positions, ascending) over ``kv``, in place; hidden states of the last
+        layer's rows, normed, and the rows by layer.
+
+        At ``check_layer`` ``choose(q, k, v, at, layer)`` says which of the rows go on.
+        """
+        at = torch.as_tensor(rows, device=self.device)
+        x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
+        by_layer = []
+        for i, layer in enumerate(self.layers):
+            q, k, v = self._qkv(layer, x, at)
+            if i == check_layer and choose is not None:
+                keep = torch.as_tensor(choose(q, k, v, at, i), device=self.device)
+                kv.k[i, at], kv.v[i, at] = k, v  # all that was computed here is kept
+                x, at, q = x[keep], at[keep], q[keep]
+            else:
+                kv.k[i, at], kv.v[i, at] = k, v
+            x = self._behind(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
+            by_layer.append(at.cpu().numpy())
+        return self.norm(x), by_layer
+
+    def room(self, tokens: int) -> KV:
+        shape = (len(self.layers), tokens, self.kv_heads, self.dim)
+        return KV(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+
+    def full(self, ids: Tokens) -> tuple[torch.Tensor, KV]:
+        """Logits of the last token and the KV of full prefill."""
+        kv = self.room(len(ids))
+        hidden, _ = self.run(ids, kv, np.arange(len(ids)))
+        return self.logits(hidden[-1]), kv
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden).float()
+
+    @torch.no_grad()
+    def go_on(self, kv: KV, ids: Tokens, *, known: int) -> torch.Tensor:
+        """Logits [n, vocab] behind each of ``ids[known:]``, over the KV of ``ids[:known]``."""
+        wide = self.room(len(ids))
+        wide.k[:, :known], wide.v[:, :known] = kv.k[:, :known], kv.v[:, :known]
+        hidden, _ = self.run(ids, wide, np.arange(known, len(ids)))
+        return self.logits(hidden)
+
+    def greedy(self, ids: Tokens, count: int) -> Tokens:
+        """The prompt and what full prefill writes behind it, ``count`` tokens."""
+        logits, kv = self.full(ids)
+        out = np.concatenate([ids, np.zeros(count, ids.dtype)])
+        wide = self.room(len(out))
+        wide.k[:, : len(ids)], wide.v[:, : len(ids)] = kv.k, kv.v
+        for n in range(len(ids), len(out)):
+            out[n] = int(logits.argmax())
+            hidden, _ = self.run(out[: n + 1], KV(wide.k[:, : n + 1], wide.v[:, : n + 1]),
+                                 np.array([n]))  # fmt: skip
+            logits = self.logits(hidden[-1])
+        return out
+
+
+class Lab:
+    """A cache of exact prompts without limits, and prefill with reuse from it."""
+
+    def __init__(self, model: Model, config: KVShareConfig) -> None:
+        self.model, self.config = model, config
+        self.mirror = Mirror()
+        self._kv: list[KV] = []
+
+    def add(self, ids: Tokens, kv: KV | None = None) -> None:
+        """Cache a prompt, with the KV of full prefill where none is given."""
+        self.mirror.add(ids)
+        self._kv.append(self.model.full(ids)[1] if kv is None else kv)
+
+    def plan(self, ids: Tokens) -> ReusePlan:
+        return self.mirror.plan(ids, self.config)
+
+    def copied(self, ids: Tokens, plan: ReusePlan) -> KV:
+        """KV with the exact prefix and every run in place, K re-rotated; zeros elsewhere."""
+        model = self.model
+        kv = model.room(len(ids))
+        if plan.prefix_len:
+            source = self._kv[self.mirror.prefix_owner(ids)]
+            kv.k[:, : plan.prefix_len] = source.k[:, : plan.prefix_len]
+            kv.v[:, : plan.prefix_len] = source.v[:, : plan.prefix_len]
+        for run in plan.runs:
+            source = self._kv[self.mirror.owner(run)]
+            new = torch.arange(run.dst_start, run.dst_stop, device=model.device)
+            old = new - run.shift
+            shift = rope_shift.plan_shift(model.table, old, new)
+            for layer in range(len(model.layers)):
+                kv.k[layer, new] = rope_shift.rotate_keys(source.k[layer, old], shift, is_neox=True)
+                kv.v[layer, new] = source.v[layer, old]
+        return kv
+
+    def prefill(
+        self, ids: Tokens, plan: ReusePlan, selector: str, *, budget: float, check_layer: int = 1,
+        seed: int = 0, truth: KV | None = None,
+    ) -> Partial:  # fmt: skip
+        """Prefill with ``selector`` choosing the reused rows that run behind ``check_layer``.
+
+        ``oracle`` chooses by the true deviation over all layers, and needs full prefill's KV.
+        """
+        wish = selectors.Wish(plan, budget, self.config.seam, self.config.window, seed=seed)
+        kv = self.copied(ids, plan)
+        found: list[selectors.Check] = []
+        if selector == "oracle":
+            assert truth is not None
+            found.append(self._truth(plan, kv, truth))
+            ranges = selectors.compute("deviation", wish._replace(check=found[0]))
+            rows = positions(ranges)
+            hidden, by_layer = self.model.run(ids, kv, rows)
+        elif selector in selectors.CHECKED:
+            base = selectors.must_run(plan, suffix=self.config.seam)
+            every = np.arange(plan.prefix_len, plan.prompt_len)
+
+            def choose(q: Any, k: Any, v: Any, at: Any, layer: int) -> np.ndarray:
+                found.append(self._check(plan, kv, q, k, v, at, layer))
+                picked = positions(selectors.compute(selector, wish._replace(check=found[0])))
+                return picked - plan.prefix_len
+
+            assert len(base)
+            hidden, by_layer = self.model.run(
+                ids, kv, every, check_layer=check_layer, choose=choose
+            )
+        else:
+            rows = positions(selectors.compute(selector, wish))
+            hidden, by_layer = self.model.run(ids, kv, rows)
+        return Partial(self.model.logits(hidden[-1]), kv, by_layer, found[0] if found else None)
+
+    def _check(
+        self, plan: ReusePlan, kv: KV, q: Any, k: Any, v: Any, at: Any, layer: int
+    ) -> selectors.Check:
+        """All rows behind the prefix are here: compare the reused ones with what was copied."""
+        where = selectors.reused_positions(plan)
+        here = torch.as_tensor(where - plan.prefix_len, device=q.device)
+        slots = torch.as_tensor(where, device=q.device)
+        behind = int(plan.runs[-1].dst_stop) if plan.runs else plan.prompt_len
+        asking = torch.arange(
+            min(behind, plan.prompt_len - max(self.config.seam, 1)) - plan.prefix_len, len(q)
+        )
+        keys = kv.k[layer].clone()
+        keys[at] = k  # every row is fresh in this layer
+        paid = deviation.attention_paid(q[asking], at[asking], keys, scaling=self.model.scaling)
+        return selectors.Check(
+            where,
+            deviation.deviation(k[here], kv.k[layer, slots]).cpu().numpy(),
+            deviation.deviation(v[here], kv.v[layer, slots]).cpu().numpy(),
+            paid[slots].cpu().numpy(),
+        )
+
+    def _truth(self, plan: ReusePlan, kv: KV, truth: KV) -> selectors.Check:
+        where = selectors.reused_positions(plan)
+        at = torch.as_tensor(where)
+        k, v = (
+            torch.stack(
+                [deviation.deviation(t[at], c[at]) for t, c in zip(true, mine, strict=True)]
+            ).mean(dim=0).cpu().numpy()
+            for true, mine in ((truth.k, kv.k), (truth.v, kv.v))
+        )  # fmt: skip
+        return selectors.Check(where, k, v, np.ones(len(where), np.float32))
+
+
+def positions(ranges: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.arange(r.start, r.stop) for r in ranges])

@@ -1,0 +1,306 @@
+"""What reuse does to answers: selectors side by side on the same prompts and the same cache.
+
+Every prompt is served by full prefill and by each selector at each budget, over KV that full
+prefill left of the prompts before it. Answers are those of greedy decoding; agreement and KL are
+taken along full prefill's own continuation. A prompt that reuse declines is served in full.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _bench
+import _models
+import _tasks as tasks
+import numpy as np
+import torch
+from _driver import KV, Lab, Model
+from _mirror import checked_flops, prefill_flops
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.rows import CHECKED, SELECTORS, reused_positions
+
+ALL = (*SELECTORS, "oracle")
+CASES = ("splice", "edit near", "edit far", "edit same", "template")
+CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
+SIZE = tasks.Size(34, 4, prose=0.06)
+
+
+class Prompt(NamedTuple):
+    """A prompt, what was cached before it, and its answer."""
+
+    cached: list[np.ndarray]
+    ids: np.ndarray
+    answer: np.ndarray  # tokens, the full stop included
+
+
+class Truth(NamedTuple):
+    """Full prefill of a prompt."""
+
+    kv: KV
+    right: bool
+    margin: float
+    told: np.ndarray  # the prompt and full prefill's own continuation
+    logprobs: torch.Tensor  # [CONTINUED, vocab], along it
+
+
+class Outcome(NamedTuple):
+    """One prompt under one selector."""
+
+    right: bool
+    margin: float
+    top1: float
+    kl: float
+    recomputed: float  # share of the reused rows, mean over layers
+    computed: float  # share of full prefill's FLOPs, the check included
+    declined: bool
+
+
+# ---- prompts ---------------------------------------------------------------------------------
+
+
+class Encoder:
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+
+    def __call__(self, text: str, *, start: bool = False) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=start).ids, np.int32)
+
+
+def prompts(
+    encode: Encoder, task: str, case: str, *, n: int, size: tasks.Size, max_len: int
+) -> Iterator[Prompt]:
+    """Test prompts of a task: always the same ones. Those that the model cannot hold are left
+    out and replaced."""
+    rng = random.Random(f"test quality {task} {case}")
+    filler = tasks.sentences("test")
+    made = 0
+    while made < n:
+        pair = _pair(rng, task, case, size, filler)
+        if pair is None:
+            continue
+        ids = encode(pair.prompt.prompt, start=True)
+        cached = [encode(p.prompt, start=True) for p in pair.cached]
+        if max(map(len, (ids, *cached))) + CONTINUED + 16 > max_len:
+            continue
+        answer = pair.prompt.answer
+        assert answer is not None
+        tail = answer if task == "text" else f"{answer}."
+        made += 1
+        yield Prompt(cached, ids, encode(f" {tail}"))
+
+
+def _pair(
+    rng: random.Random, task: str, case: str, size: tasks.Size, filler: Any
+) -> tasks.Pair | None:
+    if task == "text":
+        sample = tasks.text(rng, split="test", paragraphs=5)
+        others = tasks.text(rng, split="test", paragraphs=4)
+        return tasks.splice(rng, sample, foreign=others.documents)
+    sample = tasks.make(task, rng, size, filler=filler)
+    if case == "splice":
+        foreign = tasks.scene(rng, {task: size.facts // 2}, size)
+        return tasks.splice(rng, sample, foreign=foreign)
+    if case == "template":
+        return tasks.template(rng, sample)
+    kind = rng.choice(("substitution", "insertion", "deletion"))
+    where = {"edit near": "near", "edit far": "far", "edit same": "any"}[case]
+    return tasks.edit(rng, sample, kind, changes=case != "edit same", where=where)
+
+
+# ---- one prompt ------------------------------------------------------------------------------
+
+
+def judge(
+    model: Model, kv: KV, first: torch.Tensor, ids: np.ndarray, answer: np.ndarray
+) -> tuple[bool, float]:
+    """Whether greedy decoding over ``kv`` writes the answer, and the smallest margin by which each
+    of its tokens leads (or trails) the best other one, in nats."""
+    logits = first[None]
+    if len(answer) > 1:
+        told = np.concatenate([ids, answer[:-1]])
+        logits = torch.cat([logits, model.go_on(kv, told, known=len(ids))])
+    logprobs = logits.log_softmax(-1)
+    target = torch.as_tensor(answer, device=logprobs.device).long()[:, None]
+    mine = logprobs.gather(1, target)[:, 0]
+    best = logprobs.scatter(1, target, float("-inf")).amax(1)
+    return bool((mine > best).all()), float((mine - best).min())
+
+
+def truth(model: Model, prompt: Prompt) -> Truth:
+    first, kv = model.full(prompt.ids)
+    right, margin = judge(model, kv, first, prompt.ids, prompt.answer)
+    told = model.greedy(prompt.ids, CONTINUED)
+    return Truth(kv, right, margin, told, _along(model, kv, first, told, len(prompt.ids)))
+
+
+def _along(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: int) -> torch.Tensor:
+    rest = model.go_on(kv, told[:-1], known=known)
+    return torch.cat([first[None], rest]).log_softmax(-1)
+
+
+def outcome(
+    lab: Lab, prompt: Prompt, true: Truth, selector: str, *, budget: float, layer: int, seed: int
+) -> Outcome:
+    model, ids = lab.model, prompt.ids
+    plan = lab.plan(ids)
+    if not plan.copies or selector == "full":
+        share = 1.0
+        return Outcome(true.right, true.margin, 1.0, 0.0, share, 1.0, not plan.copies)
+    done = lab.prefill(
+        ids, plan, selector, budget=budget, check_layer=layer, seed=seed, truth=true.kv
+    )
+    right, margin = judge(model, done.kv, done.logits, ids, prompt.answer)
+    along = _along(model, done.kv, done.logits, true.told, len(ids))
+    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
+    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
+    reused = reused_positions(plan)
+    recomputed = np.mean([np.isin(reused, rows).mean() for rows in done.rows[layer:]])
+    every = np.arange(plan.prefix_len, plan.prompt_len)
+    checked = len(every) if selector in CHECKED else 0
+    flops = checked_flops(model.config, done.rows, checked=checked, at_layer=layer)
+    return Outcome(
+        right,
+        margin,
+        float(agree),
+        float(kl),
+        float(recomputed),
+        flops / prefill_flops(model.config, every),
+        declined=False,
+    )
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def row(
+    found: list[Outcome], full: list[Truth], copy: list[Outcome], **names: Any
+) -> dict[str, Any]:
+    """One row of the JSON; intervals are bootstrapped over prompts."""
+    right = np.array([o.right for o in found], float)
+    best, worst = np.array([t.right for t in full], float), np.array([o.right for o in copy], float)
+    gap = best.mean() - worst.mean()
+    margin = np.array([[t.margin, c.margin] for t, c in zip(full, copy, strict=True)])
+    room = margin[:, 0].mean() - margin[:, 1].mean()
+    mine = np.mean([o.margin for o in found])
+    return {
+        **names,
+        "n": len(found),
+        "accuracy": float(right.mean()),
+        "accuracy_full": float(best.mean()),
+        "accuracy_copy": float(worst.mean()),
+        "regained": float((right.mean() - worst.mean()) / gap) if gap > 0 else None,
+        "margin_regained": float((mine - margin[:, 1].mean()) / room) if room > 0 else None,
+        "top1": float(np.mean([o.top1 for o in found])),
+        "kl": float(np.mean([o.kl for o in found])),
+        "recomputed_share": float(np.mean([o.recomputed for o in found])),
+        "computed_share": float(np.mean([o.computed for o in found])),
+        "declined": float(np.mean([o.declined for o in found])),
+        # of the difference to full prefill, prompt by prompt
+        "ci95": _bench.bootstrap_ci95(list(right - best), statistic=np.mean),
+    }
+
+
+def measure(
+    model: Model, encode: Encoder, args: argparse.Namespace, bar: _bench.Progress
+) -> list[dict[str, Any]]:
+    rows = []
+    config = KVShareConfig(min_reuse=args.min_reuse)
+    for task in args.task:
+        for case in args.case if task != "text" else ["splice"]:
+            full: list[Truth] = []
+            found: dict[tuple[str, float], list[Outcome]] = {}
+            size = SIZE._replace(facts=args.facts)
+            for i, prompt in enumerate(
+                prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
+            ):
+                lab = Lab(model, config)
+                for ids in prompt.cached:
+                    lab.add(ids)
+                true = truth(model, prompt)
+                full.append(true._replace(kv=None, logprobs=None))
+                for selector in dict.fromkeys(("copy", *args.selector)):
+                    for budget in args.budget if selector not in ("copy", "full") else [0.0]:
+                        one = outcome(
+                            lab, prompt, true, selector, budget=budget, layer=args.layer, seed=i
+                        )
+                        found.setdefault((selector, budget), []).append(one)
+                bar.say(f"{task}, {case}")
+                bar.update()
+            for (selector, budget), mine in found.items():
+                names = {"task": task, "case": case, "selector": selector, "budget": budget}
+                rows.append(row(mine, full, found["copy", 0.0], **names))
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    head = ("task", "case", "selector", "budget", "n", "accuracy", "full", "copy", "top1", "KL",
+            "recomputed", "computed", "declined")  # fmt: skip
+    return _bench.table(
+        head,
+        [
+            (
+                r["task"], r["case"], r["selector"], f"{r['budget']:.2f}", str(r["n"]),
+                f"{r['accuracy']:.3f}", f"{r['accuracy_full']:.3f}", f"{r['accuracy_copy']:.3f}",
+                f"{r['top1']:.3f}", f"{r['kl']:.4f}", f"{r['recomputed_share']:.1%}",
+                f"{r['computed_share']:.1%}", f"{r['declined']:.1%}",
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    add("--task", nargs="+", choices=(*tasks.TASKS, "text"), default=(*tasks.TASKS, "text"))
+    add("--case", nargs="+", choices=CASES, default=CASES)
+    add("--selector", nargs="+", choices=ALL, default=ALL)
+    add("--budget", nargs="+", type=float, default=[0.15], help="shares of the reused rows")
+    add("--layer", type=int, default=1, help="the check layer")
+    add("--n", type=int, default=500, help="prompts of each case")
+    add("--facts", type=int, default=34, help="sentences in a prompt")
+    add("--min-reuse", type=int, default=64, help="--kvshare-min-reuse")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="OUT", help="where the result goes")
+    add("--plot", type=Path, metavar="OUT.png", help="where a page of plots goes")
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} holds no config.json")
+    if not all(0 <= b <= 1 for b in args.budget):
+        parser.error(f"--budget must be in [0, 1], got {args.budget}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    model = Model(args.model, device=args.device)
+    if not 0 <= args.layer < len(model.layers):
+        raise SystemExit(f"error: --layer must be in [0, {len(model.layers)}), got {args.layer}")
+    cases = sum(1 if task == "text" else len(args.case) for task in args.task)
+    with _bench.Progress(cases * args.n, unit=" prompts") as bar:
+        rows = measure(model, Encoder(args.model), args, bar)
+        bar.say("measured")
+    print(show(rows))
+    env = _bench.environment(
+        model=args.model.name, layer=args.layer, facts=args.facts, device=args.device
+    )
+    if args.json:
+        _bench.write_json(args.json, {"rows": rows, "decode": [], "stream": [], "env": env})
+        print(f"numbers: {args.json}")
+    if args.plot:
+        import _quality_plot
+
+        _quality_plot.draw(rows, args.plot)
+        print(f"plot: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

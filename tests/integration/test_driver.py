@@ -1,0 +1,53 @@
+"""The driver of ``eval_quality`` runs the rows that the server runs, and gets its logits and KV."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Texts
+from lab import lab
+from tiny_models import make_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from _driver import Lab as Driver
+from _driver import Model
+
+from kvshare_sglang.config import KVShareConfig
+
+TOL = {"atol": 2e-3, "rtol": 1e-3}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-yarn", "qwen2", "qwen3"])
+def test_the_driver_does_what_the_server_does(name: str, models: Path, texts: Texts) -> None:
+    path = make_model(models, name)
+    a, b = texts.passage(200), texts.passage(170)
+    edited = a[:80] + texts.passage(3) + a[85:]
+    source = texts.passage(11) + a + b
+    prompts = [texts.passage(20) + b + a + texts.passage(30), source[:60] + b + edited]
+    config = KVShareConfig()
+    driver = Driver(Model(path), config)
+    driver.add(np.array(source, np.int32))
+    with lab(path, kvshare=True) as it:
+        for prompt in prompts:
+            it.flush()
+            it.one(source, new=1)
+            served = it.one(prompt, new=6, keep="kv")
+            ids = np.array(prompt, np.int32)
+            plan = driver.plan(ids)
+            told = served["kvshare"]
+            assert told["fuzzy_tokens"] == plan.copied > 100
+            assert told["computed_tokens"] == plan.computed
+            mine = driver.prefill(ids, plan, "edit-window", budget=config.budget)
+            assert all(len(rows) >= plan.computed for rows in mine.rows)
+            exact = np.concatenate([np.arange(*r) for r in plan.compute])
+            # the selector works row by row; the server merges short stretches into what it runs
+            hidden, rows = driver.model.run(ids, kv := driver.copied(ids, plan), exact)
+            assert np.array_equal(rows[0], exact)
+            torch.testing.assert_close(driver.model.logits(hidden[-1]), served["logits"], **TOL)
+            for ours, theirs in zip(kv, served["kv"], strict=True):
+                torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
+            full, _ = driver.model.full(ids)
+            plain = it.one(prompt, new=1, kvshare="exact")
+            torch.testing.assert_close(full, plain["logits"], **TOL)

@@ -1,0 +1,36 @@
+"""Deviation and attention paid, against their definitions in plain Python."""
+
+import math
+
+import pytest
+import torch
+
+from kvshare_sglang.kernels.deviation import attention_paid, deviation
+
+
+def test_deviation_is_the_relative_distance():
+    torch.manual_seed(0)
+    fresh, cached = torch.randn(7, 2, 4), torch.randn(7, 2, 4)
+    cached[3] = fresh[3]
+    for i, found in enumerate(deviation(fresh, cached).tolist()):
+        a, b = fresh[i].flatten().tolist(), cached[i].flatten().tolist()
+        apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+        assert found == pytest.approx(apart / math.sqrt(sum(x * x for x in a)), abs=1e-6)
+    assert deviation(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)).tolist() == [0]
+    with pytest.raises(ValueError, match=r"shapes differ: \(7, 2, 4\) and \(6, 2, 4\)"):
+        deviation(fresh, cached[:6])
+
+
+def test_attention_paid_is_the_mean_softmax_over_rows_and_heads():
+    torch.manual_seed(1)
+    q, keys, at = torch.randn(3, 4, 8), torch.randn(9, 2, 8), [4, 6, 8]
+    expected = [0.0] * 9
+    for row, position in enumerate(at):
+        for head in range(4):
+            seen = [0.3 * float(q[row, head] @ keys[i, head // 2]) for i in range(position + 1)]
+            weights = [math.exp(s) for s in seen]
+            for i, weight in enumerate(weights):
+                expected[i] += weight / sum(weights) / 12
+    found = attention_paid(q, torch.tensor(at), keys, scaling=0.3)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert float(found.sum()) == pytest.approx(1)
