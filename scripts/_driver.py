@@ -133,23 +133,30 @@ class Model:
 
     @torch.no_grad()
     def go_on(self, kv: KV, ids: Tokens, *, known: int) -> torch.Tensor:
-        """Logits [n, vocab] behind each of ``ids[known:]``, over the KV of ``ids[:known]``."""
-        wide = self.room(len(ids))
-        wide.k[:, :known], wide.v[:, :known] = kv.k[:, :known], kv.v[:, :known]
-        hidden, _ = self.run(ids, wide, np.arange(known, len(ids)))
+        """Logits [n, vocab] behind each of ``ids[known:]``, over the KV of ``ids[:known]``.
+
+        Uses what room ``kv`` has behind; what is there is overwritten.
+        """
+        if kv.k.shape[1] < len(ids):
+            kv = self.widened(kv, len(ids), known=known)
+        hidden, _ = self.run(ids, kv, np.arange(known, len(ids)))
         return self.logits(hidden)
 
-    def greedy(self, ids: Tokens, count: int) -> Tokens:
-        """The prompt and what full prefill writes behind it, ``count`` tokens."""
-        logits, kv = self.full(ids)
+    def widened(self, kv: KV, tokens: int, *, known: int) -> KV:
+        """A copy of the first ``known`` tokens with room for ``tokens``."""
+        wide = self.room(tokens)
+        wide.k[:, :known], wide.v[:, :known] = kv.k[:, :known], kv.v[:, :known]
+        return wide
+
+    def greedy(self, ids: Tokens, first: torch.Tensor, kv: KV, count: int) -> Tokens:
+        """The prompt and ``count`` tokens behind it, from its KV and the logits of its last."""
         out = np.concatenate([ids, np.zeros(count, ids.dtype)])
-        wide = self.room(len(out))
-        wide.k[:, : len(ids)], wide.v[:, : len(ids)] = kv.k, kv.v
+        kv = self.widened(kv, len(out), known=len(ids))
+        logits = first
         for n in range(len(ids), len(out)):
             out[n] = int(logits.argmax())
-            hidden, _ = self.run(out[: n + 1], KV(wide.k[:, : n + 1], wide.v[:, : n + 1]),
-                                 np.array([n]))  # fmt: skip
-            logits = self.logits(hidden[-1])
+            if n + 1 < len(out):
+                logits = self.go_on(kv, out[: n + 1], known=n)[-1]
         return out
 
 
@@ -169,10 +176,11 @@ class Lab:
     def plan(self, ids: Tokens) -> ReusePlan:
         return self.mirror.plan(ids, self.config)
 
-    def copied(self, ids: Tokens, plan: ReusePlan) -> KV:
-        """KV with the exact prefix and every run in place, K re-rotated; zeros elsewhere."""
+    def copied(self, ids: Tokens, plan: ReusePlan, *, room: int = 0) -> KV:
+        """KV with the exact prefix and every run in place, K re-rotated; zeros elsewhere, and in
+        the ``room`` behind the prompt."""
         model = self.model
-        kv = model.room(len(ids))
+        kv = model.room(len(ids) + room)
         if plan.prefix_len:
             source = self._kv[self.mirror.prefix_owner(ids)]
             kv.k[:, : plan.prefix_len] = source.k[:, : plan.prefix_len]
@@ -189,14 +197,14 @@ class Lab:
 
     def prefill(
         self, ids: Tokens, plan: ReusePlan, selector: str, *, budget: float, check_layer: int = 1,
-        seed: int = 0, truth: KV | None = None,
+        seed: int = 0, truth: KV | None = None, room: int = 0,
     ) -> Partial:  # fmt: skip
         """Prefill with ``selector`` choosing the reused rows that run behind ``check_layer``.
 
         ``oracle`` chooses by the true deviation over all layers, and needs full prefill's KV.
         """
         wish = selectors.Wish(plan, budget, self.config.seam, self.config.window, seed=seed)
-        kv = self.copied(ids, plan)
+        kv = self.copied(ids, plan, room=room)
         found: list[selectors.Check] = []
         if selector == "oracle":
             assert truth is not None
@@ -233,7 +241,7 @@ class Lab:
         asking = torch.arange(
             min(behind, plan.prompt_len - max(self.config.seam, 1)) - plan.prefix_len, len(q)
         )
-        keys = kv.k[layer].clone()
+        keys = kv.k[layer, : plan.prompt_len].clone()
         keys[at] = k  # every row is fresh in this layer
         paid = deviation.attention_paid(q[asking], at[asking], keys, scaling=self.model.scaling)
         return selectors.Check(

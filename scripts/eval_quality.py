@@ -116,32 +116,38 @@ def _pair(
 # ---- one prompt ------------------------------------------------------------------------------
 
 
-def judge(
-    model: Model, kv: KV, first: torch.Tensor, ids: np.ndarray, answer: np.ndarray
-) -> tuple[bool, float]:
-    """Whether greedy decoding over ``kv`` writes the answer, and the smallest margin by which each
-    of its tokens leads (or trails) the best other one, in nats."""
-    logits = first[None]
-    if len(answer) > 1:
-        told = np.concatenate([ids, answer[:-1]])
-        logits = torch.cat([logits, model.go_on(kv, told, known=len(ids))])
-    logprobs = logits.log_softmax(-1)
+def judge(logprobs: torch.Tensor, answer: np.ndarray) -> tuple[bool, float]:
+    """Whether greedy decoding writes the answer, and the smallest margin by which each of its
+    tokens leads (or trails) the best other one, in nats. ``logprobs`` stand along the answer."""
     target = torch.as_tensor(answer, device=logprobs.device).long()[:, None]
-    mine = logprobs.gather(1, target)[:, 0]
-    best = logprobs.scatter(1, target, float("-inf")).amax(1)
+    mine = logprobs[: len(answer)].gather(1, target)[:, 0]
+    best = logprobs[: len(answer)].scatter(1, target, float("-inf")).amax(1)
     return bool((mine > best).all()), float((mine - best).min())
+
+
+def follow(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: int) -> torch.Tensor:
+    """Log-probabilities along ``told[known:]``, the first of them from ``first``."""
+    rest = model.go_on(kv, told[:-1], known=known) if len(told) > known + 1 else first[:0]
+    return torch.cat([first[None], rest]).log_softmax(-1)
 
 
 def truth(model: Model, prompt: Prompt) -> Truth:
     first, kv = model.full(prompt.ids)
-    right, margin = judge(model, kv, first, prompt.ids, prompt.answer)
-    told = model.greedy(prompt.ids, CONTINUED)
-    return Truth(kv, right, margin, told, _along(model, kv, first, told, len(prompt.ids)))
+    told = model.greedy(prompt.ids, first, kv, CONTINUED)
+    known = len(prompt.ids)
+    along = follow(model, kv, first, told, known)
+    right, margin = _answered(model, kv, first, along, told, prompt)
+    return Truth(kv, right, margin, told, along)
 
 
-def _along(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: int) -> torch.Tensor:
-    rest = model.go_on(kv, told[:-1], known=known)
-    return torch.cat([first[None], rest]).log_softmax(-1)
+def _answered(
+    model: Model, kv: KV, first: torch.Tensor, along: torch.Tensor, told: np.ndarray, prompt: Prompt
+) -> tuple[bool, float]:
+    """As ``judge``; where full prefill's continuation starts with the answer, nothing is run."""
+    known, answer = len(prompt.ids), prompt.answer
+    if len(answer) > CONTINUED or not np.array_equal(told[known : known + len(answer)], answer):
+        along = follow(model, kv, first, np.concatenate([prompt.ids, answer]), known)
+    return judge(along, answer)
 
 
 def outcome(
@@ -153,10 +159,11 @@ def outcome(
         share = 1.0
         return Outcome(true.right, true.margin, 1.0, 0.0, share, 1.0, not plan.copies)
     done = lab.prefill(
-        ids, plan, selector, budget=budget, check_layer=layer, seed=seed, truth=true.kv
-    )
-    right, margin = judge(model, done.kv, done.logits, ids, prompt.answer)
-    along = _along(model, done.kv, done.logits, true.told, len(ids))
+        ids, plan, selector, budget=budget, check_layer=layer, seed=seed, truth=true.kv,
+        room=CONTINUED,
+    )  # fmt: skip
+    along = follow(model, done.kv, done.logits, true.told, len(ids))
+    right, margin = _answered(model, done.kv, done.logits, along, true.told, prompt)
     agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
     reused = reused_positions(plan)
@@ -267,6 +274,7 @@ def parse() -> argparse.Namespace:
     add("--n", type=int, default=500, help="prompts of each case")
     add("--facts", type=int, default=34, help="sentences in a prompt")
     add("--min-reuse", type=int, default=64, help="--kvshare-min-reuse")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="OUT", help="where the result goes")
     add("--plot", type=Path, metavar="OUT.png", help="where a page of plots goes")
@@ -280,7 +288,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    model = Model(args.model, device=args.device)
+    model = Model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     if not 0 <= args.layer < len(model.layers):
         raise SystemExit(f"error: --layer must be in [0, {len(model.layers)}), got {args.layer}")
     cases = sum(1 if task == "text" else len(args.case) for task in args.task)
@@ -289,7 +297,11 @@ def main() -> int:
         bar.say("measured")
     print(show(rows))
     env = _bench.environment(
-        model=args.model.name, layer=args.layer, facts=args.facts, device=args.device
+        model=args.model.name,
+        layer=args.layer,
+        facts=args.facts,
+        dtype=args.dtype,
+        device=args.device,
     )
     if args.json:
         _bench.write_json(args.json, {"rows": rows, "decode": [], "stream": [], "env": env})
