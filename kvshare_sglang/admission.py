@@ -132,6 +132,8 @@ def _attach(cache: FuzzyRadixCache, req: Any, state: RequestReuse) -> None:
     """The request goes to prefill: remember, report and count its reuse."""
     req.kvshare = state
     req.kvshare_proposal = None
+    if state.plan is not None:
+        cache.note_use(state)
     exact = len(req.prefix_indices)
     if exact:
         cache.note_prefix_hit(req.last_node)

@@ -120,7 +120,7 @@ class FuzzyRadixCache(RadixCache):
     ) -> Any:
         prefix_len, last_node = result = super()._insert_helper(node, key, value, *args, **kw)
         if prefix_len < len(key):
-            self._note_new_node(last_node, start=prefix_len)
+            self._note_new_node(last_node)
         return result
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
@@ -137,14 +137,16 @@ class FuzzyRadixCache(RadixCache):
         segment.payload.drop_last()
         self.fuzzy.trim(segment.id, start)
 
-    def _note_new_node(self, node: TreeNode, *, start: int) -> None:
+    def _note_new_node(self, node: TreeNode) -> None:
         tag = node.key.extra_key
-        depth = context = 0
+        start = depth = context = 0
         space: object = compat.namespace(node.key)
         if isinstance(tag, TaggedKey):
-            start, depth, space = start + tag.start, tag.depth, tag.namespace
-            context = tag.context
-        parent = None if node.parent is self.root_node else node.parent.kvshare[0].id
+            start, depth, space, context = tag.start, tag.depth, tag.namespace, tag.context
+        parent = None
+        if node.parent is not self.root_node:
+            segment, start = node.parent.kvshare
+            parent, start = segment.id, start + len(node.parent.key)
         segment = self.fuzzy.insert(
             space,
             as_tokens(node.key.token_ids),
@@ -297,42 +299,46 @@ class FuzzyRadixCache(RadixCache):
                 context = self.fuzzy.context_of(tokens[:first])
                 key_of = TaggedKey(space, start=first, depth=depth, context=context)
                 slots = self.req_to_token_pool.req_to_token[compat.kv_row(req).req_pool_idx]
+                node, at = self.root_node, first
                 for chunk, border in zip(chunks, borders, strict=True):
-                    if border - first <= 0:
+                    if border <= at:
                         continue
-                    key = compat.make_key(token_ids[first:border], req, extra_key=key_of)
-                    value = slots[first:border].to(dtype=torch.int64, copy=True)
-                    result = self.insert(InsertParams(key=key, value=value))
-                    if result.prefix_len < len(key):
-                        leaf = self.last_node_of(key)
-                        self.fuzzy.remember_chunk(chunk, leaf.kvshare[0])
+                    # Nothing is under a new tag yet: each chunk hangs on the one before, and the
+                    # chain is not walked again.
+                    key = compat.make_key(token_ids[at:border], req, extra_key=key_of)
+                    value = slots[at:border].to(dtype=torch.int64, copy=True)
+                    _, node = self._insert_helper(node, key, value)
+                    self.fuzzy.remember_chunk(chunk, node.kvshare[0])
+                    at = border
                 taken.append(Range(first, borders[-1]))
         return taken
-
-    def last_node_of(self, key: RadixKey) -> TreeNode:
-        """The node at which a key that is in the tree ends."""
-        return self.match_prefix(MatchPrefixParams(key=key)).last_device_node
 
     # ---- sources -----------------------------------------------------------------------------
 
     def lock_sources(self, state: RequestReuse) -> None:
-        """Keep the sources of a plan from eviction, mark them used, and read their slots."""
+        """Keep the sources of a plan from eviction, and read their slots."""
         assert state.plan is not None
         self._holders[id(state)] = state
-        now = time.monotonic()
         slots = []
         for run in state.plan.copies:
             last = None
             for segment, start, stop in self.fuzzy.pieces(run):
                 for node, lo, hi in segment.payload.covering(start, stop):
                     slots.append(node.value[lo:hi])
-                    node.last_access_time = now
-                    self._use(node, (hi - lo) / len(node.value))
+                    state.used.append((node, (hi - lo) / len(node.value)))
                     last = node
             pin = self.fuzzy.pin(run)
             self.inc_lock_ref(last)
             state.locked.append((pin, last))
         state.src_slots = torch.cat(slots)
+
+    def note_use(self, state: RequestReuse) -> None:
+        """The request was admitted: its sources, locked a moment ago, are used."""
+        now = time.monotonic()
+        for node, share in state.used:
+            node.last_access_time = now
+            self._use(node, share)
+        state.used.clear()
 
     def note_prefix_hit(self, node: TreeNode) -> None:
         """The path to ``node`` serves a request as its exact prefix."""
@@ -363,6 +369,7 @@ class FuzzyRadixCache(RadixCache):
             self.unlock_sources(state)
             state.plan = keep_before(state.plan, state.done)
             if not state.plan.copies:
+                state.plan = None  # nothing was copied: the request is exact to its end
                 state.info["declined"] = Decline.NO_ROOM.value
                 self.report.declined(Decline.NO_ROOM)
         return bool(holders)

@@ -11,7 +11,8 @@ from kvshare_sglang.radix_fuzzy.types import ReusePlan
 class RequestReuse:
     """Hangs on SGLang's ``Req`` as ``req.kvshare``.
 
-    ``plan`` is None for a request that takes the exact path. ``src_slots`` holds the KV slots of
+    ``plan`` is None for a request that takes the exact path, from the start or because memory got
+    short before anything was copied. ``src_slots`` holds the KV slots of
     ``plan.copies``, one after the other; they stay what they are while ``locked`` holds the tree
     nodes that own them.
     """
@@ -20,6 +21,7 @@ class RequestReuse:
     decline: Decline | None
     src_slots: Any = None
     locked: list[Any] = field(default_factory=list)
+    used: list[Any] = field(default_factory=list)  # nodes and the share of each that is copied
     done: int = 0  # prompt positions below this have been through a forward pass
     info: dict[str, Any] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 A cut may stand only where a winnowed gram starts, so the same text is cut alike wherever it
 stands. Among the grams that keep a chunk as far from its target as its lower bound, to either side,
 the smallest hash wins: a rare value, met again in every copy of the text. A stretch without a gram
-there (all of one token, say) goes on to the next one, at most to the upper bound.
+there goes on to the next one, at most to the upper bound.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,8 @@ def cut(tokens: Tokens, *, bounds: Bounds = BOUNDS, seed: int = 0) -> list[Chunk
             lo, hi = np.searchsorted(marks.positions, (start + least, start + usual + 1))
             stop = min(stop, start + most)
             if lo < hi:
-                stop = int(marks.positions[lo + int(marks.hashes[lo:hi].argmin())])
+                # Of equal ones the last, so that text of one token is not cut at every minimum.
+                stop = int(marks.positions[hi - 1 - int(marks.hashes[lo:hi][::-1].argmin())])
             elif lo < len(marks.positions):
                 stop = min(stop, int(marks.positions[lo]))
         key = xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens[start:stop]).tobytes(), seed)

@@ -107,8 +107,9 @@ class FingerprintIndex:
             found, old, wanted = self._keys[slots], self._values[slots], keys[pending]
             empty = found == _EMPTY
             same = found == wanted
-            places[pending[same]] += 1
-            take = empty | ~self._alive(old)
+            living = self._alive(old)
+            places[pending[same & living]] += 1
+            take = empty | ~living
             # Two keys may want one slot: the one written last has it, the others go on.
             self._keys[slots[take]] = wanted[take]
             won = take & (self._keys[slots] == wanted)

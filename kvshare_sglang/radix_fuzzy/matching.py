@@ -21,6 +21,8 @@ from kvshare_sglang.radix_fuzzy.types import Join, Run
 SEAM_COST = 16  # rows: what a change of source costs
 LOOK_BACK = 64  # tokens before a run that are compared with what stood before its source
 DRIFT = 64  # tokens that an edit may insert or delete, for its text to be looked for at once
+FEW = 24  # tokens: runs that gain fewer count as next to nothing
+MAX_STRIDE = 256  # tokens that are skipped at most, and the length of a run that ends skipping
 MIN_BLOCK = 4  # tokens: shorter equal stretches between edits are chance
 
 
@@ -49,11 +51,13 @@ def anchors(
 ) -> list[Run]:
     """The best run through each hit that no run before it covers.
 
-    Gives up when over ``64 + n / 32`` hits extend to less than a span: ordinary text has few of
-    them, and text made of them must not hold up the scheduler.
+    Hits that lead to next to nothing are few in ordinary text, and text made of them must not hold
+    up the scheduler: after ``64 + n / 32`` of them the next hits are looked at in strides that
+    double up to ``MAX_STRIDE`` tokens, until one leads to a long run. What was skipped in front of
+    it is found by extending it to the left.
     """
     runs: list[Run] = []
-    patience = 64 + len(prompt) // 32
+    patience, stride = 64 + len(prompt) // 32, 0
     end, i = start, 0
     while i < len(hits.at):
         at = int(hits.at[i])
@@ -70,18 +74,28 @@ def anchors(
         floor = min(at, max(end - LOOK_BACK, 0))
         found = [extend(seg, src, prompt, at, floor) for seg, src in places]
         found = [run for run in found if run.length >= SPAN and run.dst_stop - end >= GRAM]
-        if not found:
+        best = max(found, key=lambda run: _worth(run, end, last, segments), default=None)
+        gain = 0 if best is None else best.dst_stop - max(end, best.dst_start)
+        if gain < FEW and not (best and last and _leads_on(last, best, segments)):
             patience -= 1
             if patience < 0:
-                break
+                stride = min(max(2 * stride, SPAN), MAX_STRIDE)
+                i = int(np.searchsorted(hits.at, max(at, end) + stride))
+        elif gain >= MAX_STRIDE:
+            patience, stride = patience + gain // 32, 0
+        if best is None:
             continue
-        best = max(found, key=lambda run: _worth(run, end, last, segments))
         while runs and best.dst_start <= runs[-1].dst_start:
             runs.pop()  # all of it stands in the new one, too
         floor = runs[-1].dst_stop if runs else start
         runs.append(best.cut(max(best.dst_start, floor), best.dst_stop))
         end = best.dst_stop
     return runs
+
+
+def _leads_on(last: Run, run: Run, segments: Mapping[int, Segment]) -> bool:
+    """Whether the run is the next piece of the text that the last one stands in: edits between."""
+    return 0 <= run.src_start - last.src_stop <= MAX_GAP and goes_on(last, run, segments)
 
 
 def _ahead(seg: Segment, last: Run, prompt: Tokens, at: int) -> list[tuple[Segment, int]]:

@@ -7,6 +7,7 @@ Payloads are opaque: the host keeps in them where the KV of a segment is.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,14 @@ from kvshare_sglang.radix_fuzzy.fingerprints import (
 )
 from kvshare_sglang.radix_fuzzy.index import Bools, FingerprintIndex, Words
 from kvshare_sglang.radix_fuzzy.matching import Hits, find_runs
-from kvshare_sglang.radix_fuzzy.segments import Piece, Segment, owner, path_tokens, pieces
+from kvshare_sglang.radix_fuzzy.segments import (
+    Piece,
+    Segment,
+    common_prefix,
+    owner,
+    path_tokens,
+    pieces,
+)
 from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
 
 _POSITION_BITS = np.uint64(32)
@@ -166,14 +174,17 @@ class FuzzyTree:
     ) -> list[list[Chunk]]:
         """Chunks of ``tokens`` that no live segment stores at ``depth`` or less, in stretches.
 
-        Each stretch is a list of neighbouring chunks. Changes nothing. O(len(tokens)).
+        What repeats in the text itself is given once. Each stretch is a list of neighbouring
+        chunks. Changes nothing. O(len(tokens)).
         """
         seed = namespace_seed((self._secret, namespace))
         out: list[list[Chunk]] = []
+        seen: set[int] = set()
         for chunk in chunks.cut(tokens, bounds=bounds, seed=seed):
             known = self._segments.get(self._chunk_home.get(chunk.key, 0))
-            if known is not None and known.depth <= depth:
+            if chunk.key in seen or (known is not None and known.depth <= depth):
                 continue
+            seen.add(chunk.key)
             if out and out[-1][-1].stop == chunk.start:
                 out[-1].append(chunk)
             else:
@@ -250,10 +261,12 @@ class FuzzyTree:
         """Cached text found in ``prompt[start:]``: ascending, disjoint runs of equal tokens.
 
         A shared span of ``SPAN`` tokens that one live segment holds is found wherever it stands,
-        unless its gram stands in more places than the index keeps. What lies between two runs of
-        one cached text is aligned by edit distance. Sources deeper than ``max_depth`` do not
-        count. Changes nothing. Valid until the next trim or clear. O(n) plus the way up the path
-        for each fingerprint hit that no run covers, and O(gap^2) for short gaps.
+        unless its gram stands, or stood until it was evicted, in more places than the index keeps;
+        in text that is made of short finds, only longer ones are (see ``matching.anchors``). What
+        lies between two runs of one cached text is aligned by edit distance. Sources deeper than
+        ``max_depth`` do not count. Changes nothing. Valid until the next trim or clear. O(n) plus
+        the way up the path for each fingerprint hit that no run covers, and O(gap^2) for short
+        gaps.
         """
         space = self._namespaces.get(namespace)
         if space is None:
@@ -273,8 +286,10 @@ class FuzzyTree:
             (found[ok] & _POSITION_MASK).astype(np.int64),
         )
         runs = find_runs(prompt, hits, self._segments, start=start, tolerance=tolerance)
+        own = self._own(runs, prompt)
         runs = tuple(
-            run._replace(join=Join.SAME) if self._is_own(run, prompt) else run for run in runs
+            run._replace(join=Join.SAME) if mine else run
+            for run, mine in zip(runs, own, strict=True)
         )
         check_runs(runs, start=start, stop=len(prompt))
         return runs
@@ -283,17 +298,37 @@ class FuzzyTree:
         """Hash of the tokens before a path, never 0. O(n)."""
         return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).tobytes(), self._secret) or 1
 
-    def _is_own(self, run: Run, prompt: Tokens) -> bool:
-        """Whether the prompt up to a run is what stood before the run's source."""
-        seg = self._segments[run.source]
-        root = seg.root_start
-        if run.shift or not seg.context or run.src_start < root:
-            return False
-        before = path_tokens(seg, root, run.src_start)
-        return (
-            np.array_equal(before, prompt[root : run.dst_start])
-            and self.context_of(prompt[:root]) == seg.context
-        )
+    def _own(self, runs: Sequence[Run], prompt: Tokens) -> list[bool]:
+        """For each run, whether the prompt up to it is what stood before the run's source.
+
+        O(len(prompt)) for each path; no path is compared twice.
+        """
+        contexts: dict[int, int] = {}  # hash of the prompt up to where a path begins
+        reach: dict[int, int] = {}  # by segment: how far the prompt is its path, context included
+
+        def reach_of(seg: Segment) -> int:
+            chain = []
+            node: Segment | None = seg
+            while node is not None and node.id not in reach:
+                chain.append(node)
+                node = node.parent
+            for node in reversed(chain):
+                if node.parent is not None:
+                    whole = reach[node.parent.id] >= node.start
+                else:
+                    if node.start not in contexts:
+                        contexts[node.start] = self.context_of(prompt[: node.start])
+                    whole = contexts[node.start] == node.context
+                same = common_prefix(node.tokens, prompt[node.start :]) if whole else -1
+                reach[node.id] = node.start + same if whole else -1
+            return reach[seg.id]
+
+        out = []
+        for run in runs:
+            seg = self._segments[run.source]
+            possible = not run.shift and seg.context and run.src_start >= seg.root_start
+            out.append(bool(possible) and reach_of(owner(seg, run.src_start)) >= run.src_start)
+        return out
 
     def pieces(self, run: Run) -> list[Piece]:
         """The live segments that hold the run's source, in path order."""

@@ -227,3 +227,9 @@ def mutate_sources_not_locked() -> None:
         cache.unlock_sources(state)
 
     FuzzyRadixCache.lock_sources = lock
+
+
+def uses(child: Any) -> list[float]:
+    """What the text of each segment's first node counts as used."""
+    segments = child.cache.fuzzy._segments.values()
+    return [s.payload.nodes[0].kvshare_worth.uses for s in segments]

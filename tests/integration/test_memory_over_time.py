@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Texts
-from lab import Lab, lab
+from lab import Lab, lab, request
 
 
 def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, texts: Texts) -> None:
@@ -44,3 +44,50 @@ def test_text_that_paid_stays_when_memory_gets_short(
             it.one(texts.passage(300), new=1)
         last = it.one(texts.passage(9) + paid, new=1)["kvshare"]
         assert (last["fuzzy_tokens"] > 200) == stays, last
+
+
+def test_a_request_that_waits_for_memory_makes_its_sources_no_dearer(
+    llama: Path, texts: Texts
+) -> None:
+    """It is looked at again and again; what it would copy is used once, when it is admitted."""
+    with lab(llama, kvshare=True, max_total_tokens=1500, chunked_prefill_size=64) as it:
+        source = texts.passage(400)
+        it.one(source, new=1)
+        script = [
+            request("busy", texts.passage(700), new=480),
+            ("polls", 12),
+            request("waits", texts.passage(9) + source + texts.passage(200), new=4),
+        ]
+        answers = it.play(script)
+        assert answers["waits"]["kvshare"]["fuzzy_tokens"] > 200, answers["waits"]["kvshare"]
+        assert 0 < max(it.ask("probes:uses")) <= 1.0
+
+
+def test_a_request_that_lost_its_sources_before_the_first_copy_is_kept_whole(
+    llama: Path, texts: Texts
+) -> None:
+    """Then it is exact to its end, and enters the plain branch like any other."""
+    with lab(llama, kvshare=True, chunked_prefill_size=128) as it:
+        source = texts.passage(300)
+        it.one(source, new=1)
+        it.ask("probes:yield_once_between", 1, 256)
+        prompt = texts.passage(400) + source
+        first = it.one(prompt, new=8)
+        assert it.ask("probes:yields") == 1
+        assert first["kvshare"]["declined"] == "no_room"
+        again = it.one(prompt + first["output"] + texts.passage(30), new=1)
+        assert again["kvshare"]["exact_tokens"] >= len(prompt) + 7
+
+
+def test_long_fresh_text_is_stored_in_a_chain_of_pieces(llama: Path, texts: Texts) -> None:
+    with lab(llama, kvshare=True, max_total_tokens=8000) as it:
+        source, fresh = texts.passage(500), texts.passage(3000)
+        it.one(source, new=1)
+        it.one(texts.passage(9) + source + fresh, new=1)
+        sizes = [size for depth, size in it.ask("probes:tagged_sizes") if depth == 1]
+        assert sum(sizes) >= 2990
+        assert 3000 / 256 <= len(sizes) <= 3000 / 64
+        it.ask("probes:check")
+        found = it.one(texts.passage(20) + fresh[1000:2000], new=1)["kvshare"]
+        assert found["fuzzy_tokens"] > 800
+        assert found["source_depth"] == 1

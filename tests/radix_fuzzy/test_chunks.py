@@ -69,6 +69,14 @@ def test_chunks_have_their_target_length_on_average(seed, least, target):
     assert 0.95 * target <= len(tokens) / len(chunks) <= 1.25 * target
 
 
+@pytest.mark.parametrize("period", [1, 2, 16, 40])
+def test_text_that_repeats_is_not_cut_at_the_lower_bound(period):
+    tokens = np.tile(random_tokens(period, period), 20_000 // period)
+    chunks = cut(tokens)
+    assert 100 <= len(tokens) / len(chunks) <= 512
+    assert len({chunk.key for chunk in chunks}) <= 4
+
+
 @pytest.mark.parametrize("bounds", [(0, 5, 10), (-1, 5, 10), (6, 5, 10), (1, 11, 10)])
 def test_bounds_out_of_order_are_refused(bounds):
     with pytest.raises(ValueError, match="bounds must be 1 <= least <= target <= most, got"):

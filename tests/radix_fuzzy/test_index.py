@@ -1,5 +1,7 @@
 """The index equals a dict of short lists, however its keys collide and it is rebuilt."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -136,3 +138,26 @@ def test_nothing_in_is_nothing_out():
     index.put(words([]), words([]))
     assert len(index) == 0
     assert len(index.find(words([]))[0]) == 0
+
+
+def test_the_newest_living_values_of_a_key_are_kept_whatever_died():
+    """Dead values on a chain are no places: the law of a dict, with deaths, in a crowded table."""
+    rng = random.Random(1)
+    for _ in range(200):
+        dead, model, n = set(), {}, 1
+        index = FingerprintIndex(
+            lambda values, dead=dead: np.array([int(v) not in dead | {0} for v in values], bool),
+            capacity=16,
+        )
+        for _ in range(30):
+            batch = {rng.choice([1, 17, 33, 49, 2, 65]): 0 for _ in range(rng.randrange(1, 4))}
+            for key in batch:
+                batch[key], n = n, n + 1
+            index.put(words(list(batch)), words(list(batch.values())))
+            for key, value in batch.items():
+                old = [v for v in model.get(key, []) if v not in dead]
+                model[key] = [value, *old][:PLACES]
+            dead |= {rng.randrange(1, n) for _ in range(rng.randrange(0, 3))}
+            for key, values in model.items():
+                found = set(index.find(words([key]))[1].tolist())
+                assert {v for v in values if v not in dead} <= found

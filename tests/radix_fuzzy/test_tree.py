@@ -653,6 +653,13 @@ def test_chunks_are_unknown_until_a_live_segment_stores_them():
     assert tree.unknown_chunks(None, TEXT, depth=1) == [stretch]
 
 
+def test_chunks_that_repeat_in_one_text_are_given_once():
+    tree = FuzzyTree()
+    text = np.tile(TEXT[:600], 5)
+    keys = [c.key for part in tree.unknown_chunks(None, text, depth=1) for c in part]
+    assert len(keys) == len(set(keys)) < 12
+
+
 def test_chunks_of_dead_segments_are_not_remembered_for_ever():
     tree = FuzzyTree()
     for i in range(6000):
@@ -719,6 +726,52 @@ def test_a_child_has_its_parents_context():
     tree.insert(None, TEXT[400:500], start=400, parent=home, depth=1)
     (run,) = tree.match(None, TEXT[:500], max_depth=1, start=350)
     assert (run.dst_start, run.dst_stop, run.join) == (350, 500, Join.SAME)
+
+
+def test_own_text_is_told_as_by_comparing_all_that_stood_before():
+    """Many segments of several paths, edits anywhere: the law is a comparison of whole lists."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        tree, stood = FuzzyTree(secret=2), {}
+        for _ in range(3):
+            path = TEXT[: int(rng.integers(300, 900))].copy()
+            if rng.random() < 0.7:
+                path[rng.integers(len(path))] += 1
+            root = at = int(rng.integers(0, 120))
+            context, parent = tree.context_of(path[:root]), None
+            while at < len(path):
+                stop = min(at + int(rng.integers(20, 90)), len(path))
+                seg = tree.insert(
+                    None, path[at:stop], start=at, parent=parent, depth=1, context=context
+                )
+                parent, at = seg.id, stop
+                stood[seg.id] = path
+        prompt = TEXT[:900].copy()
+        for _ in range(int(rng.integers(0, 3))):
+            prompt[rng.integers(len(prompt))] += 1
+        for run in tree.match(None, prompt, max_depth=1):
+            before = stood[run.source][: run.src_start].tolist()
+            same = run.shift == 0 and before == prompt[: run.dst_start].tolist()
+            assert (run.join is Join.SAME) == same
+
+
+def test_a_text_behind_many_short_finds_is_found():
+    """Known phrases of 14 tokens, thousands of them, and a cached document at the end."""
+    rng = np.random.default_rng(0)
+    phrases = [random_tokens(1000 + i, 14) for i in range(60)]
+
+    def boilerplate(length):
+        parts = []
+        while sum(map(len, parts)) < length:
+            parts += [phrases[rng.integers(60)], rng.integers(0, 50000, 2).astype(np.int32)]
+        return np.concatenate(parts)
+
+    tree = FuzzyTree()
+    tree.insert(None, boilerplate(3000))
+    tree.insert(None, TEXT[:800])
+    for front in (4000, 24000):
+        prompt = np.concatenate([boilerplate(front), TEXT[:800]])
+        assert max(run.length for run in tree.match(None, prompt)) >= 800
 
 
 def test_text_without_a_context_is_never_at_home():
