@@ -33,6 +33,7 @@ setup(
             "matplotlib>=3.9,<4",
             "mypy>=1.18,<3",
             "pytest>=8.3,<10",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.14,<0.18",
             "tqdm>=4.66,<5",
         ],

@@ -57,14 +57,8 @@ def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     if reason is not None:
         return RequestReuse(None, reason)
     prefix_len = len(req.prefix_indices)
-    # A waiting request is looked up again only after text was added, or its prefix hit changed.
-    # A plan whose source was evicted since would not resolve, so trims count as well.
-    key = (
-        cache.fuzzy.version,
-        cache.fuzzy.num_tokens,
-        prefix_len,
-        len(req.full_untruncated_fill_ids),
-    )
+    # A waiting request is looked up again only after its namespace or its prefix hit changed.
+    key = cache.fuzzy.stamp(namespace(req)), prefix_len, len(req.full_untruncated_fill_ids)
     noted = getattr(req, "kvshare_proposal", None)
     if noted is not None and noted[0] == key:
         plan, reason = noted[1]

@@ -60,11 +60,12 @@ stage() { # TITLE COMMAND...
 run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci "$@"; }
 
 integration() {
-    local version
-    if ! _env_has_gpu; then # the ends of the supported range, for the smoke tests
-        env_other_sglang 0.5.17 >/dev/null || return 1
+    local workers=()
+    if ! _env_has_gpu; then
+        env_other_sglang 0.5.17 >/dev/null || return 1 # the oldest of the range, for its smoke test
+        workers=(-n 2 --dist loadfile)                 # each server runs on one thread
     fi
-    run_pytest tests/integration tests/gpu -m "sglang or gpu"
+    run_pytest "${workers[@]}" tests/integration tests/gpu -m "sglang or gpu"
 }
 
 stage "format (ruff)" ruff format --check .

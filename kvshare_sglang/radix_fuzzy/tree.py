@@ -52,10 +52,11 @@ class Pin(NamedTuple):
 class Space:
     """A namespace that has live segments."""
 
-    __slots__ = ("id", "num_segments", "seed")
+    __slots__ = ("changed", "id", "num_segments", "seed")
 
     def __init__(self, space_id: int, seed: int) -> None:
         self.id, self.seed, self.num_segments = space_id, seed, 0
+        self.changed = 0  # the tree's count of changes at the last one in here
 
 
 class FuzzyTree:
@@ -68,7 +69,7 @@ class FuzzyTree:
 
     def __init__(self, *, secret: int = 0) -> None:
         self._secret = secret
-        self._version = 0
+        self._changes = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -89,10 +90,11 @@ class FuzzyTree:
 
     # ---- what is in it ------------------------------------------------------------------
 
-    @property
-    def version(self) -> int:
-        """Changes whenever a match may find more than before."""
-        return self._version
+    def stamp(self, namespace: object) -> int:
+        """Equal stamps mean that nothing was inserted or trimmed in the namespace in between, so
+        that a match is what it was. 0 where there is nothing."""
+        space = self._namespaces.get(namespace)
+        return space.changed if space else 0
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +160,7 @@ class FuzzyTree:
             context=context if above is None else above.context,
         )
         space.num_segments += 1
-        self._version += 1
+        self._note_change(space)
         self._segments[seg.id] = seg
         if above is not None:
             above.children[start, int(seg.tokens[0])] = seg
@@ -210,6 +212,7 @@ class FuzzyTree:
         if any(pinned > stop for pinned in seg.pins):
             raise TreeError(f"trim to {stop} would drop tokens pinned up to {max(seg.pins)}")
         self._num_tokens -= seg.stop - stop
+        self._note_change(self._namespaces[seg.namespace])
         place = seg.start, int(seg.tokens[0])
         seg.tokens = seg.tokens[: stop - seg.start].copy()
         self._stops[seg.id] = stop
@@ -384,6 +387,10 @@ class FuzzyTree:
             seed = namespace_seed((self._secret, namespace))
             space = self._namespaces[namespace] = Space(space_id, seed)
         return space
+
+    def _note_change(self, space: Space) -> None:
+        self._changes += 1
+        space.changed = self._changes
 
     def _new_id(self) -> int:
         if self._free_ids:

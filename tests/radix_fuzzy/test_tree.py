@@ -204,7 +204,8 @@ class TreeMachine(RuleBasedStateMachine):
         tree = self.tree
         held = [(s.id, s.tokens.tolist(), dict(s.pins)) for s in map(tree.segment, self.live)]
         entries = sorted(zip(*(part.tolist() for part in tree._index.items()), strict=True))
-        return tree.version, tree.num_tokens, tree.num_segments, tree.num_pins, held, entries
+        stamps = [tree.stamp(space) for space in NAMESPACES]
+        return stamps, tree.num_tokens, tree.num_segments, tree.num_pins, held, entries
 
     def pin(self, run, data):
         """Pin a run or, as a plan does, a part of it."""
@@ -586,14 +587,34 @@ def test_a_trim_outside_the_segment_is_refused():
 
 def test_a_flush_forgets_everything():
     tree, _ = tree_of(TEXT)
-    version, size = tree.version, tree.nbytes
+    stamp, size = tree.stamp(None), tree.nbytes
     tree.clear()
     tree.check()
     assert tree.match(None, TEXT) == ()
     assert tree.nbytes < size
-    assert tree.version >= version
+    assert tree.stamp(None) == 0
     tree.insert(None, TEXT)
-    assert tree.version > version
+    assert tree.stamp(None) > stamp
+
+
+def test_a_stamp_changes_with_its_own_namespace_only():
+    tree = FuzzyTree()
+    home = tree.insert("a", TEXT[:300])
+    stamps = [tree.stamp("a")]
+    tree.insert("b", TEXT[:300])
+    assert tree.stamp("a") == stamps[0] != tree.stamp("b")
+    tree.insert("a", TEXT[300:400])
+    stamps.append(tree.stamp("a"))
+    tree.trim(home.id, 100)
+    stamps.append(tree.stamp("a"))
+    tree.trim(home.id, 0)
+    stamps.append(tree.stamp("a"))
+    assert len(set(stamps)) == 4
+    other = tree.insert("c", TEXT[:50])
+    tree.trim(other.id, 0)
+    tree.insert("c", TEXT[:50])  # gone and back: not what it was
+    assert tree.stamp("c") > stamps[-1]
+    assert tree.stamp("never") == 0
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 9, 20])
