@@ -213,7 +213,6 @@ class Lab:
             rows = positions(ranges)
             hidden, by_layer = self.model.run(ids, kv, rows)
         elif selector in selectors.CHECKED:
-            base = selectors.must_run(plan, suffix=self.config.seam)
             every = np.arange(plan.prefix_len, plan.prompt_len)
 
             def choose(q: Any, k: Any, v: Any, at: Any, layer: int) -> np.ndarray:
@@ -221,7 +220,6 @@ class Lab:
                 picked = positions(selectors.compute(selector, wish._replace(check=found[0])))
                 return picked - plan.prefix_len
 
-            assert len(base)
             hidden, by_layer = self.model.run(
                 ids, kv, every, check_layer=check_layer, choose=choose
             )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from _matchers import SPAN, Matcher
+from _matchers import SPAN, Matcher, Text
 from _useful import useful
 
 from kvshare_sglang.config import KVShareConfig
@@ -138,7 +138,7 @@ class Life:
         self.config = config or KVShareConfig()
         self.resident = 0
         self.not_stored = 0  # requests that did not fit
-        self.log: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.log: list[tuple[str, tuple[Any, ...]]] = []
         self._roots: dict[object, Node] = {}
         self._tags = Node(0, 0, parent=None, now=0)
         self._segments: dict[int, Segment] = {}
@@ -298,7 +298,7 @@ class Life:
         before: Tokens | None = None,
     ) -> Node:
         node = Node(start, root + len(path), parent=parent, now=self._now)
-        above = parent.segment if parent.segment is not None else None
+        above = parent.segment
         node.segment = Segment(path, root, above, node)
         node.depth, node.hits = depth, 1
         node.key = int(path[start - root]) if key is None else key
@@ -310,25 +310,17 @@ class Life:
             self.turnover += len(node) / self.capacity
         self._inserted += len(node)
         parent_id = None if above is None else self._ids[above]
-        segment_id = self._tell(
-            "insert",
-            space,
-            path,
-            root=root,
-            start=start,
-            parent=parent_id,
-            depth=depth,
-            before=before,
-        )
+        text = Text(space, path, root, start, parent_id, depth, before)
+        segment_id = self._tell("insert", text)
         self._segments[segment_id] = node.segment
         self._ids[node.segment] = segment_id
         return node
 
-    def _tell(self, verb: str, *args: Any, **kw: Any) -> Any:
+    def _tell(self, verb: str, *args: Any) -> Any:
         """Call the matcher, and note what was called for those who want to do it again."""
-        self.log.append((verb, args, kw))
+        self.log.append((verb, args))
         started = time.perf_counter()
-        result = getattr(self.matcher, verb)(*args, **kw)
+        result = getattr(self.matcher, verb)(*args)
         self._insert_s += time.perf_counter() - started
         return result
 

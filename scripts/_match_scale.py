@@ -14,7 +14,7 @@ import _memory
 import numpy as np
 from _bench import Progress, table
 from _life import Life
-from _matchers import KVShare
+from _matchers import KVShare, Text
 
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 
@@ -49,7 +49,7 @@ class Store:
         held = []
         started = time.perf_counter()
         for a, b in pairwise(borders):
-            parent = self.matcher.insert(None, tokens[:b], root=0, start=a, parent=parent, depth=0)
+            parent = self.matcher.insert(Text(None, tokens[:b], start=a, parent=parent))
             held.append((parent, a))
         self.insert_s.append(time.perf_counter() - started)
         self.held.append(number)
@@ -141,7 +141,7 @@ def measure(real: Sequence[Tokens], *, large: int = LARGE, seed: int = 0) -> dic
         bar.say("scale: filling")
         small = Store()
         small.fill(SMALL, 10**9)
-        KVShare().insert(None, document(0), root=0, start=0, parent=None, depth=0)
+        KVShare().insert(Text(None, document(0)))
         before = _memory.rss()
         store = Store()
         following = store.fill(large, 0, bar)

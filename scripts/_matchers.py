@@ -33,26 +33,32 @@ class Piece(NamedTuple):
     note: object = None
 
 
+class Text(NamedTuple):
+    """What was stored: ``path[start - root:]``, which hangs on segment ``parent``.
+
+    ``path`` begins at ``root``; ``before`` is what stood before it, where that is no path.
+    """
+
+    space: object
+    path: Tokens
+    root: int = 0
+    start: int = 0
+    parent: int | None = None
+    depth: int = 0
+    before: Tokens | None = None
+
+    @property
+    def fresh(self) -> Tokens:
+        return self.path[self.start - self.root :]
+
+
 class Matcher(Protocol):
     """What the model of a cache needs. Path positions count from the start of a sequence."""
 
     copies_tokens: bool  # whether it holds tokens of its own
 
-    def insert(
-        self,
-        space: object,
-        path: Tokens,
-        *,
-        root: int,
-        start: int,
-        parent: int | None,
-        depth: int,
-        before: Tokens | None = None,
-    ) -> int:
-        """Learn of ``path[start - root:]``; the id of the segment.
-
-        ``path`` begins at ``root``; ``before`` is what stood before it, where that is no path.
-        """
+    def insert(self, text: Text) -> int:
+        """Learn of a text; the id of its segment."""
 
     def trim(self, segment: int, stop: int) -> None:
         """Forget a segment's positions from ``stop`` on."""
@@ -75,17 +81,7 @@ class Prefix:
     def __init__(self) -> None:
         self._next = 0
 
-    def insert(
-        self,
-        space: object,
-        path: Tokens,
-        *,
-        root: int,
-        start: int,
-        parent: int | None,
-        depth: int,
-        before: Tokens | None = None,
-    ) -> int:
+    def insert(self, text: Text) -> int:
         self._next += 1
         return self._next
 
@@ -115,25 +111,16 @@ class Indexed(Prefix):
         self._depths = np.zeros(64, np.int64)
         self._index: dict[int, int] = {}
 
-    def insert(
-        self,
-        space: object,
-        path: Tokens,
-        *,
-        root: int,
-        start: int,
-        parent: int | None,
-        depth: int,
-        before: Tokens | None = None,
-    ) -> int:
-        segment = super().insert(space, path, root=root, start=start, parent=parent, depth=depth)
+    def insert(self, text: Text) -> int:
+        segment = super().insert(text)
         if segment >= len(self._stops):
             self._stops = np.concatenate([self._stops, np.zeros_like(self._stops)])
             self._depths = np.concatenate([self._depths, np.zeros_like(self._depths)])
+        path, root = text.path, text.root
         self._paths[segment] = path, root
         self._stops[segment] = root + len(path)
-        self._depths[segment] = depth
-        keys, places = self._to_store(path, root, max(start - root, 0), self._seed(space))
+        self._depths[segment] = text.depth
+        keys, places = self._to_store(path, root, max(text.start - root, 0), self._seed(text.space))
         values = (np.uint64(segment) << _BITS) | (places + root).astype(np.uint64)
         # Of equal grams of one text the first counts, of several texts the newest.
         self._index.update(reversed([*zip(keys.tolist(), values.tolist(), strict=True)]))
@@ -274,21 +261,14 @@ class KVShare:
         self.tree = FuzzyTree()
         self._tolerance = (config or KVShareConfig()).edit_tolerance
 
-    def insert(
-        self,
-        space: object,
-        path: Tokens,
-        *,
-        root: int,
-        start: int,
-        parent: int | None,
-        depth: int,
-        before: Tokens | None = None,
-    ) -> int:
-        tokens = path[start - root :]
-        context = 0 if before is None else self.tree.context_of(before)
+    def insert(self, text: Text) -> int:
         return self.tree.insert(
-            space, tokens, start=start, parent=parent, depth=depth, context=context
+            text.space,
+            text.fresh,
+            start=text.start,
+            parent=text.parent,
+            depth=text.depth,
+            context=0 if text.before is None else self.tree.context_of(text.before),
         ).id
 
     def trim(self, segment: int, stop: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _matchers import Text
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -48,17 +49,17 @@ def in_clean_process(work: Callable[..., Any], *args: Any) -> Any:
         pool.join()
 
 
-def measure(make: Callable[[], Any], log: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> int:
+def measure(make: Callable[[], Any], log: list[tuple[str, tuple[Any, ...]]]) -> int:
     """Bytes that a matcher and all its Python objects take after the calls of ``log``."""
     return int(in_clean_process(_replay, make, log))
 
 
-def _replay(make: Callable[[], Any], log: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> int:
+def _replay(make: Callable[[], Any], log: list[tuple[str, tuple[Any, ...]]]) -> int:
     warm = make()  # what is imported and allocated once must not be counted
-    warm.insert(None, np.arange(4096, dtype=np.int32), root=0, start=0, parent=None, depth=0)
+    warm.insert(Text(None, np.arange(4096, dtype=np.int32)))
     del warm
     before = rss()
     matcher = make()
-    for verb, args, kw in log:
-        getattr(matcher, verb)(*args, **kw)
+    for verb, args in log:
+        getattr(matcher, verb)(*args)
     return rss() - before

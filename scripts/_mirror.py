@@ -128,9 +128,7 @@ def prefill_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray)
 
 def layer_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -> float:
     """FLOPs of one layer for the rows at ``positions``."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    hidden, heads, kv_heads, head_dim = _shape(config)
     at = np.asarray(positions, float)
     attention_weights = hidden * head_dim * (2 * heads + 2 * kv_heads)
     mlp_weights = 3 * hidden * config["intermediate_size"]
@@ -144,13 +142,15 @@ def checked_flops(
 ) -> float:
     """FLOPs of a prefill whose rows differ by layer; ``checked`` rows were projected to Q, K and V
     in layer ``at_layer``."""
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    hidden, heads, kv_heads, head_dim = _shape(config)
     extra = max(0, checked - len(by_layer[at_layer]))
-    qkv = 2.0 * extra * config["hidden_size"] * head_dim * (heads + 2 * kv_heads)
-    return (
-        sum(layer_flops(config, rows) for rows in by_layer)
-        + qkv
-        + 2.0 * config["hidden_size"] * config["vocab_size"]
-    )
+    qkv = 2.0 * extra * hidden * head_dim * (heads + 2 * kv_heads)
+    layers = sum(layer_flops(config, rows) for rows in by_layer)
+    return layers + qkv + 2.0 * hidden * config["vocab_size"]
+
+
+def _shape(config: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Hidden size, query heads, KV heads and the size of a head."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    return hidden, heads, kv_heads, config.get("head_dim") or hidden // heads

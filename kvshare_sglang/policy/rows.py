@@ -51,7 +51,10 @@ Selector = Callable[[Wish], np.ndarray]
 
 def reused_positions(plan: ReusePlan) -> np.ndarray:
     """Prompt positions of all rows in the plan's runs, ascending, int64."""
-    parts = [np.arange(run.dst_start, run.dst_stop) for run in plan.runs]
+    return _together([np.arange(run.dst_start, run.dst_stop) for run in plan.runs])
+
+
+def _together(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
@@ -103,7 +106,7 @@ def _heads(wish: Wish, *, grow: bool) -> np.ndarray:
     parts = [
         np.arange(run.dst_start, run.dst_start + h) for run, h in zip(runs, heads, strict=True)
     ]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return _together(parts)
 
 
 def _structural(wish: Wish) -> np.ndarray:
@@ -119,7 +122,7 @@ def _epic(wish: Wish) -> np.ndarray:
         take = min(run.length, left // (len(runs) - i))
         parts.append(np.arange(run.dst_start, run.dst_start + take))
         left -= take
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return _together(parts)
 
 
 def _random(wish: Wish) -> np.ndarray:
