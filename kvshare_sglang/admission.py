@@ -56,6 +56,7 @@ def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     reason = may_reuse(_view(req, options.mode))
     if reason is not None:
         return RequestReuse(None, reason)
+    budget = cache.config.budget if options.budget is None else options.budget
     prefix_len = len(req.prefix_indices)
     # A waiting request is looked up again only after its namespace or its prefix hit changed.
     key = cache.fuzzy.stamp(namespace(req)), prefix_len, len(req.full_untruncated_fill_ids)
@@ -65,18 +66,18 @@ def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     else:
         started = time.perf_counter()
         try:
-            plan, reason = _plan(cache, req, prefix_len, options.budget)
+            plan, reason = _plan(cache, req, prefix_len, budget)
         except Exception:
             # Reuse must never fail a request; the fault is logged and counted, not hidden.
             logger.exception("KVShare lookup failed for request %s", req.rid)
             plan, reason = None, Decline.FAULT
         cache.report.looked_up(time.perf_counter() - started)
         req.kvshare_proposal = key, (plan, reason)
-    return RequestReuse(plan, reason)
+    return RequestReuse(plan, reason, budget)
 
 
 def _plan(
-    cache: FuzzyRadixCache, req: Any, prefix_len: int, budget: float | None
+    cache: FuzzyRadixCache, req: Any, prefix_len: int, budget: float
 ) -> tuple[ReusePlan | None, Decline | None]:
     config = cache.config
     prompt = as_tokens(req.full_untruncated_fill_ids)
@@ -91,7 +92,7 @@ def _plan(
         runs,
         prompt_len=len(prompt),
         prefix_len=prefix_len,
-        budget=config.budget if budget is None else budget,
+        budget=budget,
         seam=config.seam,
         window=config.window,
     )

@@ -320,7 +320,7 @@ class FuzzyRadixCache(RadixCache):
         assert state.plan is not None
         self._holders[id(state)] = state
         slots = []
-        for run in state.plan.copies:
+        for run in state.plan.runs:
             last = None
             for segment, start, stop in self.fuzzy.pieces(run):
                 for node, lo, hi in segment.payload.covering(start, stop):
@@ -421,14 +421,14 @@ def build_cache(ctx: Any) -> FuzzyRadixCache:
 
     Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
     """
-    from kvshare_sglang import forward, hooks
+    from kvshare_sglang import copying, hooks
 
     config = getattr(ctx.server_args, "_kvshare", None)
     if config is None:
         raise SeamError(["ServerArgs._kvshare (give --kvshare, not --radix-cache-backend)"])
     if gone := hooks.missing():
         raise SeamError(gone)
-    forward.check_model(ctx.tp_worker.model_runner, ctx)
+    copying.check_model(ctx.tp_worker.model_runner, ctx)
     labels = None
     if ctx.server_args.enable_metrics:
         args = ctx.server_args

@@ -25,6 +25,14 @@ class KVShareConfig:
     seam: int = _option(
         16, "tokens computed again at the start of each run taken from other text", 0, 4096
     )
+    select: str = _option(
+        "window", "which reused tokens are computed again: window (behind edits and seams) or dhd"
+        " (those, then what a check layer finds far off and attended to)"
+    )  # fmt: skip
+    check_layer: int = _option(1, "layer at which dhd compares copied and fresh KV", 0, 256)
+    tau: float = _option(
+        1e9, "dhd computes a run again whose values deviate more than this on average", 0, 1e9
+    )
     window: int = _option(32, "tokens computed again behind each edit inside a run", 0, 4096)
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20
@@ -63,6 +71,8 @@ class KVShareConfig:
                 raise ConfigError(flag, value, allowed)
             if lo is not None and not lo <= value <= hi:  # also refuses nan
                 raise ConfigError(flag, value, allowed)
+        if self.select not in ("window", "dhd"):
+            raise ConfigError("--kvshare-select", self.select, "one of window, dhd")
         if self.eviction not in ("worth", "sglang"):
             raise ConfigError("--kvshare-eviction", self.eviction, "one of worth, sglang")
         if self.scope in ("group", "global"):

@@ -12,13 +12,14 @@ class RequestReuse:
     """Hangs on SGLang's ``Req`` as ``req.kvshare``.
 
     ``plan`` is None for a request that takes the exact path, from the start or because memory got
-    short before anything was copied. ``src_slots`` holds the KV slots of
-    ``plan.copies``, one after the other; they stay what they are while ``locked`` holds the tree
-    nodes that own them.
+    short before anything was copied. ``budget`` is the share of reused rows that may run again.
+    ``src_slots`` holds the KV slots of ``plan.runs``, one after the other; they stay what they are
+    while ``locked`` holds the tree nodes that own them.
     """
 
     plan: ReusePlan | None
     decline: Decline | None
+    budget: float = 0.0
     src_slots: Any = None
     locked: list[Any] = field(default_factory=list)
     used: list[Any] = field(default_factory=list)  # nodes and the share of each that is copied

@@ -217,8 +217,10 @@ class Lab:
 
             def choose(q: Any, k: Any, v: Any, at: Any, layer: int) -> np.ndarray:
                 found.append(self._check(plan, kv, q, k, v, at, layer))
-                picked = positions(selectors.compute(selector, wish._replace(check=found[0])))
-                return picked - plan.prefix_len
+                asked = wish._replace(check=found[0])
+                if selector == "dhd":
+                    asked = selectors.without_far_runs(asked, limit=self.config.tau)
+                return positions(selectors.compute(selector, asked)) - plan.prefix_len
 
             hidden, by_layer = self.model.run(
                 ids, kv, every, check_layer=check_layer, choose=choose
@@ -235,10 +237,8 @@ class Lab:
         where = selectors.reused_positions(plan)
         here = torch.as_tensor(where - plan.prefix_len, device=q.device)
         slots = torch.as_tensor(where, device=q.device)
-        behind = int(plan.runs[-1].dst_stop) if plan.runs else plan.prompt_len
-        asking = torch.arange(
-            min(behind, plan.prompt_len - max(self.config.seam, 1)) - plan.prefix_len, len(q)
-        )
+        rows = selectors.asking_rows(plan, seam=self.config.seam)
+        asking = torch.arange(rows.start - plan.prefix_len, rows.stop - plan.prefix_len)
         keys = kv.k[layer, : plan.prompt_len].clone()
         keys[at] = k  # every row is fresh in this layer
         paid = deviation.attention_paid(q[asking], at[asking], keys, scaling=self.model.scaling)

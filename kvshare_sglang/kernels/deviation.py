@@ -20,12 +20,15 @@ def attention_paid(
     """Mean weight that rows ``q`` [m, q_heads, dim] at ``positions`` [m] give to each key.
 
     ``keys`` [kv, kv_heads, dim] stand at positions 0 to kv - 1; a row sees keys up to its own.
-    fp32 [kv]; O(m x kv x heads) memory.
+    fp32 [kv]; O(m x kv x group) memory.
     """
     m, kv_heads = len(q), keys.shape[1]
     group = q.shape[1] // kv_heads
-    rows = q.float().view(m, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
-    weights = torch.bmm(rows, keys.float().permute(1, 2, 0)).mul_(scaling)
+    rows = q.view(m, kv_heads, group, -1)
     hidden = torch.arange(len(keys), device=q.device)[None] > positions[:, None]
-    weights = weights.view(kv_heads, group, m, -1).masked_fill_(hidden, float("-inf"))
-    return weights.softmax(dim=-1).mean(dim=(0, 1, 2))
+    paid = torch.zeros(len(keys), device=q.device)
+    for head in range(kv_heads):
+        weights = torch.matmul(rows[:, head].float(), keys[:, head].float().T).mul_(scaling)
+        weights.masked_fill_(hidden[:, None], float("-inf"))  # [m, group, kv]
+        paid += weights.softmax(dim=-1).sum(dim=(0, 1))
+    return paid / (m * q.shape[1])

@@ -22,6 +22,7 @@ class Decline(StrEnum):
     BEAM_SEARCH = "beam_search"
     NO_MATCH = "no_match"
     TOO_LITTLE = "too_little"
+    DEVIATION = "deviation"
     NO_ROOM = "no_room"
     FAULT = "fault"
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_sglang.radix_fuzzy.reuse import head_lengths
-from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan
+from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, clip, complement
 
 Floats = np.ndarray  # float32 or float64
+ASKING = 64  # of so many rows the attention is looked at, the last ones
 DILATION = 2  # a row is chosen with so many neighbours to each side
 
 
@@ -74,6 +75,43 @@ def compute(name: str, wish: Wish) -> list[Range]:
     chosen = SELECTORS[name](wish)
     rows = np.union1d(must_run(wish.plan, suffix=wish.seam), chosen)
     return as_ranges(rows)
+
+
+def asking_rows(plan: ReusePlan, *, seam: int) -> Range:
+    """The rows whose attention says which reused rows matter: the last of those behind all runs,
+    and at least the end of the prompt."""
+    behind = min(plan.runs[-1].dst_stop, plan.prompt_len - max(seam, 1))
+    return Range(max(behind, plan.prompt_len - ASKING, plan.prefix_len), plan.prompt_len)
+
+
+def without_far_runs(wish: Wish, *, limit: float) -> Wish:
+    """The wish without the runs whose mean value deviation is above ``limit``: they were computed
+    behind text that gave them another meaning, and all their rows run."""
+    assert wish.check is not None
+    check, runs = wish.check, []
+    keep = np.zeros(len(check.positions), bool)
+    base = 0
+    for run in wish.plan.runs:
+        mine = slice(base, base + run.length)
+        base += run.length
+        if check.values[mine].mean() <= limit:
+            runs.append(run)
+            keep[mine] = True
+    plan = wish.plan._replace(runs=tuple(runs))
+    return wish._replace(plan=plan, check=Check(*(part[keep] for part in check)))
+
+
+def replanned(plan: ReusePlan, compute: list[Range]) -> ReusePlan:
+    """The plan with these rows computed and all else of its runs copied; runs of which nothing
+    is copied go."""
+    left = tuple(complement(compute, start=plan.prefix_len, stop=plan.prompt_len))
+    parts = [
+        [run.cut(*r) for r in clip(left, start=run.dst_start, stop=run.dst_stop)]
+        for run in plan.runs
+    ]
+    runs = tuple(run for run, cut in zip(plan.runs, parts, strict=True) if cut)
+    copies = tuple(copy for cut in parts for copy in cut)
+    return plan._replace(runs=runs, copies=copies, compute=tuple(compute))
 
 
 def as_ranges(rows: np.ndarray) -> list[Range]:
@@ -152,19 +190,26 @@ def _dhd(wish: Wish) -> np.ndarray:
 def _dilated(
     positions: np.ndarray, score: Floats, *, taken: np.ndarray, count: int, by: int = DILATION
 ) -> np.ndarray:
-    """``taken`` and, up to ``count`` rows in all, the rows of largest mean score with ``by``
-    neighbours to each side. Neighbours are next in position. O(n log n)."""
+    """``taken`` and, up to ``count`` rows in all, those of largest score within ``by`` positions.
+
+    A row scores the mean of its neighbourhood, nearer rows counting more; a stretch is chosen for
+    the best row in it. O(n log n).
+    """
     chosen = np.isin(positions, taken)
-    kernel = by + 1.0 - np.abs(np.arange(-by, by + 1))  # the row itself counts most
-    smooth = np.convolve(score, kernel / kernel.sum(), mode="same")
     left = count - int(chosen.sum())
-    for i in np.argsort(-smooth, kind="stable"):
-        if left <= 0:
-            break
-        near = np.arange(max(0, i - by), min(len(positions), i + by + 1))
-        near = near[(np.abs(positions[near] - positions[i]) <= by) & ~chosen[near]][:left]
-        chosen[near] = True
-        left -= len(near)
+    if left <= 0 or not len(positions):
+        return positions[chosen]
+    first = int(positions[0])
+    at = positions - first + by
+    line = np.zeros(int(positions[-1]) - first + 1 + 2 * by)
+    line[at] = score
+    kernel = by + 1.0 - np.abs(np.arange(-by, by + 1))  # the row itself counts most
+    smooth = np.full(len(line) + 2 * by, -np.inf)
+    smooth[at + by] = np.convolve(line, kernel / kernel.sum(), mode="same")[at]
+    best = np.max([smooth[by + d + at] for d in range(-by, by + 1)], axis=0)
+    best[chosen] = -np.inf
+    order = np.argsort(-best, kind="stable")
+    chosen[order[:left]] = True
     return positions[chosen]
 
 

@@ -93,13 +93,13 @@ def break_lookup(child: Any) -> None:
 
 def break_copy(child: Any) -> None:
     """Make every copy raise half way, with garbage written."""
-    from kvshare_sglang import forward
+    from kvshare_sglang import copying
 
-    def broken(runner: Any, rows: Any) -> None:
+    def broken(runner: Any, rows: Any, **kw: Any) -> None:
         runner.token_to_kv_pool.get_key_buffer(0)[rows.dst_slots] = 1e3
         raise RuntimeError("planted")
 
-    forward.copy_kv = broken
+    copying.copy_kv = broken
 
 
 def count_yields(child: Any) -> None:
@@ -190,30 +190,30 @@ def mutate_copy_early() -> None:
     """KV is copied when the request is admitted, before the batch has its slots."""
     import torch
 
-    from kvshare_sglang import admission, forward
+    from kvshare_sglang import admission, copying
 
     attach = admission._attach
     empty = torch.empty(0, dtype=torch.int64)
-    forward._copy_part = lambda *args: forward.Copy(empty, empty, empty, empty)
+    rows_of = copying.rows_of
+    copying.rows_of = lambda *args: copying.Copy(empty, empty, empty, empty)
 
     def early(cache: Any, req: Any, state: Any) -> None:
         attach(cache, req, state)
         if state.plan is None:
             return
         row = cache.req_to_token_pool.req_to_token[0].long()
-        new = torch.cat([torch.arange(r.dst_start, r.dst_stop) for r in state.plan.copies])
-        old = torch.cat([torch.arange(r.src_start, r.src_stop) for r in state.plan.copies])
         runner = early.runner
-        forward.copy_kv(runner, forward.Copy(state.src_slots, row[new], old, new))
+        rows = rows_of(state, state.plan.copies, Range(0, len(row)), row)
+        copying.copy_kv(runner, rows)
 
     admission._attach = early
-    check_model = forward.check_model
+    check_model = copying.check_model
 
     def note_runner(runner: Any, ctx: Any = None) -> None:
         early.runner = runner
         check_model(runner, ctx)
 
-    forward.check_model = note_runner
+    copying.check_model = note_runner
 
 
 def mutate_sources_not_locked() -> None:

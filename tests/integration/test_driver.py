@@ -51,3 +51,38 @@ def test_the_driver_does_what_the_server_does(name: str, models: Path, texts: Te
             full, _ = driver.model.full(ids)
             plain = it.one(prompt, new=1, kvshare="exact")
             torch.testing.assert_close(full, plain["logits"], **TOL)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_dhd_in_the_server_chooses_and_computes_what_the_driver_does(
+    name: str, models: Path, texts: Texts
+) -> None:
+    path = make_model(models, name)
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(11) + a + b
+    prompts = [
+        texts.passage(20) + b + a + texts.passage(30),
+        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
+    ]
+    config = KVShareConfig(select="dhd", budget=0.25, seam=4, window=8)
+    driver = Driver(Model(path), config)
+    driver.add(np.array(source, np.int32))
+    settings = {"kvshare_select": "dhd", "kvshare_budget": 0.25}
+    with lab(path, kvshare=True, kvshare_seam=4, kvshare_window=8, **settings) as it:
+        for prompt in prompts:
+            it.flush()
+            it.one(source, new=1)
+            served = it.one(prompt, new=6, keep="kv")
+            ids = np.array(prompt, np.int32)
+            plan = driver.plan(ids)
+            mine = driver.prefill(ids, plan, "dhd", budget=config.budget)
+            told = served["kvshare"]
+            assert told["declined"] is None
+            assert told["computed_tokens"] == len(mine.rows[-1])
+            every = len(prompt) - plan.prefix_len
+            assert it.ask("probes:layer_rows")[-1] == [every] * 2 + [len(mine.rows[-1])] * 2
+            # beside what structure says, rows stand alone or in small groups
+            assert (np.diff(mine.rows[-1]) > 1).sum() > len(plan.runs) + 3
+            torch.testing.assert_close(mine.logits, served["logits"], **TOL)
+            for ours, theirs in zip(mine.kv, served["kv"], strict=True):
+                torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)

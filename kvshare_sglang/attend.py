@@ -1,0 +1,182 @@
+"""Keep some tokens of a prefill batch, and attend for them on SGLang's backends. Root layer.
+
+Requests stay, tokens shrink: the batch keeps its requests, but only the chosen tokens of each.
+The attention backend alone sees each contiguous stretch of rows as a request of its own.
+"""
+
+import copy
+from typing import Any
+
+import torch
+
+from kvshare_sglang import check, compat
+from kvshare_sglang.copying import to_device
+from kvshare_sglang.kernels import partial_attn
+from kvshare_sglang.radix_fuzzy.reuse import thin_out
+from kvshare_sglang.radix_fuzzy.types import Range
+
+Rows = list[list[Range]]  # by request: ascending ranges of prompt positions
+
+
+def on_cpu(runner: Any) -> bool:
+    return str(runner.device) == "cpu"
+
+
+def few_enough(rows: Rows, runner: Any) -> Rows:
+    """The rows in no more stretches than the attention backend has room for."""
+    if on_cpu(runner):
+        return rows
+    return thin_out(rows, limit=max(runner.max_running_requests, len(rows)))
+
+
+def cut_tokens(fb: Any, have: Rows, rows: Rows, runner: Any) -> torch.Tensor:
+    """Of a batch that runs ``have`` keep only the tokens of ``rows``; requests, and their last
+    tokens, stay. Returns what was kept, as indices into the batch's tokens."""
+    keep, counts, base = [], [], 0
+    for old, new in zip(have, rows, strict=True):
+        keep.append(base + _places(old, new))
+        counts.append(len(keep[-1]))
+        base += sum(r.num for r in old)
+    device = fb.input_ids.device
+    picked = to_device(torch.cat(keep), device)
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(fb, name, getattr(fb, name)[picked])
+    if fb.extend_logprob_start_lens_cpu is not None:
+        # A request with fewer rows asks for no prompt logprobs; the others keep their start.
+        fb.extend_logprob_start_lens_cpu = [
+            start if count == length else count
+            for start, count, length in zip(
+                fb.extend_logprob_start_lens_cpu, counts, fb.extend_seq_lens_cpu, strict=True
+            )
+        ]
+    fb.extend_seq_lens_cpu = counts
+    fb.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
+    fb.extend_start_loc = _starts(fb.extend_seq_lens)
+    fb.extend_num_tokens = len(picked)
+    compat.set_num_tokens(fb, len(picked))
+    fb.kvshare_rows = rows
+    if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
+        # Its segments were laid out for all tokens when the batch was built.
+        runner.lora_manager.prepare_lora_batch(fb)
+    return picked
+
+
+def _places(have: list[Range], rows: list[Range]) -> torch.Tensor:
+    """Where the positions of ``rows`` stand among those of ``have``, which holds them all."""
+    at = torch.cat([torch.arange(*r) for r in rows])
+    if len(have) == 1:
+        return at - have[0].start
+    return torch.searchsorted(torch.cat([torch.arange(*r) for r in have]), at)
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each request's tokens start, in the dtype of ``lengths``."""
+    return torch.cumsum(lengths, 0, dtype=lengths.dtype) - lengths
+
+
+def runs_as_rows(fb: Any, rows: Rows) -> Any:
+    """A view of the batch in which every contiguous range of rows is a request of its own."""
+    view = copy.copy(fb)
+    device = fb.input_ids.device
+    owner = torch.tensor([i for i, ranges in enumerate(rows) for _ in ranges])
+    flat = [r for ranges in rows for r in ranges]
+    starts, stops = [r.start for r in flat], [r.stop for r in flat]
+    view.req_pool_indices = fb.req_pool_indices[to_device(owner, device)]
+    if getattr(fb, "req_pool_indices_cpu", None) is not None:
+        view.req_pool_indices_cpu = fb.req_pool_indices_cpu[owner]
+    view.batch_size = len(flat)
+    view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
+    view.seq_lens = to_device(view.seq_lens_cpu.to(fb.seq_lens.dtype), device)
+    view.seq_lens_sum = sum(stops)
+    view.extend_prefix_lens_cpu = starts
+    view.extend_seq_lens_cpu = [r.num for r in flat]
+    view.extend_prefix_lens = to_device(torch.tensor(starts, dtype=torch.int32), device)
+    view.extend_seq_lens = to_device(
+        torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32), device
+    )
+    view.extend_start_loc = _starts(view.extend_seq_lens)
+    return view
+
+
+def wrap_backend(backend: Any, runner: Any) -> None:
+    """Teach a backend that SGLang built to attend for partial batches; others run as before."""
+    plan, attend = backend.init_forward_metadata, backend.forward_extend
+    cpu = type(backend).__name__ == "TorchNativeAttnBackend"
+    attn = runner.model.model.layers[0].self_attn.attn
+    group = attn.tp_q_head_num // attn.tp_k_head_num
+    backend.kvshare_rows = None
+    backend.kvshare_plan = None
+    backend.kvshare_check = None
+    check.follow(runner.model.model.layers, backend)
+
+    def init_forward_metadata(fb: Any) -> Any:
+        rows = backend.kvshare_rows
+        if rows is None:
+            backend.kvshare_plan = None
+            return plan(fb)
+        if cpu:
+            # torch_native pads every row's queries to the full length: use our own attention.
+            backend.kvshare_plan = _plan_cpu(backend, fb, rows, group)
+            return plan(fb)
+        backend.kvshare_plan = runs_as_rows(fb, rows)
+        return plan(backend.kvshare_plan)
+
+    def forward_extend(
+        q: Any, k: Any, v: Any, layer: Any, fb: Any, save_kv_cache: bool = True, **kw: Any
+    ) -> Any:
+        if backend.kvshare_rows is None:
+            return attend(q, k, v, layer, fb, save_kv_cache=save_kv_cache, **kw)
+        pool, pending = backend.token_to_kv_pool, backend.kvshare_check
+        if save_kv_cache and k is not None:
+            # Stored first, for all rows: later rows see what earlier rows wrote in this layer.
+            k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+            v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+            scales = (getattr(layer, "k_scale", None), getattr(layer, "v_scale", None))
+            if any(scale is not None for scale in scales):
+                k, v = k.clone(), v.clone()  # the pool divides by the scales in place
+            pool.set_kv_buffer(layer, fb.out_cache_loc, k, v, *scales)
+        if pending is not None and layer.layer_id == pending.layer:
+            q = _narrow_here(q, k, v, layer, fb, pending)
+        if not cpu:
+            return attend(q, k, v, layer, backend.kvshare_plan, save_kv_cache=False, **kw)
+        out = partial_attn.run(
+            backend.kvshare_plan,
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            scaling=layer.scaling,
+        )
+        return out.flatten(1)
+
+    def _narrow_here(q: Any, k: Any, v: Any, layer: Any, fb: Any, pending: check.Pending) -> Any:
+        """At the check layer: choose the rows that go on, and cut the batch down to them."""
+        keys = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        table = backend.req_to_token_pool.req_to_token
+        owners = fb.req_pool_indices
+        rows = check.choose(
+            pending,
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+            keys_of=lambda i, n: keys[table[owners[i], :n].long()],
+            scaling=layer.scaling,
+        )
+        rows = few_enough(rows, runner)
+        pending.on_done(rows)
+        pending.keep = cut_tokens(fb, pending.rows, rows, runner)
+        backend.kvshare_rows = rows
+        init_forward_metadata(fb)
+        return q[pending.keep]
+
+    backend.init_forward_metadata = init_forward_metadata
+    backend.forward_extend = forward_extend
+
+
+def _plan_cpu(backend: Any, fb: Any, rows: Rows, group: int) -> list[partial_attn.RequestRows]:
+    table = backend.req_to_token_pool.req_to_token
+    positions = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in rows]
+    slots = [
+        table[index, : int(at[-1]) + 1].long()
+        for index, at in zip(fb.req_pool_indices.tolist(), positions, strict=True)
+    ]
+    return partial_attn.plan(list(zip(positions, slots, strict=True)), group=group)
