@@ -102,6 +102,16 @@ def break_copy(child: Any) -> None:
     copying.copy_kv = broken
 
 
+def break_check(child: Any) -> None:
+    """Make every look at the check layer raise."""
+    from kvshare_sglang import check
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    check._look = broken
+
+
 def count_yields(child: Any) -> None:
     """Count how often sources were really given back."""
     cache = child.cache

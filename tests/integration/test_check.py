@@ -1,0 +1,121 @@
+"""DHD in the server: batches that mix, prompts in chunks, runs that are given up, faults."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Texts
+from lab import Lab, lab, request
+
+TOL = {"atol": 2e-3, "rtol": 1e-3}
+
+
+@pytest.fixture(scope="module", params=[{}, {"disable_overlap_schedule": False, "page_size": 16}])
+def dhd_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    with lab(llama, kvshare=True, kvshare_select="dhd", **request.param) as it:
+        yield it
+
+
+def moved(texts: Texts, length: int) -> tuple[list[int], list[int]]:
+    """A source, and a prompt that holds its two halves in another order."""
+    a, b = texts.passage(length), texts.passage(length)
+    return [*texts.passage(7), *a, *b], [*texts.passage(20), *b, *a, *texts.passage(25)]
+
+
+def test_exact_kv_in_the_runs_gives_full_prefill_whatever_is_chosen(
+    llama: Path, texts: Texts
+) -> None:
+    with lab(llama, kvshare=True, kvshare_select="dhd", kvshare_budget=0.2) as it:
+        it.ask("probes:force_plans")
+        for length in (150, 420):
+            prompt = texts.passage(length)
+            it.one(prompt + texts.passage(32), extra_key="donor", new=1)
+            full = it.one(prompt, extra_key="full", kvshare="exact", keep="kv")
+            part = it.one(prompt, forced=[(0, 20), (length - 5, length)], keep="kv")
+            assert part["kvshare"]["declined"] is None
+            # a fifth of the run and its end, which may be among the fifth
+            copied = length - int(0.2 * length)
+            assert copied - 16 <= part["kvshare"]["fuzzy_tokens"] <= copied
+            torch.testing.assert_close(part["logits"], full["logits"], **TOL)
+            assert part["output"] == full["output"]
+            for mine, theirs in zip(part["kv"], full["kv"], strict=True):
+                torch.testing.assert_close(mine, theirs, **TOL)
+
+
+def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
+    dhd_lab: Lab, texts: Texts
+) -> None:
+    pairs = [moved(texts, n) for n in (90, 160, 120)]
+    plain = [texts.passage(n) for n in (40, 130)]
+    sources = [request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)]
+    wanted = [
+        request("d0", pairs[0][1], keep="kv"),
+        request("p0", plain[0], keep="kv"),
+        request("d1", pairs[1][1], keep="kv"),
+        request("x", pairs[2][1], kvshare="exact", keep="kv"),
+        request("d2", pairs[2][1], kvshare={"budget": 1.0}, keep="kv"),
+        request("d3", pairs[2][1], kvshare={"budget": 0.4}, extra_key=None, keep="kv"),
+        request("p1", plain[1], keep="kv"),
+    ]
+    alone = {}
+    for spec in wanted:
+        dhd_lab.flush()
+        alone.update(dhd_lab.play([*sources, ("idle",), spec]))
+    dhd_lab.flush()
+    together = dhd_lab.play([*sources, ("idle",), wanted])
+    for rid in (spec["rid"] for spec in wanted):
+        assert together[rid]["output"] == alone[rid]["output"]
+        torch.testing.assert_close(together[rid]["logits"], alone[rid]["logits"], **TOL)
+        assert together[rid]["kvshare"] == alone[rid]["kvshare"]
+        for mine, theirs in zip(together[rid]["kv"], alone[rid]["kv"], strict=True):
+            torch.testing.assert_close(mine, theirs, **TOL)
+    for rid in ("d0", "d1", "d3"):
+        assert together[rid]["kvshare"]["fuzzy_tokens"] > 0
+    assert dhd_lab.ask("probes:check")["pins"] == 0
+
+
+def test_a_prompt_in_chunks_runs_what_structure_says(llama: Path, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    found = []
+    for select in ("dhd", "window"):
+        settings = {"chunked_prefill_size": 128, "kvshare_select": select}
+        with lab(llama, kvshare=True, **settings) as it:
+            it.one(source, new=1)
+            found.append(it.one(prompt, new=4))
+    assert found[0]["kvshare"]["fuzzy_tokens"] > 0
+    assert found[0]["kvshare"] == found[1]["kvshare"]
+    assert found[0]["output"] == found[1]["output"]
+
+
+def assert_exact(it: Lab, prompt: list[int], reason: str) -> None:
+    """The prompt was declined inside the check layer: full prefill's answer, and exact KV."""
+    full = it.one(prompt, kvshare="exact", extra_key="other", keep="kv")
+    part = it.one(prompt, keep="kv")
+    told = part["kvshare"]
+    assert told["declined"] == reason
+    assert told["fuzzy_tokens"] == 0
+    assert told["computed_tokens"] == len(prompt)
+    assert part["output"] == full["output"]
+    for mine, theirs in zip(part["kv"], full["kv"], strict=True):
+        torch.testing.assert_close(mine, theirs, **TOL)
+    again = it.one(prompt, kvshare="exact")
+    assert again["cached"] >= len(prompt) - 16  # whole pages of it
+    assert again["output"] == full["output"]
+    assert it.ask("probes:counts")["declines"][reason] == 1
+    assert it.ask("probes:check")["pins"] == 0
+
+
+def test_runs_that_deviate_too_far_are_computed_and_exact(llama: Path, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, kvshare_select="dhd", kvshare_tau=0.0) as it:
+        it.one(source, new=1)
+        assert_exact(it, prompt, "deviation")
+
+
+def test_a_fault_in_the_check_costs_reuse_only(llama: Path, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, kvshare_select="dhd") as it:
+        it.one(source, new=1)
+        it.ask("probes:break_check")
+        assert_exact(it, prompt, "fault")
