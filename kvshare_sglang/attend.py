@@ -5,6 +5,7 @@ The attention backend alone sees each contiguous stretch of rows as a request of
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def cut_tokens(fb: Any, have: Rows, rows: Rows, runner: Any) -> torch.Tensor:
         ]
     fb.extend_seq_lens_cpu = counts
     fb.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
-    fb.extend_start_loc = _starts(fb.extend_seq_lens)
+    fb.extend_start_loc = starts_of(fb.extend_seq_lens)
     fb.extend_num_tokens = len(picked)
     compat.set_num_tokens(fb, len(picked))
     fb.kvshare_rows = rows
@@ -69,7 +70,7 @@ def _places(have: list[Range], rows: list[Range]) -> torch.Tensor:
     return torch.searchsorted(torch.cat([torch.arange(*r) for r in have]), at)
 
 
-def _starts(lengths: torch.Tensor) -> torch.Tensor:
+def starts_of(lengths: torch.Tensor) -> torch.Tensor:
     """Where each request's tokens start, in the dtype of ``lengths``."""
     return torch.cumsum(lengths, 0, dtype=lengths.dtype) - lengths
 
@@ -94,19 +95,24 @@ def runs_as_rows(fb: Any, rows: Rows) -> Any:
     view.extend_seq_lens = to_device(
         torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32), device
     )
-    view.extend_start_loc = _starts(view.extend_seq_lens)
+    view.extend_start_loc = starts_of(view.extend_seq_lens)
     return view
 
 
-def wrap_backend(backend: Any, runner: Any) -> None:
-    """Teach a backend that SGLang built to attend for partial batches; others run as before."""
+def wrap_backend(backend: Any, runner: Any, *, look: Callable[..., None]) -> None:
+    """Teach a backend that SGLang built to attend for partial batches; others run as before.
+
+    ``look(probe, q, keys, table, fb, scaling=)`` is told of a decode batch that carries a probe.
+    """
     plan, attend = backend.init_forward_metadata, backend.forward_extend
+    decode = backend.forward_decode
     cpu = type(backend).__name__ == "TorchNativeAttnBackend"
     attn = runner.model.model.layers[0].self_attn.attn
     group = attn.tp_q_head_num // attn.tp_k_head_num
     backend.kvshare_rows = None
     backend.kvshare_plan = None
     backend.kvshare_check = None
+    backend.kvshare_probe = None
     check.follow(runner.model.model.layers, backend)
 
     def init_forward_metadata(fb: Any) -> Any:
@@ -168,6 +174,19 @@ def wrap_backend(backend: Any, runner: Any) -> None:
         init_forward_metadata(fb)
         return q[pending.keep]
 
+    def forward_decode(
+        q: Any, k: Any, v: Any, layer: Any, fb: Any, save_kv_cache: bool = True, **kw: Any
+    ) -> Any:
+        out = decode(q, k, v, layer, fb, save_kv_cache=save_kv_cache, **kw)
+        probe = backend.kvshare_probe
+        if probe is not None and layer.layer_id == probe.layer:
+            heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            keys = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+            table = backend.req_to_token_pool.req_to_token
+            look(probe, heads, keys, table, fb, scaling=layer.scaling)
+        return out
+
+    backend.forward_decode = forward_decode
     backend.init_forward_metadata = init_forward_metadata
     backend.forward_extend = forward_extend
 

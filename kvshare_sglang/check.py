@@ -20,7 +20,7 @@ from kvshare_sglang.policy import rows as policy
 from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan
 from kvshare_sglang.report import Report
-from kvshare_sglang.request import RequestReuse
+from kvshare_sglang.request import RequestReuse, Stale
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,15 @@ def _choose_one(
         _all_run(job, Decline.DEVIATION, report)
         return [Range(plan.prefix_len, plan.prompt_len)]
     job.state.plan = plan
+    if config.refresh_every:
+        job.state.stale = _stale(plan, found)
     return ranges
+
+
+def _stale(plan: ReusePlan, found: policy.Check) -> Stale:
+    copied = np.concatenate([np.arange(r.dst_start, r.dst_stop) for r in plan.copies])
+    left = np.isin(found.positions, copied)
+    return Stale(found.positions[left], found.values[left])
 
 
 def _all_run(job: Job, reason: Decline, report: Report) -> None:

@@ -33,6 +33,17 @@ class KVShareConfig:
     tau: float = _option(
         1e9, "dhd computes a run again whose values deviate more than this on average", 0, 1e9
     )
+    refresh_every: int = _option(
+        0, "with dhd: look every so many output tokens whether decoding reads stale KV (0: never)",
+        0, 4096,
+    )  # fmt: skip
+    refresh_rows: int = _option(32, "tokens of a request refreshed at a time", 1, 1 << 20)
+    refresh_above: float = _option(
+        0.02, "attention times deviation that a token may read before rows are refreshed", 0, 1e9
+    )
+    probe_at: float = _option(
+        0.5, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
+    )
     window: int = _option(32, "tokens computed again behind each edit inside a run", 0, 4096)
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvshare_sglang import attend, check, copying
+from kvshare_sglang import attend, check, copying, refresh
 from kvshare_sglang.cache import FuzzyRadixCache
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.gate import Decline
@@ -33,6 +33,8 @@ def hook_init_new(
     cache = getattr(batch, "tree_cache", None)
     if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
         narrow(fb, batch, runner, cache)
+    elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
+        refresh.before_decode(fb, batch, runner, cache)
     return fb
 
 
@@ -40,26 +42,32 @@ def hook_forward(original: Callable[..., Any], runner: Any, fb: Any, *args: Any,
     """AROUND ``ModelRunner.forward``: SGLang rebuilds the batch inside and drops what are no
     fields, so the rows are carried on the backend, for this call only."""
     backend = runner.attn_backend
+    first = getattr(fb, "kvshare_refresh", None)
+    if first is not None:
+        fb.kvshare_refresh = None
+        hook_forward(original, runner, first)
     backend.kvshare_rows = getattr(fb, "kvshare_rows", None)
     backend.kvshare_check = getattr(fb, "kvshare_check", None)
+    backend.kvshare_probe = getattr(fb, "kvshare_probe", None)
     try:
         return original(runner, fb, *args, **kw)
     finally:
-        backend.kvshare_rows = backend.kvshare_check = None
+        backend.kvshare_rows = backend.kvshare_check = backend.kvshare_probe = None
 
 
 def hook_can_run_graph(
     original: Callable[..., Any], graphs: Any, fb: Any, *args: Any, **kw: Any
 ) -> bool:
-    """AROUND ``PrefillCudaGraphRunner.can_run_graph``: a captured graph runs every row."""
-    if getattr(fb, "kvshare_rows", None) is not None:
+    """AROUND ``can_run_graph`` of both graph runners: a captured prefill runs every row, and a
+    captured decode step calls no Python that could look at its attention."""
+    if getattr(fb, "kvshare_rows", None) or getattr(fb, "kvshare_probe", None):
         return False
     return bool(original(graphs, fb, *args, **kw))
 
 
 def hook_init_attention_backends(result: Any, runner: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``ModelRunner.init_attention_backends``: wrap what SGLang built."""
-    attend.wrap_backend(runner.attn_backend, runner)
+    attend.wrap_backend(runner.attn_backend, runner, look=refresh.look)
 
 
 # ---- the batch -------------------------------------------------------------------------------

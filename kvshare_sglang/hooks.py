@@ -66,6 +66,13 @@ SEAMS = (
         "no graph replay for a partial batch",
     ),
     Seam(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+        ".DecodeCudaGraphRunner.can_run_graph",
+        "AROUND",
+        "kvshare_sglang.forward:hook_can_run_graph",
+        "no graph replay where attention is looked at",
+    ),
+    Seam(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",
         "AFTER",
         "kvshare_sglang.admission:hook_verify",

@@ -12,8 +12,8 @@ logger = logging.getLogger("kvshare_sglang")
 class Report:
     """Counts tokens by kind and declines by reason; mirrors them to Prometheus if asked to.
 
-    Kinds: ``exact`` (prefix hit), ``copied``, ``recomputed`` (reused but computed again), and
-    ``fresh`` (new text).
+    Kinds: ``exact`` (prefix hit), ``copied``, ``recomputed`` (reused but computed again),
+    ``fresh`` (new text), and ``refreshed`` (copied, then computed again while decoding).
     """
 
     def __init__(self, *, prometheus_labels: dict[str, str] | None = None) -> None:
@@ -41,6 +41,11 @@ class Report:
         self.tokens.update(tokens)
         if self._metrics is not None:
             self._metrics.count(tokens)
+
+    def refreshed(self, *, requests: int, rows: int) -> None:
+        """Rows of decoding requests ran once more."""
+        self._count(refreshed=rows)
+        logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:

@@ -1,0 +1,118 @@
+"""Decode refresh: refreshed rows are what full prefill computes, and nothing else changes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Texts
+from lab import Lab, lab, request
+from test_check import moved
+from tiny_models import make_model
+
+TOL = {"atol": 2e-3, "rtol": 1e-3}
+EAGER = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.0}
+ALL = {**EAGER, "kvshare_refresh_rows": 1 << 20}
+
+
+@pytest.fixture(scope="module", params=[{}, {"disable_overlap_schedule": False, "page_size": 16}])
+def eager_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    """Refreshes a few rows of every request in every step."""
+    settings = {**EAGER, "kvshare_refresh_rows": 8, **request.param}
+    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+        yield it
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_refreshing_every_row_gives_the_kv_of_full_prefill(
+    name: str, models: Path, texts: Texts
+) -> None:
+    """All that stands before the copies is exact, and nothing in them was computed on them."""
+    source, prompt = moved(texts, 150)
+    copied = {"kvshare_budget": 1e-6, "kvshare_seam": 0, "kvshare_window": 0}
+    settings = {"kvshare_select": "dhd", **ALL, **copied}
+    with lab(make_model(models, name), kvshare=True, **settings) as it:
+        it.one(source, new=1)
+        full = it.one(prompt, kvshare="exact", extra_key="other", new=1, keep="kv")
+        part = it.one(prompt, new=8, keep="kv")
+        told = part["kvshare"]
+        assert told["refreshed_tokens"] == told["fuzzy_tokens"] == 300
+        assert it.ask("probes:counts")["tokens"]["refreshed"] == told["fuzzy_tokens"]
+        for mine, theirs in zip(part["kv"], full["kv"], strict=True):
+            torch.testing.assert_close(mine[:, :320], theirs[:, :320], **TOL)
+
+
+def test_what_was_stale_before_is_why(llama: Path, texts: Texts) -> None:
+    """The oracle above can fail: without refresh the copied KV differs."""
+    source, prompt = moved(texts, 150)
+    copied = {"kvshare_budget": 1e-6, "kvshare_seam": 0, "kvshare_window": 0}
+    with lab(llama, kvshare=True, kvshare_select="dhd", **copied) as it:
+        it.one(source, new=1)
+        full = it.one(prompt, kvshare="exact", extra_key="other", new=1, keep="kv")
+        part = it.one(prompt, new=8, keep="kv")
+        assert "refreshed_tokens" not in part["kvshare"]
+        assert any(
+            (mine - theirs)[:, :320].abs().max() > 0.1
+            for mine, theirs in zip(part["kv"], full["kv"], strict=True)
+        )
+
+
+def test_refresh_in_batches_touches_nobody_else(eager_lab: Lab, texts: Texts) -> None:
+    it = eager_lab
+    pairs = [moved(texts, n) for n in (90, 140, 110)]
+    plain = [texts.passage(n) for n in (40, 130)]
+    it.flush()
+    exact = [request(f"e{i}", p, kvshare="exact", extra_key="e", new=20, keep="kv")
+             for i, p in enumerate([*plain, pairs[2][1]])]  # fmt: skip
+    expected = it.play(exact)
+    it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
+    alone = it.one(pairs[0][1], new=20, keep="kv")
+    it.flush()
+    sources = [request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)]
+    reusing = [request(f"d{i}", prompt, new=20 + i, keep="kv")
+               for i, (_, prompt) in enumerate(pairs)]  # fmt: skip
+    late = [request("gone", pairs[1][1], new=200)]
+    again = [{**spec, "extra_key": "f"} for spec in exact]
+    answers = it.play(
+        [*sources, ("idle",), [*reusing, *again], ("polls", 4), late, ("polls", 6),
+         ("abort", "gone")]
+    )  # fmt: skip
+    for rid in ("e0", "e1", "e2"):
+        assert answers[rid]["output"] == expected[rid]["output"]
+        for mine, theirs in zip(answers[rid]["kv"], expected[rid]["kv"], strict=True):
+            torch.testing.assert_close(mine, theirs, **TOL)
+    for rid in ("d0", "d1", "d2"):
+        assert answers[rid]["kvshare"]["refreshed_tokens"] > 8
+    assert answers["d0"]["output"] == alone["output"]
+    for mine, theirs in zip(answers["d0"]["kv"], alone["kv"], strict=True):
+        torch.testing.assert_close(mine, theirs, **TOL)
+    state = it.ask("probes:check")
+    assert state["pins"] == state["adopted"] == state["protected"] == 0
+    assert state["available"] + state["resident"] == state["total"]
+    assert it.ask("probes:plain_keys_of_depth") <= {0}
+
+
+def test_refreshed_requests_survive_retraction(llama: Path, texts: Texts) -> None:
+    settings = {**EAGER, "kvshare_refresh_rows": 8, "env": {"SGLANG_TEST_RETRACT": "1"}}
+    pairs = [moved(texts, n) for n in (90, 140, 110)]
+    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+        it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
+        answers = it.play(
+            [[request(f"d{i}", prompt, new=40) for i, (_, prompt) in enumerate(pairs)]]
+        )
+        assert sum(a["retractions"] for a in answers.values()) > 0
+        assert all(len(a["output"]) == 40 for a in answers.values())
+        state = it.ask("probes:check")
+        assert state["pins"] == state["adopted"] == state["protected"] == 0
+        assert state["available"] + state["resident"] == state["total"]
+
+
+def test_nothing_is_refreshed_where_copies_are_exact(llama: Path, texts: Texts) -> None:
+    settings = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.01}
+    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+        it.ask("probes:force_plans")
+        prompt = texts.passage(300)
+        it.one(prompt + texts.passage(32), extra_key="donor", new=1)
+        part = it.one(prompt, forced=[(0, 20), (290, 300)], new=30)
+        assert part["kvshare"]["fuzzy_tokens"] > 200
+        assert "refreshed_tokens" not in part["kvshare"]
