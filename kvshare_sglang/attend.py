@@ -6,15 +6,22 @@ The attention backend alone sees each contiguous stretch of rows as a request of
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvshare_sglang import check, compat
 from kvshare_sglang.copying import to_device
 from kvshare_sglang.kernels import partial_attn
+from kvshare_sglang.policy.rows import as_ranges
 from kvshare_sglang.radix_fuzzy.reuse import thin_out
 from kvshare_sglang.radix_fuzzy.types import Range
+
+# What a batch carries for its forward pass, beside SGLang's fields, and the backend during it:
+# rows: what runs, by request. look: called with (q, k, layer, batch) in the layer that it names.
+# check: what a check layer narrows.
+CARRIED = ("kvshare_rows", "kvshare_look", "kvshare_check")
 
 Rows = list[list[Range]]  # by request: ascending ranges of prompt positions
 
@@ -99,20 +106,76 @@ def runs_as_rows(fb: Any, rows: Rows) -> Any:
     return view
 
 
-def wrap_backend(backend: Any, runner: Any, *, look: Callable[..., None]) -> None:
-    """Teach a backend that SGLang built to attend for partial batches; others run as before.
+class Look(NamedTuple):
+    """Wants to see a layer's attention: ``see(q, keys, fb, scaling)`` with ``q`` [rows, q_heads,
+    dim], rotated, and ``keys(i, n)``: K [n, kv_heads, dim] of the first n tokens of request i."""
 
-    ``look(probe, q, keys, table, fb, scaling=)`` is told of a decode batch that carries a probe.
-    """
+    layer: int
+    see: Callable[..., None]
+
+
+class Part(NamedTuple):
+    """Some tokens of one request of a batch: the request's ``number`` in it, ``positions`` [n],
+    ascending, and on the device their ids and slots [n]."""
+
+    number: int
+    positions: np.ndarray
+    ids: torch.Tensor
+    slots: torch.Tensor
+
+
+def part_of(fb: Any, parts: list[Part]) -> Any:
+    """A prefill batch of its own that runs just these tokens, in place, over the KV there is."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    device = fb.input_ids.device
+    view = copy.copy(fb)
+    counts = [len(part.positions) for part in parts]
+    stops = [int(part.positions[-1]) + 1 for part in parts]
+    numbers = torch.tensor([part.number for part in parts])
+    at = to_device(torch.from_numpy(np.concatenate([part.positions for part in parts])), device)
+    view.forward_mode = ForwardMode.EXTEND
+    view.batch_size = len(parts)
+    view.input_ids = torch.cat([part.ids for part in parts])
+    view.out_cache_loc = torch.cat([part.slots for part in parts])
+    view.positions = at.to(fb.positions.dtype)
+    view.req_pool_indices = fb.req_pool_indices[to_device(numbers, device)]
+    if getattr(fb, "req_pool_indices_cpu", None) is not None:
+        view.req_pool_indices_cpu = fb.req_pool_indices_cpu[numbers]
+    view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
+    view.seq_lens = to_device(view.seq_lens_cpu, device).to(fb.seq_lens.dtype)
+    view.orig_seq_lens = view.seq_lens
+    view.seq_lens_sum = sum(stops)
+    view.extend_num_tokens = sum(counts)
+    view.extend_seq_lens_cpu = counts
+    view.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
+    view.extend_prefix_lens_cpu = [s - n for s, n in zip(stops, counts, strict=True)]
+    view.extend_prefix_lens = to_device(
+        torch.tensor(view.extend_prefix_lens_cpu, dtype=torch.int32), device
+    )
+    view.extend_start_loc = starts_of(view.extend_seq_lens)
+    view.extend_logprob_start_lens_cpu = counts
+    view.return_logprob = False
+    view.top_logprobs_nums = view.token_ids_logprobs = None
+    if fb.rids is not None:
+        view.rids = [fb.rids[part.number] for part in parts]
+    compat.set_num_tokens(view, sum(counts))
+    for name in CARRIED:
+        setattr(view, name, None)
+    view.kvshare_rows = [as_ranges(part.positions) for part in parts]
+    return view
+
+
+def wrap_backend(backend: Any, runner: Any) -> None:
+    """Teach a backend that SGLang built to attend for partial batches; others run as before."""
     plan, attend = backend.init_forward_metadata, backend.forward_extend
     decode = backend.forward_decode
     cpu = type(backend).__name__ == "TorchNativeAttnBackend"
     attn = runner.model.model.layers[0].self_attn.attn
     group = attn.tp_q_head_num // attn.tp_k_head_num
-    backend.kvshare_rows = None
     backend.kvshare_plan = None
-    backend.kvshare_check = None
-    backend.kvshare_probe = None
+    for name in CARRIED:
+        setattr(backend, name, None)
     check.follow(runner.model.model.layers, backend)
 
     def init_forward_metadata(fb: Any) -> Any:
@@ -141,6 +204,7 @@ def wrap_backend(backend: Any, runner: Any, *, look: Callable[..., None]) -> Non
             if any(scale is not None for scale in scales):
                 k, v = k.clone(), v.clone()  # the pool divides by the scales in place
             pool.set_kv_buffer(layer, fb.out_cache_loc, k, v, *scales)
+        show(q, layer, fb)
         if pending is not None and layer.layer_id == pending.layer:
             q = _narrow_here(q, k, v, layer, fb, pending)
         if not cpu:
@@ -178,13 +242,21 @@ def wrap_backend(backend: Any, runner: Any, *, look: Callable[..., None]) -> Non
         q: Any, k: Any, v: Any, layer: Any, fb: Any, save_kv_cache: bool = True, **kw: Any
     ) -> Any:
         out = decode(q, k, v, layer, fb, save_kv_cache=save_kv_cache, **kw)
-        probe = backend.kvshare_probe
-        if probe is not None and layer.layer_id == probe.layer:
-            heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            keys = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
-            table = backend.req_to_token_pool.req_to_token
-            look(probe, heads, keys, table, fb, scaling=layer.scaling)
+        show(q, layer, fb)
         return out
+
+    def show(q: Any, layer: Any, fb: Any) -> None:
+        look = backend.kvshare_look
+        if look is None or layer.layer_id != look.layer:
+            return
+        buffer = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        table = backend.req_to_token_pool.req_to_token
+        owners = fb.req_pool_indices
+
+        def keys(i: int, n: int) -> torch.Tensor:
+            return buffer[table[owners[i], :n].long()]
+
+        look.see(q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), keys, fb, layer.scaling)
 
     backend.forward_decode = forward_decode
     backend.init_forward_metadata = init_forward_metadata

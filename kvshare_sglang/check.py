@@ -18,9 +18,10 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels.deviation import attention_paid, deviation
 from kvshare_sglang.policy import rows as policy
 from kvshare_sglang.policy.gate import Decline
+from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan
 from kvshare_sglang.report import Report
-from kvshare_sglang.request import RequestReuse, Stale
+from kvshare_sglang.request import RequestReuse
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +141,11 @@ def _choose_one(
         return [Range(plan.prefix_len, plan.prompt_len)]
     job.state.plan = plan
     if config.refresh_every:
-        job.state.stale = _stale(plan, found)
+        open_rows = np.zeros(plan.prompt_len, bool)
+        for run in plan.copies:
+            open_rows[run.dst_start : run.dst_stop] = True
+        job.state.watch = Watch(open_rows)
     return ranges
-
-
-def _stale(plan: ReusePlan, found: policy.Check) -> Stale:
-    copied = np.concatenate([np.arange(r.dst_start, r.dst_stop) for r in plan.copies])
-    left = np.isin(found.positions, copied)
-    return Stale(found.positions[left], found.values[left])
 
 
 def _all_run(job: Job, reason: Decline, report: Report) -> None:

@@ -26,23 +26,27 @@ class KVShareConfig:
         16, "tokens computed again at the start of each run taken from other text", 0, 4096
     )
     select: str = _option(
-        "window", "which reused tokens are computed again: window (behind edits and seams) or dhd"
-        " (those, then what a check layer finds far off and attended to)"
+        "window", "which reused tokens are computed again: window (behind edits and seams), dhd"
+        " (those, then what a check layer finds far off and attended to) or trace (what the last"
+        " tokens attend to, what that attends to, and so on)"
     )  # fmt: skip
     check_layer: int = _option(1, "layer at which dhd compares copied and fresh KV", 0, 256)
     tau: float = _option(
         1e9, "dhd computes a run again whose values deviate more than this on average", 0, 1e9
     )
     refresh_every: int = _option(
-        0, "with dhd: look every so many output tokens whether decoding reads stale KV (0: never)",
-        0, 4096,
+        0, "with dhd or trace: while decoding, compute copied tokens again that the output turns"
+        " to, at most once in so many output tokens (0: never)", 0, 4096,
     )  # fmt: skip
-    refresh_rows: int = _option(32, "tokens of a request refreshed at a time", 1, 1 << 20)
+    refresh_rows: int = _option(24, "tokens of a request refreshed at a time", 1, 1 << 20)
     refresh_above: float = _option(
-        0.02, "attention times deviation that a token may read before rows are refreshed", 0, 1e9
+        0.2, "share of a head's attention on one copied token that makes it refresh", 0, 1
+    )
+    refresh_unchanged: float = _option(
+        0.02, "mean change of refreshed values below which nothing was stale", 0, 1e9
     )
     probe_at: float = _option(
-        0.5, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
+        0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
     window: int = _option(32, "tokens computed again behind each edit inside a run", 0, 4096)
     min_reuse: int = _option(
@@ -82,8 +86,8 @@ class KVShareConfig:
                 raise ConfigError(flag, value, allowed)
             if lo is not None and not lo <= value <= hi:  # also refuses nan
                 raise ConfigError(flag, value, allowed)
-        if self.select not in ("window", "dhd"):
-            raise ConfigError("--kvshare-select", self.select, "one of window, dhd")
+        if self.select not in ("window", "dhd", "trace"):
+            raise ConfigError("--kvshare-select", self.select, "one of window, dhd, trace")
         if self.eviction not in ("worth", "sglang"):
             raise ConfigError("--kvshare-eviction", self.eviction, "one of worth, sglang")
         if self.scope in ("group", "global"):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvshare_sglang import attend, check, copying, refresh
+from kvshare_sglang import attend, check, copying, refresh, tracing
 from kvshare_sglang.cache import FuzzyRadixCache
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.gate import Decline
+from kvshare_sglang.policy.trace import probe_layer
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, clip
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import RequestReuse, reuse_of
@@ -41,18 +42,22 @@ def hook_init_new(
 def hook_forward(original: Callable[..., Any], runner: Any, fb: Any, *args: Any, **kw: Any) -> Any:
     """AROUND ``ModelRunner.forward``: SGLang rebuilds the batch inside and drops what are no
     fields, so the rows are carried on the backend, for this call only."""
-    backend = runner.attn_backend
-    first = getattr(fb, "kvshare_refresh", None)
-    if first is not None:
-        fb.kvshare_refresh = None
-        hook_forward(original, runner, first)
-    backend.kvshare_rows = getattr(fb, "kvshare_rows", None)
-    backend.kvshare_check = getattr(fb, "kvshare_check", None)
-    backend.kvshare_probe = getattr(fb, "kvshare_probe", None)
-    try:
-        return original(runner, fb, *args, **kw)
-    finally:
-        backend.kvshare_rows = backend.kvshare_check = backend.kvshare_probe = None
+
+    def forward(part: Any) -> Any:
+        backend = runner.attn_backend
+        for name in attend.CARRIED:
+            setattr(backend, name, getattr(part, name, None))
+        try:
+            return original(runner, part, *args, **kw)
+        finally:
+            for name in attend.CARRIED:
+                setattr(backend, name, None)
+
+    if (trace := getattr(fb, "kvshare_trace", None)) is not None:
+        tracing.run(trace, fb, runner, forward)
+    if (watch := getattr(fb, "kvshare_refresh", None)) is not None:
+        return refresh.run(watch, fb, runner, forward)
+    return forward(fb)
 
 
 def hook_can_run_graph(
@@ -60,14 +65,14 @@ def hook_can_run_graph(
 ) -> bool:
     """AROUND ``can_run_graph`` of both graph runners: a captured prefill runs every row, and a
     captured decode step calls no Python that could look at its attention."""
-    if getattr(fb, "kvshare_rows", None) or getattr(fb, "kvshare_probe", None):
+    if getattr(fb, "kvshare_rows", None) or getattr(fb, "kvshare_look", None):
         return False
     return bool(original(graphs, fb, *args, **kw))
 
 
 def hook_init_attention_backends(result: Any, runner: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``ModelRunner.init_attention_backends``: wrap what SGLang built."""
-    attend.wrap_backend(runner.attn_backend, runner, look=refresh.look)
+    attend.wrap_backend(runner.attn_backend, runner)
 
 
 # ---- the batch -------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ def _checked(
 ) -> list[int]:
     """Which requests of the batch a check layer narrows; the others run what structure says."""
     if (
-        config.select != "dhd"
+        config.select == "window"
         or config.check_layer + 1 >= len(runner.model.model.layers)
         or getattr(runner, "lora_manager", None) is not None  # its segments are per token
         or runner.token_to_kv_pool.get_key_buffer(0).dtype.itemsize == 1  # fp8 is not comparable
@@ -160,7 +165,7 @@ def _copy_and_cut(
 ) -> bool:
     """Copy, then cut; False if the copy failed: then every row must run, which overwrites it."""
     started = time.perf_counter()
-    now, later, layer = [], [], cache.config.check_layer
+    now, later, config = [], [], cache.config
     sharing = []
     try:
         base = 0
@@ -178,11 +183,13 @@ def _copy_and_cut(
                 now.append(copying.rows_of(state, state.plan.copies, chunk, slots))
         if now:
             copying.copy_kv(runner, copying.joined(now))
-        if later:
+        if later and config.select == "trace":
+            copying.copy_kv(runner, copying.joined(later))
+        elif later:
             # Up to the check layer every row is fresh; there the copies are only compared.
             copies = copying.joined(later)
-            copying.copy_kv(runner, copies, first_layer=layer + 1)
-            keys, values = copying.moved_kv(runner, copies, layer)
+            copying.copy_kv(runner, copies, first_layer=config.check_layer + 1)
+            keys, values = copying.moved_kv(runner, copies, config.check_layer)
     except Exception:
         logger.exception("KVShare copy failed; the batch runs all its rows")
         for state in sharing:
@@ -211,9 +218,13 @@ def _copy_and_cut(
         if i in checked and state is not None:
             jobs.append(check.Job(i, base, state))
         base += sum(r.num for r in ranges)
-    fb.kvshare_check = check.Pending(
-        layer, jobs, rows, keys, values, cache.config, cache.report, done
-    )
+    if config.select == "trace":
+        probe = probe_layer(len(runner.model.model.layers), config.probe_at)
+        fb.kvshare_trace = tracing.Pending(probe, jobs, rows, config, cache.report, done)
+    else:
+        fb.kvshare_check = check.Pending(
+            config.check_layer, jobs, rows, keys, values, config, cache.report, done
+        )
     return True
 
 

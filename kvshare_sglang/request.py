@@ -3,22 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from kvshare_sglang.policy.gate import Decline
+from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
-
-
-@dataclass(slots=True)
-class Stale:
-    """Copied rows of a request that decodes: ``positions`` [n] in the prompt, ascending, and how
-    far their values were off at the check layer, ``far`` [n]; ``paid`` [n] is the attention that
-    they got when last looked at, on the device, until it was read."""
-
-    positions: np.ndarray
-    far: np.ndarray
-    paid: Any = None
-    steps: int = 0  # decode steps so far
 
 
 @dataclass(slots=True)
@@ -37,7 +24,7 @@ class RequestReuse:
     src_slots: Any = None
     locked: list[Any] = field(default_factory=list)
     used: list[Any] = field(default_factory=list)  # nodes and the share of each that is copied
-    stale: Stale | None = None
+    watch: Watch | None = None
     done: int = 0  # prompt positions below this have been through a forward pass
     info: dict[str, Any] = field(default_factory=dict)
 

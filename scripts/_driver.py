@@ -16,6 +16,7 @@ from _mirror import Mirror
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels import deviation, partial_attn, rope_shift
 from kvshare_sglang.policy import rows as selectors
+from kvshare_sglang.policy.trace import TRACE_STEPS, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
 
@@ -34,6 +35,7 @@ class Partial(NamedTuple):
     kv: KV
     rows: list[np.ndarray]  # positions, by layer
     check: selectors.Check | None
+    probed: tuple[np.ndarray, ...] = ()  # positions that ran up to the probe layer before
 
 
 class Model:
@@ -116,6 +118,18 @@ class Model:
             x = self._behind(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
             by_layer.append(at.cpu().numpy())
         return self.norm(x), by_layer
+
+    @torch.no_grad()
+    def peek(self, ids: Tokens, kv: KV, rows: np.ndarray, layer: int) -> torch.Tensor:
+        """Run ``rows`` up to ``layer``, their K and V in place; their queries there, rotated."""
+        at = torch.as_tensor(rows, device=self.device)
+        x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
+        for i, block in enumerate(self.layers[: layer + 1]):
+            q, k, v = self._qkv(block, x, at)
+            kv.k[i, at], kv.v[i, at] = k, v
+            if i < layer:
+                x = self._behind(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
+        return q
 
     def room(self, tokens: int) -> KV:
         shape = (len(self.layers), tokens, self.kv_heads, self.dim)
@@ -225,10 +239,30 @@ class Lab:
             hidden, by_layer = self.model.run(
                 ids, kv, every, check_layer=check_layer, choose=choose
             )
+        elif selector == "trace":
+            trace = Trace.of_plan(plan, budget=budget, seam=self.config.seam, steps=TRACE_STEPS)
+            probed = []
+            while not trace.done:
+                probed.append(trace.rows)
+                trace.feed(self._paid(ids, kv, trace))
+            must = selectors.must_run(plan, suffix=self.config.seam)
+            hidden, by_layer = self.model.run(ids, kv, np.union1d(must, trace.chosen))
+            logits = self.model.logits(hidden[-1])
+            return Partial(logits, kv, by_layer, None, tuple(probed))
         else:
             rows = positions(selectors.compute(selector, wish))
             hidden, by_layer = self.model.run(ids, kv, rows)
         return Partial(self.model.logits(hidden[-1]), kv, by_layer, found[0] if found else None)
+
+    def _paid(self, ids: Tokens, kv: KV, trace: Trace) -> np.ndarray:
+        """What the asking rows of a trace pay to each position, at the probe layer."""
+        layer = probe_layer(len(self.model.layers), self.config.probe_at)
+        q = self.model.peek(ids, kv, trace.rows, layer)[-len(trace.asking) :]
+        at = torch.as_tensor(trace.asking, device=q.device)
+        keys = kv.k[layer, : len(ids)]
+        scaling = self.model.scaling
+        paid = deviation.attention_paid(q, at, keys, scaling=scaling, strongest_head=True)
+        return paid.cpu().numpy()
 
     def _check(
         self, plan: ReusePlan, kv: KV, q: Any, k: Any, v: Any, at: Any, layer: int

@@ -149,6 +149,13 @@ def checked_flops(
     return layers + qkv + 2.0 * hidden * config["vocab_size"]
 
 
+def peeked_flops(config: dict[str, Any], rows: np.ndarray, *, at_layer: int) -> float:
+    """FLOPs of a pass of ``rows`` up to their Q, K and V in layer ``at_layer``."""
+    hidden, heads, kv_heads, head_dim = _shape(config)
+    qkv = 2.0 * len(rows) * hidden * head_dim * (heads + 2 * kv_heads)
+    return at_layer * layer_flops(config, rows) + qkv
+
+
 def _shape(config: dict[str, Any]) -> tuple[int, int, int, int]:
     """Hidden size, query heads, KV heads and the size of a head."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]

@@ -617,29 +617,37 @@ def splice(rng: random.Random, sample: Sample, *, foreign: Sequence[Document]) -
     return Pair("splice", tuple(cached), sample)
 
 
-def template(rng: random.Random, sample: Sample) -> Pair:
-    """The sample, and the same frame with other values where its facts have numbers and names."""
-    for _ in range(100):
-        numbers = rng.sample(NUMBERS, len(NUMBERS))
-        people = dict(zip(PEOPLE, rng.sample(PEOPLE, len(PEOPLE)), strict=True))
-        labels = dict(zip(LABELS, rng.sample(LABELS, len(LABELS)), strict=True))
+def template(rng: random.Random, sample: Sample, *, slots: int = 6) -> Pair:
+    """The sample, and the same frame with other values in some slots. The answer changes with
+    them wherever it can."""
+    places = [
+        (d, i)
+        for d, doc in enumerate(sample.documents)
+        for i, fact in enumerate(doc.facts)
+        if fact.kind in _SLOTS
+    ]
+    best = None
+    for _ in range(200):
+        documents = [list(d.facts) for d in sample.documents]
+        for d, i in rng.sample(places, min(slots, len(places))):
+            fact = documents[d][i]
+            documents[d][i] = rng.choice([fact._replace(value=v) for v in _other_values(rng, fact)])
+        before = tuple(
+            doc._replace(facts=tuple(facts))
+            for doc, facts in zip(sample.documents, documents, strict=True)
+        )
+        if not consistent(before):
+            continue
+        cached = replace(sample, documents=before)
+        best = best or cached
+        if cached.answer not in (None, sample.answer):
+            return Pair("template", (cached,), sample)
+    if best is None:
+        raise ValueError("no other values found that are consistent")
+    return Pair("template", (best,), sample)
 
-        def refill(fact: Fact, numbers=numbers, people=people, labels=labels) -> Fact:
-            match fact.kind:
-                case "code" | "price" | "keeps" | "weighs":
-                    return fact._replace(value=numbers.pop() if numbers else rng.choice(NUMBERS))
-                case "role":
-                    return fact._replace(value=people[fact.value])
-                case "demo":
-                    return fact._replace(value=labels[fact.value])
-                case "unit" | "means":
-                    return fact._replace(value=rng.choice(_pool(fact.kind)))
-            return fact
 
-        documents = tuple(d._replace(facts=tuple(map(refill, d.facts))) for d in sample.documents)
-        if consistent(documents):
-            return Pair("template", (replace(sample, documents=documents),), sample)
-    raise ValueError("no other values found that are consistent")
+_SLOTS = frozenset({"code", "price", "keeps", "weighs", "role", "unit", "means"})
 
 
 # ---- training --------------------------------------------------------------------------------

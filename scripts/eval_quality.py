@@ -18,12 +18,13 @@ import _tasks as tasks
 import numpy as np
 import torch
 from _driver import KV, Lab, Model
-from _mirror import checked_flops, prefill_flops
+from _mirror import checked_flops, peeked_flops, prefill_flops
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import CHECKED, SELECTORS, reused_positions
+from kvshare_sglang.policy.trace import probe_layer
 
-ALL = (*SELECTORS, "oracle")
+ALL = (*SELECTORS, "trace", "oracle")
 CASES = ("splice", "edit near", "edit far", "edit same", "template")
 CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
 SIZE = tasks.Size(34, 4, prose=0.06)
@@ -44,7 +45,7 @@ class Truth(NamedTuple):
     right: bool
     margin: float
     told: np.ndarray  # the prompt and full prefill's own continuation
-    logprobs: torch.Tensor  # [CONTINUED, vocab], along it
+    logprobs: torch.Tensor  # [continued, vocab], along it
 
 
 class Outcome(NamedTuple):
@@ -54,7 +55,7 @@ class Outcome(NamedTuple):
     margin: float
     top1: float
     kl: float
-    recomputed: float  # share of the reused rows, mean over layers
+    recomputed: float  # share of the reused rows, mean over all layers, check and probes included
     computed: float  # share of full prefill's FLOPs, the check included
     declined: bool
 
@@ -131,9 +132,10 @@ def follow(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: i
     return torch.cat([first[None], rest]).log_softmax(-1)
 
 
-def truth(model: Model, prompt: Prompt) -> Truth:
+def truth(model: Model, prompt: Prompt, *, continued: int) -> Truth:
+    """``continued``: tokens of its own continuation along which others are compared with it."""
     first, kv = model.full(prompt.ids)
-    told = model.greedy(prompt.ids, first, kv, CONTINUED)
+    told = model.greedy(prompt.ids, first, kv, max(1, continued))
     known = len(prompt.ids)
     along = follow(model, kv, first, told, known)
     right, margin = _answered(model, kv, first, along, told, prompt)
@@ -145,7 +147,7 @@ def _answered(
 ) -> tuple[bool, float]:
     """As ``judge``; where full prefill's continuation starts with the answer, nothing is run."""
     known, answer = len(prompt.ids), prompt.answer
-    if len(answer) > CONTINUED or not np.array_equal(told[known : known + len(answer)], answer):
+    if not np.array_equal(told[known : known + len(answer)], answer):
         along = follow(model, kv, first, np.concatenate([prompt.ids, answer]), known)
     return judge(along, answer)
 
@@ -167,10 +169,14 @@ def outcome(
     agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
     reused = reused_positions(plan)
-    recomputed = np.mean([np.isin(reused, rows).mean() for rows in done.rows[layer:]])
+    probe = probe_layer(len(model.layers), lab.config.probe_at)
+    counts = [np.isin(reused, rows).sum() for rows in done.rows]
+    counts += [np.isin(reused, rows).sum() * probe for rows in done.probed]
+    recomputed = sum(counts) / len(reused) / len(done.rows)
     every = np.arange(plan.prefix_len, plan.prompt_len)
     checked = len(every) if selector in CHECKED else 0
     flops = checked_flops(model.config, done.rows, checked=checked, at_layer=layer)
+    flops += sum(peeked_flops(model.config, rows, at_layer=probe) for rows in done.probed)
     return Outcome(
         right,
         margin,
@@ -229,7 +235,8 @@ def measure(
                 lab = Lab(model, config)
                 for ids in prompt.cached:
                     lab.add(ids)
-                true = truth(model, prompt)
+                follows = CONTINUED if case == "splice" else 0
+                true = truth(model, prompt, continued=follows)
                 full.append(true._replace(kv=None, logprobs=None))
                 for selector in dict.fromkeys(("copy", *args.selector)):
                     for budget in args.budget if selector not in ("copy", "full") else [0.0]:

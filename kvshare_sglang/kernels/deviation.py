@@ -14,21 +14,34 @@ def deviation(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
     return (fresh - cached).norm(dim=1) / fresh.norm(dim=1).clamp_min(1e-12)
 
 
+_AT_ONCE = 1 << 23  # attention weights in memory at a time, fp32
+
+
 def attention_paid(
-    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, *, scaling: float
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    strongest_head: bool = False,
 ) -> torch.Tensor:
     """Mean weight that rows ``q`` [m, q_heads, dim] at ``positions`` [m] give to each key.
 
     ``keys`` [kv, kv_heads, dim] stand at positions 0 to kv - 1; a row sees keys up to its own.
-    fp32 [kv]; O(m x kv x group) memory.
+    Mean over heads too, or the weight of the head that gives most. fp32 [kv]; bounded memory.
     """
     m, kv_heads = len(q), keys.shape[1]
     group = q.shape[1] // kv_heads
-    rows = q.view(m, kv_heads, group, -1)
-    hidden = torch.arange(len(keys), device=q.device)[None] > positions[:, None]
     paid = torch.zeros(len(keys), device=q.device)
-    for head in range(kv_heads):
-        weights = torch.matmul(rows[:, head].float(), keys[:, head].float().T).mul_(scaling)
-        weights.masked_fill_(hidden[:, None], float("-inf"))  # [m, group, kv]
-        paid += weights.softmax(dim=-1).sum(dim=(0, 1))
-    return paid / (m * q.shape[1])
+    by_head = keys.permute(1, 2, 0).float()  # [kv_heads, dim, kv]
+    at = torch.arange(len(keys), device=q.device)
+    size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
+    for first in range(0, m, size):
+        rows = q[first : first + size].float()
+        rows = rows.view(len(rows), kv_heads, group, -1).permute(1, 2, 0, 3)
+        weights = torch.matmul(rows, by_head[:, None]).mul_(scaling)  # [kv_heads, group, rows, kv]
+        hidden = at[None] > positions[first : first + size, None]
+        weights = weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))
+        paid += over.sum(0)
+    return paid / m

@@ -1,24 +1,41 @@
-"""Which rows of copied KV to refresh while a request decodes. Pure."""
+"""Whether a request that decodes is watched, and when its copied rows are refreshed. Pure."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvshare_sglang.policy.rows import dilated
+IDLE = 3  # refreshes in a row that changed nothing end the watch
 
 
-def stale_mass(far: np.ndarray, paid: np.ndarray) -> float:
-    """How much of what a new token reads is off: the sum of attention times deviation."""
-    return float(paid @ far)
+@dataclass(slots=True)
+class Watch:
+    """Copied rows of a request that decodes.
 
-
-def rows_to_refresh(
-    positions: np.ndarray, far: np.ndarray, paid: np.ndarray, *, above: float, count: int
-) -> np.ndarray:
-    """At most ``count`` of the stale rows, ascending; none while the stale mass is at most
-    ``above``.
-
-    ``far`` [n]: relative deviation of the rows at ``positions`` [n]; ``paid`` [n]: the attention
-    that the newest token pays to them. O(n log n).
+    ``open`` [prompt_len]: rows that were copied and not refreshed. ``wait``: output tokens until
+    the next look. ``idle``: refreshes in a row after which the rows were what they had been.
     """
-    if stale_mass(far, paid) <= above:
-        return np.empty(0, np.int64)
-    return dilated(positions, far * paid, taken=np.empty(0, np.int64), count=count)
+
+    open: np.ndarray
+    wait: int = 0
+    idle: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Nothing is stale, as far as can be told."""
+        return self.idle >= IDLE or not self.open.any()
+
+    def due(self) -> bool:
+        """Whether to look in this step; counts the step."""
+        self.wait = max(0, self.wait - 1)
+        return self.wait == 0
+
+    def wants(self, paid: np.ndarray, *, above: float) -> bool:
+        """Whether the newest token reads a copied row: ``paid`` [prompt_len] is the weight that
+        its strongest head gives to each position."""
+        return bool((paid[self.open] > above).any())
+
+    def refreshed(self, rows: np.ndarray, *, far: float, pause: int, unchanged: float) -> None:
+        """``rows`` ran again, and their values moved by ``far`` on average."""
+        self.open[rows] = False
+        self.idle = self.idle + 1 if far <= unchanged else 0
+        self.wait = pause

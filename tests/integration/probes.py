@@ -102,14 +102,24 @@ def break_copy(child: Any) -> None:
     copying.copy_kv = broken
 
 
-def break_check(child: Any) -> None:
-    """Make every look at the check layer raise."""
-    from kvshare_sglang import check
+def break_choice(child: Any) -> None:
+    """Make every look at attention raise, at a check layer and on a trace."""
+    from kvshare_sglang import check, tracing
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **kw: Any) -> Any:
         raise RuntimeError("planted")
 
-    check._look = broken
+    check.attention_paid = tracing.attention_paid = broken
+
+
+def break_refresh(child: Any) -> None:
+    """Make every refresh raise before it writes."""
+    from kvshare_sglang import refresh
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("planted")
+
+    refresh.follow = broken
 
 
 def count_yields(child: Any) -> None:

@@ -1,4 +1,4 @@
-"""DHD in the server: batches that mix, prompts in chunks, runs that are given up, faults."""
+"""Choosing rows inside the server: batches that mix, prompts in chunks, runs given up, faults."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,16 @@ from lab import Lab, lab, request
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 
 
-@pytest.fixture(scope="module", params=[{}, {"disable_overlap_schedule": False, "page_size": 16}])
-def dhd_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
-    with lab(llama, kvshare=True, kvshare_select="dhd", **request.param) as it:
+SETTINGS = [
+    {"kvshare_select": "dhd"},
+    {"kvshare_select": "trace", "kvshare_probe_at": 0.34},
+    {"kvshare_select": "trace", "disable_overlap_schedule": False, "page_size": 16},
+]
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def any_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    with lab(llama, kvshare=True, **request.param) as it:
         yield it
 
 
@@ -23,10 +30,11 @@ def moved(texts: Texts, length: int) -> tuple[list[int], list[int]]:
     return [*texts.passage(7), *a, *b], [*texts.passage(20), *b, *a, *texts.passage(25)]
 
 
+@pytest.mark.parametrize("select", ["dhd", "trace"])
 def test_exact_kv_in_the_runs_gives_full_prefill_whatever_is_chosen(
-    llama: Path, texts: Texts
+    llama: Path, texts: Texts, select: str
 ) -> None:
-    with lab(llama, kvshare=True, kvshare_select="dhd", kvshare_budget=0.2) as it:
+    with lab(llama, kvshare=True, kvshare_select=select, kvshare_budget=0.2) as it:
         it.ask("probes:force_plans")
         for length in (150, 420):
             prompt = texts.passage(length)
@@ -44,7 +52,7 @@ def test_exact_kv_in_the_runs_gives_full_prefill_whatever_is_chosen(
 
 
 def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
-    dhd_lab: Lab, texts: Texts
+    any_lab: Lab, texts: Texts
 ) -> None:
     pairs = [moved(texts, n) for n in (90, 160, 120)]
     plain = [texts.passage(n) for n in (40, 130)]
@@ -60,10 +68,10 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
     ]
     alone = {}
     for spec in wanted:
-        dhd_lab.flush()
-        alone.update(dhd_lab.play([*sources, ("idle",), spec]))
-    dhd_lab.flush()
-    together = dhd_lab.play([*sources, ("idle",), wanted])
+        any_lab.flush()
+        alone.update(any_lab.play([*sources, ("idle",), spec]))
+    any_lab.flush()
+    together = any_lab.play([*sources, ("idle",), wanted])
     for rid in (spec["rid"] for spec in wanted):
         assert together[rid]["output"] == alone[rid]["output"]
         torch.testing.assert_close(together[rid]["logits"], alone[rid]["logits"], **TOL)
@@ -72,20 +80,20 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
             torch.testing.assert_close(mine, theirs, **TOL)
     for rid in ("d0", "d1", "d3"):
         assert together[rid]["kvshare"]["fuzzy_tokens"] > 0
-    assert dhd_lab.ask("probes:check")["pins"] == 0
+    assert any_lab.ask("probes:check")["pins"] == 0
 
 
 def test_a_prompt_in_chunks_runs_what_structure_says(llama: Path, texts: Texts) -> None:
     source, prompt = moved(texts, 150)
     found = []
-    for select in ("dhd", "window"):
+    for select in ("dhd", "trace", "window"):
         settings = {"chunked_prefill_size": 128, "kvshare_select": select}
         with lab(llama, kvshare=True, **settings) as it:
             it.one(source, new=1)
             found.append(it.one(prompt, new=4))
     assert found[0]["kvshare"]["fuzzy_tokens"] > 0
-    assert found[0]["kvshare"] == found[1]["kvshare"]
-    assert found[0]["output"] == found[1]["output"]
+    assert found[0]["kvshare"] == found[1]["kvshare"] == found[2]["kvshare"]
+    assert found[0]["output"] == found[1]["output"] == found[2]["output"]
 
 
 def assert_exact(it: Lab, prompt: list[int], reason: str) -> None:
@@ -113,9 +121,10 @@ def test_runs_that_deviate_too_far_are_computed_and_exact(llama: Path, texts: Te
         assert_exact(it, prompt, "deviation")
 
 
-def test_a_fault_in_the_check_costs_reuse_only(llama: Path, texts: Texts) -> None:
+@pytest.mark.parametrize("select", ["dhd", "trace"])
+def test_a_fault_in_the_choice_costs_reuse_only(llama: Path, texts: Texts, select: str) -> None:
     source, prompt = moved(texts, 150)
-    with lab(llama, kvshare=True, kvshare_select="dhd") as it:
+    with lab(llama, kvshare=True, kvshare_select=select) as it:
         it.one(source, new=1)
-        it.ask("probes:break_check")
+        it.ask("probes:break_choice")
         assert_exact(it, prompt, "fault")

@@ -13,24 +13,28 @@ from tiny_models import make_model
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 EAGER = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.0}
 ALL = {**EAGER, "kvshare_refresh_rows": 1 << 20}
+NO_ROWS = {"kvshare_budget": 1e-6, "kvshare_seam": 0, "kvshare_window": 0}
 
 
 @pytest.fixture(scope="module", params=[{}, {"disable_overlap_schedule": False, "page_size": 16}])
 def eager_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
     """Refreshes a few rows of every request in every step."""
     settings = {**EAGER, "kvshare_refresh_rows": 8, **request.param}
-    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+    with lab(llama, kvshare=True, kvshare_select="trace", **settings) as it:
         yield it
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("name", "select"),
+    [("llama", "dhd"), ("llama", "trace"), ("qwen2", "trace"), ("qwen3", "trace"),
+     ("mistral", "trace")],
+)  # fmt: skip
 def test_refreshing_every_row_gives_the_kv_of_full_prefill(
-    name: str, models: Path, texts: Texts
+    name: str, select: str, models: Path, texts: Texts
 ) -> None:
     """All that stands before the copies is exact, and nothing in them was computed on them."""
     source, prompt = moved(texts, 150)
-    copied = {"kvshare_budget": 1e-6, "kvshare_seam": 0, "kvshare_window": 0}
-    settings = {"kvshare_select": "dhd", **ALL, **copied}
+    settings = {"kvshare_select": select, **ALL, **NO_ROWS}
     with lab(make_model(models, name), kvshare=True, **settings) as it:
         it.one(source, new=1)
         full = it.one(prompt, kvshare="exact", extra_key="other", new=1, keep="kv")
@@ -45,8 +49,7 @@ def test_refreshing_every_row_gives_the_kv_of_full_prefill(
 def test_what_was_stale_before_is_why(llama: Path, texts: Texts) -> None:
     """The oracle above can fail: without refresh the copied KV differs."""
     source, prompt = moved(texts, 150)
-    copied = {"kvshare_budget": 1e-6, "kvshare_seam": 0, "kvshare_window": 0}
-    with lab(llama, kvshare=True, kvshare_select="dhd", **copied) as it:
+    with lab(llama, kvshare=True, kvshare_select="trace", **NO_ROWS) as it:
         it.one(source, new=1)
         full = it.one(prompt, kvshare="exact", extra_key="other", new=1, keep="kv")
         part = it.one(prompt, new=8, keep="kv")
@@ -95,7 +98,7 @@ def test_refresh_in_batches_touches_nobody_else(eager_lab: Lab, texts: Texts) ->
 def test_refreshed_requests_survive_retraction(llama: Path, texts: Texts) -> None:
     settings = {**EAGER, "kvshare_refresh_rows": 8, "env": {"SGLANG_TEST_RETRACT": "1"}}
     pairs = [moved(texts, n) for n in (90, 140, 110)]
-    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+    with lab(llama, kvshare=True, kvshare_select="trace", **settings) as it:
         it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
         answers = it.play(
             [[request(f"d{i}", prompt, new=40) for i, (_, prompt) in enumerate(pairs)]]
@@ -107,12 +110,28 @@ def test_refreshed_requests_survive_retraction(llama: Path, texts: Texts) -> Non
         assert state["available"] + state["resident"] == state["total"]
 
 
-def test_nothing_is_refreshed_where_copies_are_exact(llama: Path, texts: Texts) -> None:
-    settings = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.01}
-    with lab(llama, kvshare=True, kvshare_select="dhd", **settings) as it:
+def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: Texts) -> None:
+    settings = {**EAGER, "kvshare_refresh_rows": 8}
+    with lab(llama, kvshare=True, kvshare_select="trace", **settings) as it:
         it.ask("probes:force_plans")
         prompt = texts.passage(300)
         it.one(prompt + texts.passage(32), extra_key="donor", new=1)
         part = it.one(prompt, forced=[(0, 20), (290, 300)], new=30)
         assert part["kvshare"]["fuzzy_tokens"] > 200
+        assert part["kvshare"]["refreshed_tokens"] == 3 * 8
+
+
+def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, kvshare_select="trace", **EAGER) as it:
+        it.one(source, new=1)
+        plain = it.one(prompt, new=1, keep="kv")
+        it.flush()
+        it.one(source, new=1)
+        it.ask("probes:break_refresh")
+        part = it.one(prompt, new=12, keep="kv")
         assert "refreshed_tokens" not in part["kvshare"]
+        assert len(part["output"]) == 12
+        for mine, theirs in zip(part["kv"], plain["kv"], strict=True):
+            torch.testing.assert_close(mine, theirs, **TOL)
+        assert it.ask("probes:check")["pins"] == 0
