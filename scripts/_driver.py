@@ -16,6 +16,7 @@ from _mirror import Mirror
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels import deviation, partial_attn, rope_shift
 from kvshare_sglang.policy import rows as selectors
+from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.trace import TRACE_STEPS, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -36,6 +37,7 @@ class Partial(NamedTuple):
     rows: list[np.ndarray]  # positions, by layer
     check: selectors.Check | None
     probed: tuple[np.ndarray, ...] = ()  # positions that ran up to the probe layer before
+    open_rows: np.ndarray | None = None  # bool [prompt]: copied, and not chosen by the trace
 
 
 class Model:
@@ -244,25 +246,65 @@ class Lab:
             probed = []
             while not trace.done:
                 probed.append(trace.rows)
-                trace.feed(self._paid(ids, kv, trace))
+                layer = probe_layer(len(self.model.layers), self.config.probe_at)
+                trace.feed(self._reads(ids, kv, trace.rows, trace.asking, layer))
             must = selectors.must_run(plan, suffix=self.config.seam)
             hidden, by_layer = self.model.run(ids, kv, np.union1d(must, trace.chosen))
             logits = self.model.logits(hidden[-1])
-            return Partial(logits, kv, by_layer, None, tuple(probed))
+            return Partial(logits, kv, by_layer, None, tuple(probed), trace.open_rows)
         else:
             rows = positions(selectors.compute(selector, wish))
             hidden, by_layer = self.model.run(ids, kv, rows)
         return Partial(self.model.logits(hidden[-1]), kv, by_layer, found[0] if found else None)
 
-    def _paid(self, ids: Tokens, kv: KV, trace: Trace) -> np.ndarray:
-        """What the asking rows of a trace pay to each position, at the probe layer."""
-        layer = probe_layer(len(self.model.layers), self.config.probe_at)
-        q = self.model.peek(ids, kv, trace.rows, layer)[-len(trace.asking) :]
-        at = torch.as_tensor(trace.asking, device=q.device)
-        keys = kv.k[layer, : len(ids)]
+    def _reads(
+        self, ids: Tokens, kv: KV, rows: np.ndarray, asking: np.ndarray, layer: int
+    ) -> np.ndarray:
+        """Run ``rows`` up to ``layer``; what ``asking``, the last of them, pay to each position."""
+        q = self.model.peek(ids, kv, rows, layer)[-len(asking) :]
+        at = torch.as_tensor(asking, device=q.device)
+        keys = kv.k[layer, : int(asking[-1]) + 1]
         scaling = self.model.scaling
         paid = deviation.attention_paid(q, at, keys, scaling=scaling, strongest_head=True)
-        return paid.cpu().numpy()
+        return np.pad(paid.cpu().numpy(), (0, len(ids) - len(paid)))
+
+    def decode(
+        self, ids: Tokens, known: int, done: Partial, *, every: int
+    ) -> tuple[torch.Tensor, int]:
+        """Logits [n, vocab] behind each of ``ids[known:]``, fed one by one with refresh as the
+        server does it, and how many rows were refreshed. ``every``: as --kvshare-refresh-every."""
+        assert done.open_rows is not None
+        model, config = self.model, self.config
+        kv = model.widened(done.kv, len(ids), known=known)
+        watch = Watch(done.open_rows.copy())
+        layer = probe_layer(len(model.layers), config.probe_at)
+        out, count = [], 0
+        for n in range(known, len(ids)):
+            here = np.arange(n, n + 1)
+            if every and not watch.over and watch.due():
+                paid = self._reads(ids, kv, here, here, layer)[:known]
+                if watch.wants(paid, above=config.refresh_above):
+                    count += self._refresh(ids, kv, watch, paid, every)
+            hidden, _ = model.run(ids, kv, here)
+            out.append(model.logits(hidden[-1]))
+        return torch.stack(out), count
+
+    def _refresh(self, ids: Tokens, kv: KV, watch: Watch, paid: np.ndarray, every: int) -> int:
+        config = self.config
+        layer = probe_layer(len(self.model.layers), config.probe_at)
+        none = np.empty(0, np.int64)
+        trace = Trace(watch.open, rows=none, asking=none, count=config.refresh_rows,
+                      steps=TRACE_STEPS)  # fmt: skip
+        trace.feed(paid)
+        before = kv.v[layer].clone()
+        while not trace.done:
+            trace.feed(self._reads(ids, kv, trace.rows, trace.asking, layer)[: len(paid)])
+        rows = trace.chosen
+        self.model.run(ids, kv, rows)
+        at = torch.as_tensor(rows, device=before.device)
+        far = float(deviation.deviation(kv.v[layer, at], before[at]).mean())
+        watch.refreshed(rows, far=far, pause=every, unchanged=config.refresh_unchanged)
+        return len(rows)
 
     def _check(
         self, plan: ReusePlan, kv: KV, q: Any, k: Any, v: Any, at: Any, layer: int

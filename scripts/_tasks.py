@@ -534,13 +534,15 @@ def edit(
 ) -> Pair | None:
     """The sample, and a prompt from before it was edited in one fact.
 
-    ``far`` edits lie in the first third of the facts, ``near`` ones in the last. None if this
-    sample has no such edit: a deletion changes an answer only where a header falls away.
+    ``far`` edits lie in the first third of the facts, ``near`` ones behind the middle, with a
+    fifth of the facts after them. None if this sample has no such edit: a deletion changes an
+    answer only where a header falls away.
     """
     places = [(d, i) for d, doc in enumerate(sample.documents) for i in range(len(doc.facts))]
-    third = max(1, len(places) // 3)
+    num = len(places)
     if where != "any":
-        places = places[:third] if where == "far" else places[-third:]
+        part = (0, max(1, num // 3)) if where == "far" else (num * 11 // 20, max(1, num * 4 // 5))
+        places = places[slice(*part)]
     rng.shuffle(places)
     for d, i in places:
         for before in _before(rng, sample.documents[d].facts, i, kind):
@@ -645,6 +647,51 @@ def template(rng: random.Random, sample: Sample, *, slots: int = 6) -> Pair:
     if best is None:
         raise ValueError("no other values found that are consistent")
     return Pair("template", (best,), sample)
+
+
+def adversarial(rng: random.Random, sample: Sample) -> Pair | None:
+    """The sample, and a prompt whose first half was rewritten so that the second half, word for
+    word the sample's, meant something else: the answer differs. None if it can't be made to."""
+    half = len(sample.documents) // 2
+    for _ in range(50):
+        attack = tuple(
+            doc._replace(
+                facts=tuple(
+                    fact._replace(value=rng.choice(_other_values(rng, fact)))
+                    if fact.kind in _SLOTS
+                    else fact
+                    for fact in doc.facts
+                )
+            )
+            for doc in sample.documents[:half]
+        )
+        cached = replace(sample, documents=attack + sample.documents[half:])
+        own = replace(sample, documents=sample.documents[half:])
+        steered = cached.answer not in (None, sample.answer)
+        if steered and own.answer != sample.answer and consistent(cached.documents):
+            return Pair("adversarial", (cached,), sample)
+    return None
+
+
+def listing(
+    rng: random.Random, task: str, size: Size, *, keys: int, filler: Sequence[str] = ()
+) -> tuple[Pair, list[tuple[str, str]]]:
+    """A template pair whose question names no key, and the list that answers it: what stands
+    before each value, and the value. Which rows matter shows only as the keys are written."""
+    sample = make(task, rng, size, keys=keys, filler=filler)
+    pair = template(rng, sample, slots=10)
+    known = read(sample.documents)
+    parts = [
+        (f" {key}" if i == 0 else f", {key}", f" {known[sample.ask.topic, key].answer}")
+        for i, key in enumerate(sample.ask.keys)
+    ]
+    return pair, parts
+
+
+def listing_prompt(sample: Sample) -> str:
+    """The sample's prompt, its question without the keys."""
+    lines = [str(document) for document in sample.documents]
+    return "\n".join([*lines, f"Q: {TOPICS[sample.ask.topic].listing}? A:"])
 
 
 _SLOTS = frozenset({"code", "price", "keeps", "weighs", "role", "unit", "means"})

@@ -6,6 +6,9 @@ taken along full prefill's own continuation. A prompt that reuse declines is ser
 """
 
 import argparse
+import concurrent.futures
+import functools
+import multiprocessing
 import random
 import sys
 from collections.abc import Iterator
@@ -25,7 +28,8 @@ from kvshare_sglang.policy.rows import CHECKED, SELECTORS, reused_positions
 from kvshare_sglang.policy.trace import probe_layer
 
 ALL = (*SELECTORS, "trace", "oracle")
-CASES = ("splice", "edit near", "edit far", "edit same", "template")
+CASES = ("splice", "edit near", "edit far", "edit same", "template", "adversarial")
+MOST_OF_ANSWER = 96  # tokens of a true continuation that perplexity is taken over
 CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
 SIZE = tasks.Size(34, 4, prose=0.06)
 
@@ -44,6 +48,7 @@ class Truth(NamedTuple):
     kv: KV
     right: bool
     margin: float
+    nll: float  # of the answer, a token
     told: np.ndarray  # the prompt and full prefill's own continuation
     logprobs: torch.Tensor  # [continued, vocab], along it
 
@@ -53,6 +58,7 @@ class Outcome(NamedTuple):
 
     right: bool
     margin: float
+    nll: float
     top1: float
     kl: float
     recomputed: float  # share of the reused rows, mean over all layers, check and probes included
@@ -87,13 +93,13 @@ def prompts(
             continue
         ids = encode(pair.prompt.prompt, start=True)
         cached = [encode(p.prompt, start=True) for p in pair.cached]
-        if max(map(len, (ids, *cached))) + CONTINUED + 16 > max_len:
+        if max(map(len, (ids, *cached))) + MOST_OF_ANSWER > max_len:
             continue
         answer = pair.prompt.answer
         assert answer is not None
         tail = answer if task == "text" else f"{answer}."
         made += 1
-        yield Prompt(cached, ids, encode(f" {tail}"))
+        yield Prompt(cached, ids, encode(f" {tail}")[:MOST_OF_ANSWER])
 
 
 def _pair(
@@ -103,12 +109,15 @@ def _pair(
         sample = tasks.text(rng, split="test", paragraphs=5)
         others = tasks.text(rng, split="test", paragraphs=4)
         return tasks.splice(rng, sample, foreign=others.documents)
-    sample = tasks.make(task, rng, size, filler=filler)
+    depth = rng.randint(1, 3) if task == "hops" and case == "adversarial" else None
+    sample = tasks.make(task, rng, size, filler=filler, depth=depth)
     if case == "splice":
         foreign = tasks.scene(rng, {task: size.facts // 2}, size)
         return tasks.splice(rng, sample, foreign=foreign)
     if case == "template":
         return tasks.template(rng, sample)
+    if case == "adversarial":
+        return tasks.adversarial(rng, sample)
     kind = rng.choice(("substitution", "insertion", "deletion"))
     where = {"edit near": "near", "edit far": "far", "edit same": "any"}[case]
     return tasks.edit(rng, sample, kind, changes=case != "edit same", where=where)
@@ -117,13 +126,14 @@ def _pair(
 # ---- one prompt ------------------------------------------------------------------------------
 
 
-def judge(logprobs: torch.Tensor, answer: np.ndarray) -> tuple[bool, float]:
-    """Whether greedy decoding writes the answer, and the smallest margin by which each of its
-    tokens leads (or trails) the best other one, in nats. ``logprobs`` stand along the answer."""
+def judge(logprobs: torch.Tensor, answer: np.ndarray) -> tuple[bool, float, float]:
+    """Whether greedy decoding writes the answer; the smallest margin by which each of its tokens
+    leads (or trails) the best other one, in nats; and the answer's mean negative log-likelihood a
+    token. ``logprobs`` stand along the answer."""
     target = torch.as_tensor(answer, device=logprobs.device).long()[:, None]
     mine = logprobs[: len(answer)].gather(1, target)[:, 0]
     best = logprobs[: len(answer)].scatter(1, target, float("-inf")).amax(1)
-    return bool((mine > best).all()), float((mine - best).min())
+    return bool((mine > best).all()), float((mine - best).min()), float(-mine.mean())
 
 
 def follow(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: int) -> torch.Tensor:
@@ -138,13 +148,13 @@ def truth(model: Model, prompt: Prompt, *, continued: int) -> Truth:
     told = model.greedy(prompt.ids, first, kv, max(1, continued))
     known = len(prompt.ids)
     along = follow(model, kv, first, told, known)
-    right, margin = _answered(model, kv, first, along, told, prompt)
-    return Truth(kv, right, margin, told, along)
+    judged = _answered(model, kv, first, along, told, prompt)
+    return Truth(kv, *judged, told, along)
 
 
 def _answered(
     model: Model, kv: KV, first: torch.Tensor, along: torch.Tensor, told: np.ndarray, prompt: Prompt
-) -> tuple[bool, float]:
+) -> tuple[bool, float, float]:
     """As ``judge``; where full prefill's continuation starts with the answer, nothing is run."""
     known, answer = len(prompt.ids), prompt.answer
     if not np.array_equal(told[known : known + len(answer)], answer):
@@ -159,13 +169,13 @@ def outcome(
     plan = lab.plan(ids)
     if not plan.copies or selector == "full":
         share = 1.0
-        return Outcome(true.right, true.margin, 1.0, 0.0, share, 1.0, not plan.copies)
+        return Outcome(true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies)
     done = lab.prefill(
         ids, plan, selector, budget=budget, check_layer=layer, seed=seed, truth=true.kv,
         room=CONTINUED,
     )  # fmt: skip
     along = follow(model, done.kv, done.logits, true.told, len(ids))
-    right, margin = _answered(model, done.kv, done.logits, along, true.told, prompt)
+    judged = _answered(model, done.kv, done.logits, along, true.told, prompt)
     agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
     reused = reused_positions(plan)
@@ -178,8 +188,7 @@ def outcome(
     flops = checked_flops(model.config, done.rows, checked=checked, at_layer=layer)
     flops += sum(peeked_flops(model.config, rows, at_layer=probe) for rows in done.probed)
     return Outcome(
-        right,
-        margin,
+        *judged,
         float(agree),
         float(kl),
         float(recomputed),
@@ -209,6 +218,8 @@ def row(
         "accuracy_copy": float(worst.mean()),
         "regained": float((right.mean() - worst.mean()) / gap) if gap > 0 else None,
         "margin_regained": float((mine - margin[:, 1].mean()) / room) if room > 0 else None,
+        "perplexity": float(np.exp(np.mean([o.nll for o in found]))),
+        "perplexity_full": float(np.exp(np.mean([t.nll for t in full]))),
         "top1": float(np.mean([o.top1 for o in found])),
         "kl": float(np.mean([o.kl for o in found])),
         "recomputed_share": float(np.mean([o.recomputed for o in found])),
@@ -219,42 +230,61 @@ def row(
     }
 
 
-def measure(
-    model: Model, encode: Encoder, args: argparse.Namespace, bar: _bench.Progress
-) -> list[dict[str, Any]]:
-    rows = []
-    config = KVShareConfig(min_reuse=args.min_reuse)
-    for task in args.task:
-        for case in args.case if task != "text" else ["splice"]:
-            full: list[Truth] = []
-            found: dict[tuple[str, float], list[Outcome]] = {}
-            size = SIZE._replace(facts=args.facts)
-            for i, prompt in enumerate(
-                prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
-            ):
-                lab = Lab(model, config)
-                for ids in prompt.cached:
-                    lab.add(ids)
-                follows = CONTINUED if case == "splice" else 0
-                true = truth(model, prompt, continued=follows)
-                full.append(true._replace(kv=None, logprobs=None))
-                for selector in dict.fromkeys(("copy", *args.selector)):
-                    for budget in args.budget if selector not in ("copy", "full") else [0.0]:
-                        one = outcome(
-                            lab, prompt, true, selector, budget=budget, layer=args.layer, seed=i
-                        )
-                        found.setdefault((selector, budget), []).append(one)
-                bar.say(f"{task}, {case}")
-                bar.update()
-            for (selector, budget), mine in found.items():
-                names = {"task": task, "case": case, "selector": selector, "budget": budget}
-                rows.append(row(mine, full, found["copy", 0.0], **names))
-    return rows
+def cells(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Task and case of each part of the table. Only what hangs on other text can be steered."""
+    return [
+        (task, case)
+        for task in args.task
+        for case in (args.case if task != "text" else ["splice"])
+        if case != "adversarial" or task in ("hops", "state")
+    ]
+
+
+@functools.cache
+def _loaded(path: Path, dtype: str, device: str) -> tuple[Model, Encoder]:
+    return Model(path, dtype=getattr(torch, dtype), device=device), Encoder(path)
+
+
+def config_of(args: argparse.Namespace) -> KVShareConfig:
+    return KVShareConfig(
+        select="trace", min_reuse=args.min_reuse, seam=args.seam, window=args.window,
+        probe_at=args.probe_at,
+    )  # fmt: skip
+
+
+def measure(args: argparse.Namespace, task: str, case: str) -> list[dict[str, Any]]:
+    """The rows of one task and case."""
+    model, encode = _loaded(args.model, args.dtype, args.device)
+    config = config_of(args)
+    full: list[Truth] = []
+    found: dict[tuple[str, float], list[Outcome]] = {}
+    size = SIZE._replace(facts=args.facts)
+    wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
+    for i, prompt in enumerate(wanted):
+        lab = Lab(model, config)
+        for ids in prompt.cached:
+            lab.add(ids)
+        true = truth(model, prompt, continued=CONTINUED if case == "splice" else 0)
+        full.append(true._replace(kv=None, logprobs=None))
+        for selector, budget in dict.fromkeys((("copy", 0.0), *args.selector)):
+            one = outcome(lab, prompt, true, selector, budget=budget, layer=args.layer, seed=i)
+            found.setdefault((selector, budget), []).append(one)
+    return [
+        row(
+            mine, full, found["copy", 0.0],
+            task=task, case=case, selector=selector, budget=budget,
+        )
+        for (selector, budget), mine in found.items()
+    ]  # fmt: skip
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     head = ("task", "case", "selector", "budget", "n", "accuracy", "full", "copy", "top1", "KL",
-            "recomputed", "computed", "declined")  # fmt: skip
+            "recomputed", "computed", "declined", "perplexity")  # fmt: skip
     return _bench.table(
         head,
         [
@@ -263,6 +293,7 @@ def show(rows: list[dict[str, Any]]) -> str:
                 f"{r['accuracy']:.3f}", f"{r['accuracy_full']:.3f}", f"{r['accuracy_copy']:.3f}",
                 f"{r['top1']:.3f}", f"{r['kl']:.4f}", f"{r['recomputed_share']:.1%}",
                 f"{r['computed_share']:.1%}", f"{r['declined']:.1%}",
+                f"{r['perplexity'] / r['perplexity_full']:.4f}",
             )
             for r in rows
         ],
@@ -275,12 +306,16 @@ def parse() -> argparse.Namespace:
     add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
     add("--task", nargs="+", choices=(*tasks.TASKS, "text"), default=(*tasks.TASKS, "text"))
     add("--case", nargs="+", choices=CASES, default=CASES)
-    add("--selector", nargs="+", choices=ALL, default=ALL)
-    add("--budget", nargs="+", type=float, default=[0.15], help="shares of the reused rows")
+    add("--selector", nargs="+", default=ALL, metavar="NAME[=BUDGET]", help="of " + ", ".join(ALL))
+    add("--budget", nargs="+", type=float, default=[0.12], help="for those that name none")
     add("--layer", type=int, default=1, help="the check layer")
     add("--n", type=int, default=500, help="prompts of each case")
-    add("--facts", type=int, default=34, help="sentences in a prompt")
-    add("--min-reuse", type=int, default=64, help="--kvshare-min-reuse")
+    add("--facts", type=int, default=60, help="sentences in a prompt")
+    add("--min-reuse", type=int, default=32, help="--kvshare-min-reuse")
+    add("--seam", type=int, default=16, help="--kvshare-seam")
+    add("--window", type=int, default=16, help="--kvshare-window")
+    add("--probe-at", type=float, default=0.25, help="--kvshare-probe-at")
+    add("--workers", type=int, default=1, help="cases measured side by side")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="OUT", help="where the result goes")
@@ -288,30 +323,51 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model} holds no config.json")
-    if not all(0 <= b <= 1 for b in args.budget):
-        parser.error(f"--budget must be in [0, 1], got {args.budget}")
+    chosen = []
+    for text in args.selector:
+        name, _, budget = text.partition("=")
+        if name not in ALL:
+            parser.error(f"--selector must be one of {', '.join(ALL)}, got {name!r}")
+        one = [0.0] if name in ("copy", "full") else args.budget
+        try:
+            chosen += [(name, b) for b in ([float(budget)] if budget else one)]
+        except ValueError:
+            parser.error(f"the budget of --selector {name} must be a number, got {budget!r}")
+    args.selector = chosen
+    if not all(0 <= b <= 1 for _, b in chosen):
+        parser.error(f"budgets must be in [0, 1], got {', '.join(str(b) for _, b in chosen)}")
     return args
 
 
 def main() -> int:
     args = parse()
-    model = Model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    if not 0 <= args.layer < len(model.layers):
-        raise SystemExit(f"error: --layer must be in [0, {len(model.layers)}), got {args.layer}")
-    cases = sum(1 if task == "text" else len(args.case) for task in args.task)
-    with _bench.Progress(cases * args.n, unit=" prompts") as bar:
-        rows = measure(model, Encoder(args.model), args, bar)
-        bar.say("measured")
-    print(show(rows))
+    layers = len(_loaded(args.model, args.dtype, args.device)[0].layers)
+    if not 0 <= args.layer < layers:
+        raise SystemExit(f"error: --layer must be in [0, {layers}), got {args.layer}")
     env = _bench.environment(
-        model=args.model.name,
-        layer=args.layer,
-        facts=args.facts,
-        dtype=args.dtype,
-        device=args.device,
+        **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        | {"model": args.model.name}
     )
+    rows: list[dict[str, Any]] = []
+    todo = cells(args)
+    threads = max(1, _bench.cores() // args.workers)
+    context = multiprocessing.get_context("spawn")
+    with (
+        _bench.Progress(len(todo), unit=" cases") as bar,
+        concurrent.futures.ProcessPoolExecutor(
+            args.workers, context, initializer=_start_worker, initargs=(threads,)
+        ) as pool,
+    ):
+        jobs = {pool.submit(measure, args, *cell): cell for cell in todo}
+        for job in concurrent.futures.as_completed(jobs):
+            rows += job.result()
+            rows.sort(key=lambda r: todo.index((r["task"], r["case"])))
+            bar.say(", ".join(jobs[job]))
+            bar.update()
+            if args.json:  # as far as it got, so that nothing is lost on the way
+                _bench.write_json(args.json, {"rows": rows, "decode": [], "stream": [], "env": env})
+    print(show(rows))
     if args.json:
-        _bench.write_json(args.json, {"rows": rows, "decode": [], "stream": [], "env": env})
         print(f"numbers: {args.json}")
     if args.plot:
         import _quality_plot

@@ -1,0 +1,146 @@
+"""What refresh while decoding does to answers that turn to copied rows only as they are written.
+
+The question asks for a list and names no key, so nothing tells before decoding which rows will
+matter. The keys are fed as if they had been written; each value is the model's own.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import _bench
+import _models
+import _tasks as tasks
+import numpy as np
+import torch
+from _driver import Lab, Model
+from eval_quality import Encoder, follow
+
+from kvshare_sglang.config import KVShareConfig
+
+SIZE = tasks.Size(60, 4, prose=0.06)
+
+
+def right_values(logprobs: torch.Tensor, told: np.ndarray, values: list[range]) -> list[bool]:
+    """Whether each value is what greedy decoding writes. ``logprobs`` [n, vocab] stand along
+    ``told`` [n]; ``values`` are ranges in it."""
+    best = logprobs.argmax(-1).cpu().numpy()
+    return [all(best[i] == told[i] for i in where) for where in values]
+
+
+def one(
+    lab: Lab, encode: Encoder, rng: random.Random, args: argparse.Namespace, task: str, filler: Any
+) -> dict[str, Any] | None:
+    model = lab.model
+    size = SIZE._replace(facts=args.facts)
+    try:
+        pair, parts = tasks.listing(rng, task, size, keys=args.keys, filler=filler)
+    except ValueError:  # few scenes have so many keys of this task
+        return None
+    ids = encode(tasks.listing_prompt(pair.prompt), start=True)
+    told, values = [], []
+    for key, value in parts:
+        told += encode(key).tolist()
+        tokens = encode(value).tolist()
+        values.append(range(len(told), len(told) + len(tokens)))
+        told += tokens
+    lab.add(encode(tasks.listing_prompt(pair.cached[0]), start=True))
+    plan = lab.plan(ids)
+    if not plan.copies:
+        return None
+    known = len(ids)
+    along = np.concatenate([ids, np.asarray(told, ids.dtype)])
+    out: dict[str, Any] = {}
+    first, kv = model.full(ids)
+    out["full"] = right_values(follow(model, kv, first, along, known), along[known:], values)
+    done = lab.prefill(ids, plan, "trace", budget=args.budget, room=len(told))
+    held = done.kv.k.clone(), done.kv.v.clone()
+    logits = follow(model, done.kv, done.logits, along, known)
+    out["off"] = right_values(logits, along[known:], values)
+    done.kv.k.copy_(held[0])
+    done.kv.v.copy_(held[1])
+    rest, out["refreshed"] = lab.decode(along[:-1], known, done, every=args.every)
+    logits = torch.cat([done.logits[None], rest]).log_softmax(-1)
+    out["on"] = right_values(logits, along[known:], values)
+    return out
+
+
+def row(task: str, found: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    whole = {way: np.array([all(f[way]) for f in found], float) for way in ("full", "off", "on")}
+    values = {way: np.array([v for f in found for v in f[way]], float) for way in whole}
+    far = list(whole["on"] - whole["full"])
+    return {
+        "task": task, "n": len(found), "keys": args.keys,
+        **{f"accuracy_{way}": float(v.mean()) for way, v in whole.items()},
+        **{f"value_accuracy_{way}": float(v.mean()) for way, v in values.items()},
+        "ci95": _bench.bootstrap_ci95(far, statistic=np.mean),
+        "refreshing": float(np.mean([f["refreshed"] > 0 for f in found])),
+        "refreshed_rows": float(np.mean([f["refreshed"] for f in found])),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    head = ("task", "n", "lists right", "full", "no refresh", "values right", "full",
+            "no refresh", "refreshing", "rows")  # fmt: skip
+    return _bench.table(
+        head,
+        [
+            (
+                r["task"], str(r["n"]), f"{r['accuracy_on']:.3f}", f"{r['accuracy_full']:.3f}",
+                f"{r['accuracy_off']:.3f}", f"{r['value_accuracy_on']:.3f}",
+                f"{r['value_accuracy_full']:.3f}", f"{r['value_accuracy_off']:.3f}",
+                f"{r['refreshing']:.1%}", f"{r['refreshed_rows']:.1f}",
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    add("--task", nargs="+", choices=("lookup", "hops", "state"), default=("hops", "state"))
+    add("--n", type=int, default=500, help="lists of each task")
+    add("--keys", type=int, default=5, help="values in a list")
+    add("--facts", type=int, default=60, help="sentences in a prompt")
+    add("--budget", type=float, default=0.12, help="--kvshare-budget")
+    add("--every", type=int, default=1, help="--kvshare-refresh-every")
+    add("--rows", type=int, default=24, help="--kvshare-refresh-rows")
+    add("--above", type=float, default=0.2, help="--kvshare-refresh-above")
+    add("--json", type=Path, metavar="OUT", help="where the result goes")
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} holds no config.json")
+    model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
+    config = KVShareConfig(
+        select="trace", min_reuse=32, window=16, refresh_every=args.every,
+        refresh_rows=args.rows, refresh_above=args.above,
+    )  # fmt: skip
+    filler = tasks.sentences("test")
+    rows = []
+    with _bench.Progress(len(args.task) * args.n, unit=" lists") as bar:
+        for task in args.task:
+            rng = random.Random(f"test decode {task}")
+            found: list[dict[str, Any]] = []
+            while len(found) < args.n:
+                got = one(Lab(model, config), encode, rng, args, task, filler)
+                if got is not None:
+                    found.append(got)
+                    bar.update()
+            rows.append(row(task, found, args))
+    print(show(rows))
+    if args.json:
+        env = _bench.environment(
+            **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+            | {"model": args.model.name}
+        )
+        _bench.write_json(args.json, {"decode": rows, "env": env})
+        print(f"numbers: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Do answers get worse as reuse builds on reuse? Requests one after another on a real server.
+
+Each request brings new documents and comes back to some of those before, in another company, so
+nearly all of them reuse, and what they leave was computed behind reused text. The same stream goes
+to a server without kvshare, and to one for each bound on how often reuse may build on reuse.
+"""
+
+import argparse
+import random
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _bench
+import _models
+import _tasks as tasks
+import numpy as np
+from _server import ServerSpec, default_device, run_main, serve
+from eval_quality import Encoder
+
+RECENT = 10  # requests whose documents may come back
+SIZE = tasks.Size(14, 2, prose=0.06)
+
+
+class Request(NamedTuple):
+    """A prompt and its answer, in tokens."""
+
+    ids: np.ndarray
+    answer: np.ndarray
+
+
+def requests(encode: Encoder, *, n: int, seed: int) -> Iterator[Request]:
+    """A stream: always the same one for a seed."""
+    rng = random.Random(f"test stream {seed}")
+    filler = tasks.sentences("test")
+    recent: list[tuple[tasks.Document, ...]] = []
+    while n:
+        shares = dict(zip(rng.sample(tasks.TASKS, 3), (6, 4, 4), strict=True))
+        own = tasks.scene(rng, shares, SIZE, [rng.choice(filler)])
+        others = rng.sample(recent, min(2, len(recent)))
+        documents = _shuffled(rng, [own, *others])
+        asks = [
+            ask for ask, known in tasks.read(documents).items() if known.depth or rng.random() < 0.3
+        ]
+        if not tasks.consistent(documents) or not asks:
+            continue
+        topic, key = rng.choice(asks)
+        sample = tasks.Sample(tasks.TOPICS[topic].task, documents, tasks.Ask(topic, (key,)))
+        recent = [*recent, own][-RECENT:]
+        n -= 1
+        yield Request(encode(sample.prompt, start=True), encode(f" {sample.answer}."))
+
+
+def _shuffled(
+    rng: random.Random, scenes: list[tuple[tasks.Document, ...]]
+) -> tuple[tasks.Document, ...]:
+    """All documents, scenes mixed, each in its own order."""
+    turns = [i for i, scene in enumerate(scenes) for _ in scene]
+    rng.shuffle(turns)
+    left = [iter(scene) for scene in scenes]
+    return tuple(next(left[i]) for i in turns)
+
+
+def spec(args: argparse.Namespace, depth: int | None) -> ServerSpec:
+    flags: tuple[str, ...] = ()
+    if depth is not None:
+        flags = ("--kvshare", "--kvshare-source-depth", str(depth), *args.server_args)
+    name = "plain" if depth is None else f"depth-{depth}"
+    return ServerSpec(name, args.model, args.device, threads=_bench.cores(), args=flags)
+
+
+def play(
+    args: argparse.Namespace, stream: list[Request], depth: int | None, bar: _bench.Progress
+) -> list[dict[str, Any]]:
+    """What each request got: whether it was right, and what it reused."""
+    out = []
+    with serve(spec(args, depth)) as (server,):
+        for one in stream:
+            got = server.ask(one.ids.tolist(), max_new_tokens=len(one.answer))
+            told = {} if depth is None else got.kvshare
+            out.append(
+                {
+                    "right": list(got.output_ids) == one.answer.tolist(),
+                    "tokens": len(one.ids),
+                    "reused": told.get("fuzzy_tokens", 0),
+                    "depth": told.get("source_depth", 0),
+                    "declined": told.get("declined"),
+                }
+            )
+            bar.update()
+    return out
+
+
+def slope(values: np.ndarray, n: int) -> float:
+    """Least squares over the number of a request in its stream of ``n``, for each 100 requests."""
+    at = np.arange(len(values)) % n / 100
+    return float(np.polyfit(at, values, 1)[0])
+
+
+def summary(
+    found: list[dict[str, Any]], plain: list[dict[str, Any]], *, depth: int, n: int
+) -> dict[str, Any]:
+    right = np.array([f["right"] for f in found], float)
+    best = np.array([f["right"] for f in plain], float)
+    rng = np.random.default_rng(0)
+    # Permuting the requests says what slope chance alone gives.
+    chance = [slope(rng.permutation(right - best), n) for _ in range(2000)]
+    deep = sorted({f["depth"] for f in found if f["reused"]})
+    return {
+        "source_depth": depth,
+        "n": len(found),
+        "accuracy": float(right.mean()),
+        "accuracy_full": float(best.mean()),
+        "reusing": float(np.mean([f["reused"] > 0 for f in found])),
+        "reused_share": sum(f["reused"] for f in found) / sum(f["tokens"] for f in found),
+        "slope_per_100": slope(right - best, n),
+        "chance95": [float(x) for x in np.quantile(chance, (0.025, 0.975))],
+        "by_depth": [
+            {
+                "depth": d, "n": int(sum(at)), "accuracy": float(right[at].mean()),
+                "accuracy_full": float(best[at].mean()),
+            }
+            for d in deep
+            for at in [np.array([f["reused"] > 0 and f["depth"] == d for f in found])]
+        ],
+        "by_50": [
+            {
+                "from": i,
+                "accuracy": float(right[at].mean()),
+                "accuracy_full": float(best[at].mean()),
+            }
+            for i in range(0, n, 50)
+            for at in [np.arange(len(found)) % n // 50 == i // 50]
+        ],
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    head = ("source depth", "n", "accuracy", "full", "reusing", "tokens reused", "slope", "chance")
+    return _bench.table(
+        head,
+        [
+            (
+                str(r["source_depth"]), str(r["n"]), f"{r['accuracy']:.3f}",
+                f"{r['accuracy_full']:.3f}", f"{r['reusing']:.1%}", f"{r['reused_share']:.1%}",
+                f"{r['slope_per_100']:+.4f}", "{:+.4f} to {:+.4f}".format(*r["chance95"]),
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    add("--n", type=int, default=300, help="requests of a stream")
+    add("--streams", type=int, default=1, help="of other seeds, one after another")
+    add("--depth", type=int, nargs="+", default=[0, 1, 16], help="--kvshare-source-depth")
+    add("--server-args", type=shlex.split, default=[], metavar="ARGS", help="with kvshare")
+    add("--device", default=default_device())
+    add("--json", type=Path, metavar="OUT", help="where the result goes")
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} holds no config.json")
+    encode = Encoder(args.model)
+    rows = []
+    found: dict[int | None, list[dict[str, Any]]] = {}
+    streams = [list(requests(encode, n=args.n, seed=seed)) for seed in range(args.streams)]
+    ways = [None, *args.depth]
+    with _bench.Progress(args.n * args.streams * len(ways), unit=" requests") as bar:
+        for stream in streams:
+            for depth in ways:
+                bar.say("plain" if depth is None else f"source depth {depth}")
+                found.setdefault(depth, []).extend(play(args, stream, depth, bar))
+    rows = [summary(found[depth], found[None], depth=depth, n=args.n) for depth in args.depth]
+    print(show(rows))
+    if args.json:
+        env = _bench.environment(model=args.model.name, device=args.device, flags=args.server_args)
+        _bench.write_json(args.json, {"stream": rows, "env": env})
+        print(f"numbers: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
