@@ -26,7 +26,7 @@ class KVShareConfig:
         16, "tokens computed again at the start of each run taken from other text", 0, 4096
     )
     select: str = _option(
-        "window", "which reused tokens are computed again: window (behind edits and seams), dhd"
+        "trace", "which reused tokens are computed again: window (behind edits and seams), dhd"
         " (those, then what a check layer finds far off and attended to) or trace (what the last"
         " tokens attend to, what that attends to, and so on)"
     )  # fmt: skip

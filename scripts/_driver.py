@@ -287,7 +287,7 @@ class Lab:
                     count += self._refresh(ids, kv, watch, paid, every)
             hidden, _ = model.run(ids, kv, here)
             out.append(model.logits(hidden[-1]))
-        return torch.stack(out), count
+        return torch.stack(out) if out else done.logits[:0].view(0, len(done.logits)), count
 
     def _refresh(self, ids: Tokens, kv: KV, watch: Watch, paid: np.ndarray, every: int) -> int:
         config = self.config

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import _bench
 import _models
 import numpy as np
-from _mirror import Mirror, prefill_flops, row_positions
+from _mirror import Mirror, peeked_flops, prefill_flops, row_positions
 from _server import ScriptError, Server, ServerSpec, default_device, run_main, serve
 from _text import read_prompts
 
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.rows import must_run, reused_positions
+from kvshare_sglang.policy.trace import TRACE_STEPS, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -117,7 +119,8 @@ def server_spec(bench: Bench, name: str, setting: Setting) -> ServerSpec:
     flags: tuple[str, ...] = ()
     env: dict[str, str] = {}
     if name in ("allrows", "kvshare"):
-        flags = ("--kvshare", "--kvshare-budget", str(bench.config.budget))
+        chosen = ("--kvshare-select", bench.config.select)
+        flags = ("--kvshare", "--kvshare-budget", str(bench.config.budget), *chosen)
     if name == "allrows":
         env = {"KVSHARE_MEASURE_ALL_ROWS": "1"}
     if args.dummy_weights:
@@ -160,13 +163,14 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
         mirror.add(tokens)
     plan = mirror.plan(case.prompt, bench.config)
     info = answers["kvshare"].kvshare
-    rows = expected_rows(plan, info, servers[-1].spec)
+    rows = expected_rows(plan, info, servers[-1].spec, bench.config)
     full = np.arange(plan.prefix_len, plan.prompt_len)
     config = bench.model.config
+    flops = prefill_flops(config, rows) + traced_flops(config, plan, bench.config)
     return Sample(
         prompt_tokens=len(case.prompt),
         ttft_s={name: answer.ttft_s for name, answer in answers.items()},
-        computed_share=prefill_flops(config, rows) / prefill_flops(config, full),
+        computed_share=flops / prefill_flops(config, full),
         recomputed_share=_share(info["recomputed_tokens"], info["fuzzy_tokens"]),
         computed_tokens=info["computed_tokens"],
         copied_tokens=info["fuzzy_tokens"],
@@ -174,19 +178,40 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
     )
 
 
-def expected_rows(plan: ReusePlan, info: dict[str, Any], spec: ServerSpec) -> np.ndarray:
-    """Positions of the rows that the server ran. Raises ScriptError if it ran other numbers."""
-    max_rows = None if spec.device == "cpu" else spec.max_running
-    rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
+def expected_rows(
+    plan: ReusePlan, info: dict[str, Any], spec: ServerSpec, config: KVShareConfig
+) -> np.ndarray:
+    """Positions of the rows that the server ran. Raises ScriptError if it ran other numbers.
+
+    A trace goes by attention: the rows that it adds are taken to stand evenly."""
+    if config.select == "trace" and plan.runs:
+        must = must_run(plan, suffix=config.seam)
+        left = np.setdiff1d(reused_positions(plan), must)
+        count = min(len(left), int(config.budget * plan.reused))
+        rows = np.union1d(must, left[np.linspace(0, len(left) - 1, count).astype(int)])
+    else:
+        max_rows = None if spec.device == "cpu" else spec.max_running
+        rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
     told = {name: info[name] for name in ("exact_tokens", "fuzzy_tokens", "computed_tokens")}
     want = {
         "exact_tokens": plan.prefix_len,
-        "fuzzy_tokens": plan.copied,
+        "fuzzy_tokens": plan.prompt_len - plan.prefix_len - len(rows),
         "computed_tokens": len(rows),
     }
     if told != want:
         raise ScriptError(f"the server says {told}, the planner alone {want}: {info}")
     return rows
+
+
+def traced_flops(config: dict[str, Any], plan: ReusePlan, kvshare: KVShareConfig) -> float:
+    """FLOPs of the passes of a trace: the rows that must run, then all steps' but the last's."""
+    if kvshare.select != "trace" or not plan.runs:
+        return 0.0
+    layer = probe_layer(config["num_hidden_layers"], kvshare.probe_at)
+    share = int(kvshare.budget * plan.reused) * (TRACE_STEPS - 1) // TRACE_STEPS
+    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, share)
+    must = must_run(plan, suffix=kvshare.seam)
+    return sum(peeked_flops(config, part, at_layer=layer) for part in (must, rows))
 
 
 def _share(part: int, rest: int) -> float:
@@ -354,6 +379,7 @@ def parse() -> argparse.Namespace:
     add("--sizes", default="1024,2048,4096,8192", help="prompt lengths in tokens")
     add("--repeats", type=int, default=9, help="fresh prompts for each size")
     add("--budget", type=float, default=0.12, help="--kvshare-budget of the servers")
+    add("--select", choices=("trace", "window"), default="trace", help="--kvshare-select")
     add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
     add("--chunk", type=int, default=8192, help="chunked prefill size of allrows and kvshare")
@@ -422,7 +448,12 @@ def main() -> int:
         model = _models.open_model(args.model, dummy=args.dummy_weights)
     except FileNotFoundError as error:
         raise ScriptError(str(error)) from None
-    bench = Bench(model, KVShareConfig(budget=args.budget), Setting(args.chunk, args.threads), args)
+    bench = Bench(
+        model,
+        KVShareConfig(budget=args.budget, select=args.select),
+        Setting(args.chunk, args.threads),
+        args,
+    )
     env = _bench.environment(
         model={"name": model.path.name, **model.config},
         device=args.device,

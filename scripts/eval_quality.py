@@ -27,7 +27,9 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import CHECKED, SELECTORS, reused_positions
 from kvshare_sglang.policy.trace import probe_layer
 
-ALL = (*SELECTORS, "trace", "oracle")
+# rerun: full prefill in two chunks, the noise of another order of sums. trace+refresh: tokens are
+# fed one by one behind the prompt, and what they turn to is refreshed.
+ALL = (*SELECTORS, "trace", "trace+refresh", "oracle", "rerun")
 CASES = ("splice", "edit near", "edit far", "edit same", "template", "adversarial")
 MOST_OF_ANSWER = 96  # tokens of a true continuation that perplexity is taken over
 CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
@@ -170,11 +172,18 @@ def outcome(
     if not plan.copies or selector == "full":
         share = 1.0
         return Outcome(true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies)
+    if selector == "rerun":
+        return _rerun(model, prompt, true)
     done = lab.prefill(
-        ids, plan, selector, budget=budget, check_layer=layer, seed=seed, truth=true.kv,
+        ids, plan, selector.removesuffix("+refresh"), budget=budget, check_layer=layer, seed=seed,
+        truth=true.kv,
         room=CONTINUED,
     )  # fmt: skip
-    along = follow(model, done.kv, done.logits, true.told, len(ids))
+    if selector == "trace+refresh":
+        rest, _ = lab.decode(true.told[:-1], len(ids), done, every=lab.config.refresh_every)
+        along = torch.cat([done.logits[None], rest]).log_softmax(-1)
+    else:
+        along = follow(model, done.kv, done.logits, true.told, len(ids))
     judged = _answered(model, done.kv, done.logits, along, true.told, prompt)
     agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
@@ -195,6 +204,19 @@ def outcome(
         flops / prefill_flops(model.config, every),
         declined=False,
     )
+
+
+def _rerun(model: Model, prompt: Prompt, true: Truth) -> Outcome:
+    ids, kv = prompt.ids, model.room(len(prompt.ids) + CONTINUED)
+    half = len(ids) // 2
+    model.run(ids, kv, np.arange(half))
+    hidden, _ = model.run(ids, kv, np.arange(half, len(ids)))
+    first = model.logits(hidden[-1])
+    along = follow(model, kv, first, true.told, len(ids))
+    judged = _answered(model, kv, first, along, true.told, prompt)
+    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
+    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
+    return Outcome(*judged, float(agree), float(kl), 1.0, 1.0, declined=False)
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -248,7 +270,8 @@ def _loaded(path: Path, dtype: str, device: str) -> tuple[Model, Encoder]:
 def config_of(args: argparse.Namespace) -> KVShareConfig:
     return KVShareConfig(
         select="trace", min_reuse=args.min_reuse, seam=args.seam, window=args.window,
-        probe_at=args.probe_at,
+        probe_at=args.probe_at, refresh_every=1, refresh_above=args.refresh_above,
+        refresh_rows=args.refresh_rows,
     )  # fmt: skip
 
 
@@ -315,6 +338,8 @@ def parse() -> argparse.Namespace:
     add("--seam", type=int, default=16, help="--kvshare-seam")
     add("--window", type=int, default=16, help="--kvshare-window")
     add("--probe-at", type=float, default=0.25, help="--kvshare-probe-at")
+    add("--refresh-rows", type=int, default=24, help="--kvshare-refresh-rows")
+    add("--refresh-above", type=float, default=0.2, help="--kvshare-refresh-above")
     add("--workers", type=int, default=1, help="cases measured side by side")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -41,6 +41,9 @@ class Lab:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         settings = {**BASE, **server_args, "model_path": str(model)}
+        if "kvshare" in server_args:
+            # What structure says can be told in a test beforehand; other choices are asked for.
+            settings.setdefault("kvshare_select", "window")
         self._process = context.Process(target=_child_main, args=(theirs, settings), daemon=True)
         self._process.start()
         theirs.close()

@@ -3,6 +3,7 @@ kvshare gives, in tokens and in KV."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Texts
@@ -17,7 +18,18 @@ SETTINGS = {
         "page_size": 16,
         "disable_overlap_schedule": False,
     },
+    "trace, refresh, overlap": {
+        "kvshare_select": "trace",
+        "kvshare_refresh_every": 1,
+        "kvshare_refresh_above": 0.0,
+        "disable_overlap_schedule": False,
+    },
 }
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """For a server without kvshare."""
+    return {name: value for name, value in settings.items() if not name.startswith("kvshare")}
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
@@ -25,7 +37,7 @@ def both(request: pytest.FixtureRequest, llama: Path) -> Iterator[tuple[Lab, Lab
     """A lab with kvshare and one without, in the same setting."""
     with (
         lab(llama, kvshare=True, **SETTINGS[request.param]) as ours,
-        lab(llama, **SETTINGS[request.param]) as theirs,
+        lab(llama, **plain(SETTINGS[request.param])) as theirs,
     ):
         yield ours, theirs
 

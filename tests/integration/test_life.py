@@ -18,6 +18,13 @@ TIGHT = {
 SETTINGS = {
     "overlap": {"disable_overlap_schedule": False},
     "no overlap, page 16": {"page_size": 16},
+    "trace, refresh, overlap": {
+        "kvshare_select": "trace",
+        "kvshare_refresh_every": 2,
+        "kvshare_refresh_above": 0.05,
+        "chunked_prefill_size": 1024,
+        "disable_overlap_schedule": False,
+    },
     "overlap, mixed chunks, page 16": {
         "disable_overlap_schedule": False,
         "enable_mixed_chunk": True,
@@ -29,7 +36,7 @@ SETTINGS = {
 @pytest.fixture(scope="module", params=list(SETTINGS))
 def tight(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
     """A pool so small that requests evict, wait and are retracted."""
-    with lab(llama, kvshare=True, **TIGHT, **SETTINGS[request.param]) as it:
+    with lab(llama, kvshare=True, **{**TIGHT, **SETTINGS[request.param]}) as it:
         yield it
 
 
