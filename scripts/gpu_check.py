@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Labs start processes that import this file again: nothing here may load torch or sglang.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
-LAWS = ("partial", "exact", "life")
+LAWS = ("partial", "choice", "exact", "life")
 PAGES = (1, 16)
 PACKAGES = (
     "torch",
@@ -382,7 +382,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backends", default=None, metavar="NAMES",
         help="attention backends (default: triton,flashinfer; on cpu: torch_native)")  # fmt: skip
     add("--steps", default=None, metavar="NAMES",
-        help="only these: env,kernels,start,partial,exact,life,bench")  # fmt: skip
+        help="only these: env,kernels,start,partial,choice,exact,life,bench")  # fmt: skip
     add("--seconds", type=float, default=540, help="time for all; what is late is skipped")
     add("--jobs", type=int, default=None, help="steps at a time (default: 4; cpu: 1)")
     add("--run-step", default=None, help=argparse.SUPPRESS)

@@ -121,3 +121,35 @@ def test_prose_to_train_on_and_to_test_on_are_apart():
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="task must be one of"):
         tasks.make("chess", random.Random(0), SIZE)
+
+
+@pytest.mark.parametrize("task", ["hops", "state"])
+def test_an_adversarial_prefix_steers_text_that_stays_the_same(task):
+    rng, made = samples(task, 40)
+    pairs = [p for s in made if (p := tasks.adversarial(rng, s)) is not None]
+    assert len(pairs) >= 5
+    for pair in pairs:
+        (cached,) = pair.cached
+        half = len(pair.prompt.documents) // 2
+        assert cached.documents[half:] == pair.prompt.documents[half:]
+        assert cached.documents[:half] != pair.prompt.documents[:half]
+        assert None not in (cached.answer, pair.prompt.answer)
+        assert pair.changes
+
+
+@pytest.mark.parametrize("task", ["lookup", "hops", "state"])
+def test_a_list_is_asked_without_its_keys_and_answered_as_read(task):
+    rng = random.Random("lists")
+    size = tasks.Size(60, 4)
+    found = 0
+    for _ in range(20):
+        try:
+            pair, parts = tasks.listing(rng, task, size, keys=4)
+        except ValueError:
+            continue
+        found += 1
+        text = "".join(key + value for key, value in parts)
+        assert text == f" {pair.prompt.answer}"
+        question = tasks.listing_prompt(pair.prompt).splitlines()[-1]
+        assert not any(key in question.split() for key in pair.prompt.ask.keys)
+    assert found >= 5

@@ -320,6 +320,39 @@ def check_partial(case: Case, model: Path) -> Checks:
     return checks
 
 
+def check_choice(case: Case, model: Path) -> Checks:
+    """Whatever rows are chosen inside the server, exact KV in the others is as good as full
+    prefill, and so is what decoding refreshes."""
+    checks, texts = Checks(), Texts(case.page_size + 40)
+    reference = Reference(model, case.device)
+    lengths = (300, 900) if case.on_gpu else (160,)
+    watch = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.0, "kvshare_refresh_rows": 8}
+    for select in ("trace", "dhd"):
+        with server(case, model, kvshare=True, kvshare_select=select, **watch) as it:
+            it.ask("probes:force_plans")
+            full_off, part_off, refreshed = [], [], 0
+            for i, length in enumerate(lengths):
+                prompt = texts.passage(length)
+                logits, _ = reference.run(prompt)
+                donor = prompt + texts.passage(32)
+                it.one(donor, extra_key="donor", new=1, kvshare="exact")
+                full = it.one(prompt, extra_key=f"full{i}", kvshare="exact")
+                rows = [(0, 20), (length - 5, length)]
+                part = it.one(prompt, forced=rows, extra_key=f"part{i}", new=12)
+                told = part["kvshare"]
+                checks.equal(f"{select}: declined", told["declined"], None)
+                checks.at_least(f"{select}: copied", told["fuzzy_tokens"], length // 2)
+                refreshed += told.get("refreshed_tokens", 0)
+                full_off.append(rms(full["logits"] - logits[-1]) / rms(logits[-1]))
+                part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
+            base = _rms_of(full_off)
+            checks.facts |= {f"{select}, full off": full_off, f"{select}, partial off": part_off}
+            checks.at_most(f"{select}: logits over full", max(part_off) / base, 3 * FACTOR)
+            checks.at_least(f"{select}: refreshed", refreshed, 8 * len(lengths))
+            assert_idle(checks, it, select)
+    return checks
+
+
 def check_exact(case: Case, model: Path) -> Checks:
     """Exact, fuzzy, exact again; alone and beside each other: the exact ones stay exact."""
     checks, texts = Checks(), Texts(100 + case.page_size)

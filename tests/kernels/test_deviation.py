@@ -21,16 +21,24 @@ def test_deviation_is_the_relative_distance():
         deviation(fresh, cached[:6])
 
 
-def test_attention_paid_is_the_mean_softmax_over_rows_and_heads():
+@pytest.mark.parametrize("at_once", [1 << 23, 1, 80])  # all rows together, or one or two
+@pytest.mark.parametrize("strongest_head", [False, True])
+def test_attention_paid_is_the_mean_softmax_over_rows_and_heads(
+    at_once, strongest_head, monkeypatch
+):
+    monkeypatch.setattr("kvshare_sglang.kernels.deviation._AT_ONCE", at_once)
     torch.manual_seed(1)
     q, keys, at = torch.randn(3, 4, 8), torch.randn(9, 2, 8), [4, 6, 8]
     expected = [0.0] * 9
     for row, position in enumerate(at):
+        by_head = []
         for head in range(4):
             seen = [0.3 * float(q[row, head] @ keys[i, head // 2]) for i in range(position + 1)]
-            weights = [math.exp(s) for s in seen]
-            for i, weight in enumerate(weights):
-                expected[i] += weight / sum(weights) / 12
-    found = attention_paid(q, torch.tensor(at), keys, scaling=0.3)
+            total = sum(math.exp(s) for s in seen)
+            by_head.append([math.exp(s) / total for s in seen])
+        for i, weights in enumerate(zip(*by_head, strict=True)):
+            expected[i] += (max(weights) if strongest_head else sum(weights) / 4) / 3
+    found = attention_paid(q, torch.tensor(at), keys, scaling=0.3, strongest_head=strongest_head)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    assert float(found.sum()) == pytest.approx(1)
+    if not strongest_head:
+        assert float(found.sum()) == pytest.approx(1)
