@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import _bench
 import _models
+from _answers import ask_reader, show_answers
 from _server import Answer, ScriptError, Server, ServerSpec, default_device, run_main, serve
 from _text import Corpus
 
@@ -331,8 +332,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=_bench.ROOT / "out", metavar="DIR",
         help="where demo.png and demo.json go (default: out/)")  # fmt: skip
     add("--port", type=int, help="plain's port; kvshare takes the next (default: any free ones)")
-    add("--model", help="model directory (default: the tests' trained reader where there is one, "
-        "else a small random Llama made on the spot)")  # fmt: skip
+    add("--model", help="model directory to time (default: a small random Llama, made on the spot)")
+    add("--answers", type=int, default=4, help="prompts of each kind given to the trained reader")
     add("--tokens", type=int, default=2400, help="length of a text in tokens")
     add("--repeats", type=int, default=4, help="fresh texts for each scenario (even: each server "
         "is asked first in half of them)")  # fmt: skip
@@ -354,8 +355,6 @@ def pick_model(args: argparse.Namespace) -> tuple[_models.Model, bool]:
     """The model, and whether it is trained. Shortens the texts to what the model can hold."""
     if args.model is not None:
         model, trained = _models.open_model(args.model), Path(args.model).is_dir()
-    elif (_models.READER / "config.json").is_file():
-        model, trained = _models.load(_models.READER), True
     else:
         model, trained = _models.open_model("demo-29m"), False
     room = int(model.max_len / 1.25) - 300
@@ -399,6 +398,10 @@ def main() -> int:
     draw(kinds, args.out / "demo.png", subtitle=f"{model.path.name} ({weights}), {machine}, "
          f"median of {args.repeats}, measured side by side")  # fmt: skip
     _bench.write_json(args.out / "demo.json", as_json(kinds, env))
+    if args.answers and (_models.READER / "config.json").is_file():
+        answers = ask_reader(args)
+        print(f"\n{show_answers(answers)}")
+        _bench.write_json(args.out / "demo.json", as_json(kinds, env) | {"answers": answers})
     print(f"\nchart: {args.out / 'demo.png'}   numbers: {args.out / 'demo.json'}")
     return 1 if declined else 0
 

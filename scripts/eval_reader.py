@@ -17,7 +17,6 @@ import _tasks as tasks
 TEST_SEED = "test"  # no lesson is drawn from a seed that is a word
 LENGTHS = {"short": 12, "middle": 34, "long": 60}  # facts
 DOCUMENTS = {"short": 2, "middle": 4, "long": 6}
-LIST = 8  # keys of a long answer
 
 
 class Reader:
@@ -69,8 +68,6 @@ def cases(only: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
         *((f"hops, depth {d}", "hops", {"depth": d}) for d in range(4)),
         ("few", "few", {}),
         ("state", "state", {}),
-        (f"lookup, list of {LIST}", "lookup", {"keys": LIST}),
-        (f"hops, list of {LIST}", "hops", {"keys": LIST}),
     ]
     return [case for case in plain if not only or case[1] in only]
 
@@ -80,8 +77,6 @@ def measure(reader: Reader, args: argparse.Namespace) -> list[dict[str, Any]]:
     filler = tasks.sentences("test")
     for name, task, wanted in cases(args.task):
         for length in args.length:
-            if "keys" in wanted and length == "short":
-                continue
             rng = random.Random(f"{TEST_SEED}:{name}:{length}")
             size = tasks.Size(LENGTHS[length], DOCUMENTS[length])
             right, tokens = 0, 0

@@ -33,13 +33,14 @@ def attention_paid(
     m, kv_heads = len(q), keys.shape[1]
     group = q.shape[1] // kv_heads
     paid = torch.zeros(len(keys), device=q.device)
-    by_head = keys.permute(1, 2, 0).float()  # [kv_heads, dim, kv]
+    by_head = keys.permute(1, 2, 0).to(q.dtype)  # [kv_heads, dim, kv]
     at = torch.arange(len(keys), device=q.device)
     size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
     for first in range(0, m, size):
-        rows = q[first : first + size].float()
-        rows = rows.view(len(rows), kv_heads, group, -1).permute(1, 2, 0, 3)
-        weights = torch.matmul(rows, by_head[:, None]).mul_(scaling)  # [kv_heads, group, rows, kv]
+        rows = q[first : first + size]
+        rows = rows.reshape(len(rows), kv_heads, group, -1).permute(1, 2, 0, 3)
+        # [kv_heads, group, rows, kv]
+        weights = torch.matmul(rows, by_head[:, None]).float().mul_(scaling)
         hidden = at[None] > positions[first : first + size, None]
         weights = weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))
