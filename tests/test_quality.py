@@ -1,0 +1,71 @@
+"""The quality scripts run from end to end on the reader, and say what they are asked to say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = {
+    "task", "case", "selector", "budget", "n", "accuracy", "accuracy_full", "accuracy_copy",
+    "regained", "top1", "kl", "recomputed_share", "computed_share", "declined", "ci95",
+}  # fmt: skip
+
+
+def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_eval_quality_tells_selectors_apart(tmp_path):
+    out, plot = tmp_path / "q.json", tmp_path / "q.png"
+    selectors = ["full", "copy", "trace=0.12", "oracle=1.0"]
+    done = run(
+        "eval_quality.py", "--task", "state", "--case", "edit far", "--n", "4", "--facts", "40",
+        "--selector", *selectors, "--json", str(out), "--plot", str(plot),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(out.read_text())
+    assert {"rows", "decode", "stream", "env"} == set(told)
+    rows = {row["selector"]: row for row in told["rows"]}
+    assert set(rows) == {"full", "copy", "trace", "oracle"}
+    for row in rows.values():
+        assert set(row) >= ROW
+        assert row["n"] == 4
+    # the ends of the scale, and what lies between them
+    assert rows["full"]["kl"] == 0 == rows["full"]["declined"]
+    assert rows["full"]["recomputed_share"] == 1 == rows["oracle"]["recomputed_share"]
+    assert rows["oracle"]["accuracy"] == rows["full"]["accuracy"]
+    assert rows["oracle"]["kl"] < 1e-3
+    assert 0.1 < rows["trace"]["recomputed_share"] < 0.3
+    assert rows["trace"]["kl"] <= rows["copy"]["kl"]
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--selector", "best"], "--selector must be one of full, copy"),
+        (["--selector", "trace=1.5"], "budgets must be in [0, 1], got 1.5"),
+        (["--selector", "trace=much"], "the budget of --selector trace must be a number"),
+        (["--model", "nowhere"], "--model nowhere holds no config.json"),
+    ],
+)
+def test_bad_input_is_refused_by_name(args, said):
+    done = run("eval_quality.py", *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_eval_decode_compares_refresh_with_full_prefill(tmp_path):
+    out = tmp_path / "d.json"
+    done = run(
+        "eval_decode.py", "--task", "state", "--n", "3", "--keys", "4", "--facts", "40",
+        "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["decode"]
+    assert row["n"] == 3
+    assert all(0 <= row[f"accuracy_{way}"] <= 1 for way in ("full", "off", "on"))
