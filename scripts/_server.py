@@ -89,9 +89,11 @@ class ServerSpec:
 
 
 class Answer(NamedTuple):
-    """What a request gave. ``ttft_s`` is the time to the first streamed token."""
+    """What a request gave. ``ttft_s`` is the time to the first streamed token, ``total_s`` to the
+    last."""
 
     ttft_s: float
+    total_s: float
     output_ids: list[int]
     meta: dict[str, Any]
 
@@ -169,7 +171,7 @@ class Server:
         body = json.dumps(
             {"input_ids": [int(i) for i in ids], "sampling_params": sampling, "stream": True}
         )
-        ttft, last = None, None
+        ttft, last, total = None, None, 0.0
         started = time.perf_counter()
         try:
             with self.client.stream(
@@ -184,15 +186,16 @@ class Server:
                     last = json.loads(line.removeprefix("data: "))
                     if "error" in last:
                         raise ScriptError(f"{self.spec.name} answered {last['error']}")
+                    total = now - started
                     if ttft is None and last["output_ids"]:
-                        ttft = now - started
+                        ttft = total
         except httpx.HTTPError as error:
             raise ScriptError(
                 f"'{self.spec.name}' broke off: {error!r}. The end of its log:\n{self.log_tail()}"
             ) from error
         if ttft is None or last is None:
             raise ScriptError(f"'{self.spec.name}' sent no token. Log:\n{self.log_tail()}")
-        return Answer(ttft, list(last["output_ids"]), last["meta_info"])
+        return Answer(ttft, total, list(last["output_ids"]), last["meta_info"])
 
 
 @contextlib.contextmanager
