@@ -23,6 +23,8 @@ from kvshare_sglang.radix_fuzzy.types import Range
 # check: what a check layer narrows.
 CARRIED = ("kvshare_rows", "kvshare_look", "kvshare_check")
 
+_COUNTS = ("global_num_token_non_padded", "num_token_non_padded")
+
 Rows = list[list[Range]]  # by request: ascending ranges of prompt positions
 
 
@@ -159,6 +161,10 @@ def part_of(fb: Any, parts: list[Part]) -> Any:
     view.top_logprobs_nums = view.token_ids_logprobs = None
     if fb.rids is not None:
         view.rids = [fb.rids[part.number] for part in parts]
+    # Meant for all tokens of the batch, or shared with it and written in place.
+    for name in ("replace_embeds", "replace_positions", *_COUNTS):
+        if hasattr(view, name):
+            setattr(view, name, None)
     compat.set_num_tokens(view, sum(counts))
     for name in CARRIED:
         setattr(view, name, None)
@@ -206,7 +212,8 @@ def wrap_backend(backend: Any, runner: Any) -> None:
             pool.set_kv_buffer(layer, fb.out_cache_loc, k, v, *scales)
         show(q, layer, fb)
         if pending is not None and layer.layer_id == pending.layer:
-            q = _narrow_here(q, k, v, layer, fb, pending)
+            keep = _narrow_here(q, k, v, layer, fb, pending)
+            q, k, v = q[keep], k[keep], v[keep]  # backends read fresh K and V from here
         if not cpu:
             return attend(q, k, v, layer, backend.kvshare_plan, save_kv_cache=False, **kw)
         out = partial_attn.run(
@@ -218,8 +225,11 @@ def wrap_backend(backend: Any, runner: Any) -> None:
         )
         return out.flatten(1)
 
-    def _narrow_here(q: Any, k: Any, v: Any, layer: Any, fb: Any, pending: check.Pending) -> Any:
-        """At the check layer: choose the rows that go on, and cut the batch down to them."""
+    def _narrow_here(
+        q: Any, k: Any, v: Any, layer: Any, fb: Any, pending: check.Pending
+    ) -> torch.Tensor:
+        """At the check layer: choose the rows that go on, cut the batch down to them, and say
+        which of its rows they were."""
         keys = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
         table = backend.req_to_token_pool.req_to_token
         owners = fb.req_pool_indices
@@ -236,7 +246,7 @@ def wrap_backend(backend: Any, runner: Any) -> None:
         pending.keep = cut_tokens(fb, pending.rows, rows, runner)
         backend.kvshare_rows = rows
         init_forward_metadata(fb)
-        return q[pending.keep]
+        return pending.keep
 
     def forward_decode(
         q: Any, k: Any, v: Any, layer: Any, fb: Any, save_kv_cache: bool = True, **kw: Any

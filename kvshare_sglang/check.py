@@ -91,7 +91,8 @@ def choose(
         logger.exception("KVShare's check failed; the batch goes on with all its rows")
         for job in pending.jobs:
             rows[job.number] = pending.rows[job.number]
-            _all_run(job, Decline.FAULT, pending.report)
+            if job.state.plan is not None:  # else it was declined a moment ago
+                _all_run(job, Decline.FAULT, pending.report)
     return rows
 
 

@@ -59,6 +59,6 @@ def set_num_tokens(fb: Any, num: int) -> None:
     """Tell a ForwardBatch how many tokens it has; 0.5.17 keeps the counts under shorter names."""
     prefix = "global_" if hasattr(fb, "global_num_token_non_padded_cpu") else ""
     setattr(fb, f"{prefix}num_token_non_padded_cpu", num)
-    on_device = getattr(fb, f"{prefix}num_token_non_padded")
+    on_device = getattr(fb, f"{prefix}num_token_non_padded", None)
     if on_device is not None:
         on_device.fill_(num)

@@ -121,6 +121,7 @@ def _needs_every_row(fb: Any, batch: Any) -> bool:
     return (
         any(req.return_hidden_states for req in batch.reqs)
         or fb.input_embeds is not None
+        or getattr(fb, "replace_embeds", None) is not None
         or any(mm is not None for mm in fb.mm_inputs or ())
     )
 

@@ -24,7 +24,7 @@ from kvshare_sglang.policy.rows import as_ranges
 from kvshare_sglang.policy.trace import TRACE_STEPS, Trace, probe_layer
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import reuse_of
-from kvshare_sglang.tracing import Enough, follow
+from kvshare_sglang.tracing import Enough, check_few, follow
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def before_decode(fb: Any, batch: Any, runner: Any, cache: FuzzyRadixCache) -> N
     """Say whom to watch in a decode batch. Called as it is launched, so that every request in it
     still owns its slots."""
     config = cache.config
-    if not config.refresh_every:
-        return
+    if not config.refresh_every or (attend.on_cpu(runner) and runner.decode_cuda_graph_runner):
+        return  # a compiled step of SGLang's CPU graphs can't be looked at
     watched = []
     for i, req in enumerate(batch.reqs):
         state = reuse_of(req)
@@ -66,15 +66,21 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
     def see(
         q: torch.Tensor, keys: Callable[[int, int], torch.Tensor], _: Any, scaling: float
     ) -> None:
-        for i, req in pending.watched:
-            length = int(fb.seq_lens_cpu[i])
-            at = torch.full((1,), length - 1, device=q.device)
-            paid = attention_paid(
-                q[i : i + 1], at, keys(i, length), scaling=scaling, strongest_head=True
-            )
-            found = paid[: len(req.kvshare.watch.open)].cpu().numpy()
-            if req.kvshare.watch.wants(found, above=pending.config.refresh_above):
-                wanted.append((i, req, found))
+        try:
+            for i, req in pending.watched:
+                length = int(fb.seq_lens_cpu[i])
+                at = torch.full((1,), length - 1, device=q.device)
+                paid = attention_paid(
+                    q[i : i + 1], at, keys(i, length), scaling=scaling, strongest_head=True
+                )
+                found = paid[: len(req.kvshare.watch.open)].cpu().numpy()
+                if req.kvshare.watch.wants(found, above=pending.config.refresh_above):
+                    wanted.append((i, req, found))
+        except Exception:
+            logger.exception("KVShare could not look at a decode step; it watches no longer")
+            wanted.clear()
+            for _, req in pending.watched:
+                req.kvshare.watch = None
         if wanted:
             raise Enough
 
@@ -131,6 +137,7 @@ def _refresh(
     follow(traces, makers, fb, runner, forward, layer=pending.layer)
     rows = attend.few_enough([as_ranges(trace.chosen) for trace in traces], runner)
     flat = [np.concatenate([np.arange(*r) for r in ranges]) for ranges in rows]
+    check_few(flat, traces)
     forward(attend.part_of(fb, [make(at) for make, at in zip(makers, flat, strict=True)]))
     for (_, req, _), at, before in zip(wanted, flat, old, strict=True):
         here = to_device(torch.from_numpy(at), values.device)

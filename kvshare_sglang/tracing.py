@@ -29,6 +29,9 @@ from kvshare_sglang.report import Report
 logger = logging.getLogger(__name__)
 
 
+MOST_MERGED = 4  # times as many rows as wanted, once stretches are merged
+
+
 class Enough(Exception):
     """Ends a pass at the layer that it was for."""
 
@@ -65,6 +68,7 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
         for job, trace in zip(pending.jobs, traces, strict=True):
             must = must_run(job.plan, suffix=config.seam)
             rows[job.number] = as_ranges(np.union1d(must, trace.chosen))
+        rows = attend.few_enough(rows, runner)
     except Exception:
         logger.exception("KVShare's trace failed; the batch runs all its rows")
         rows = list(pending.rows)
@@ -77,7 +81,6 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
             job.state.plan = replanned(job.plan, rows[job.number])
             if config.refresh_every:
                 job.state.watch = Watch(trace.open_rows)
-    rows = attend.few_enough(rows, runner)
     pending.on_done(rows)
     if rows != pending.rows:
         attend.cut_tokens(fb, pending.rows, rows, runner)
@@ -97,12 +100,24 @@ def follow(
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
         thin = attend.few_enough([as_ranges(traces[i].rows) for i in live], runner)
         rows = [np.concatenate([np.arange(*r) for r in ranges]) for ranges in thin]
+        check_few(rows, [traces[i] for i in live])
         view = attend.part_of(fb, [parts[i](at) for i, at in zip(live, rows, strict=True)])
         asking = [np.isin(at, traces[i].asking) for i, at in zip(live, rows, strict=True)]
         ends = [traces[i].length for i in live]
         found = look(view, rows, asking, ends, forward, layer=layer)
         for i, paid in zip(live, found, strict=True):
             traces[i].feed(paid)
+
+
+def check_few(rows: list[np.ndarray], traces: list[Trace]) -> None:
+    """Raise RuntimeError if merging stretches for the backend made many rows out of few: better
+    no trace than one that runs most of the prompt."""
+    for at, trace in zip(rows, traces, strict=True):
+        wanted = max(len(trace.rows), len(trace.chosen))
+        if len(at) > MOST_MERGED * wanted + 256:
+            raise RuntimeError(
+                f"{wanted} rows became {len(at)} in as many stretches as --max-running-requests"
+            )
 
 
 def look(

@@ -37,10 +37,12 @@ def attention_paid(
     at = torch.arange(len(keys), device=q.device)
     size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
     for first in range(0, m, size):
-        rows = q[first : first + size]
-        rows = rows.reshape(len(rows), kv_heads, group, -1).permute(1, 2, 0, 3)
-        # [kv_heads, group, rows, kv]
-        weights = torch.matmul(rows, by_head[:, None]).float().mul_(scaling)
+        # Scaled before the product, which may be in fp16; heads that share keys are stacked as
+        # rows, so that no key is repeated in memory.
+        rows = q[first : first + size] * scaling
+        num = len(rows)
+        rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        weights = torch.bmm(rows, by_head).float().view(kv_heads, group, num, -1)
         hidden = at[None] > positions[first : first + size, None]
         weights = weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))

@@ -122,6 +122,16 @@ def break_refresh(child: Any) -> None:
     refresh.follow = broken
 
 
+def break_watch(child: Any) -> None:
+    """Make every look at a decode step raise."""
+    from kvshare_sglang import refresh
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("planted")
+
+    refresh.attention_paid = broken
+
+
 def count_yields(child: Any) -> None:
     """Count how often sources were really given back."""
     cache = child.cache

@@ -121,14 +121,15 @@ def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: T
         assert part["kvshare"]["refreshed_tokens"] == 3 * 8
 
 
-def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts) -> None:
+@pytest.mark.parametrize("what", ["refresh", "watch"])
+def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts, what: str) -> None:
     source, prompt = moved(texts, 150)
     with lab(llama, kvshare=True, kvshare_select="trace", **EAGER) as it:
         it.one(source, new=1)
         plain = it.one(prompt, new=1, keep="kv")
         it.flush()
         it.one(source, new=1)
-        it.ask("probes:break_refresh")
+        it.ask(f"probes:break_{what}")
         part = it.one(prompt, new=12, keep="kv")
         assert "refreshed_tokens" not in part["kvshare"]
         assert len(part["output"]) == 12

@@ -42,3 +42,11 @@ def test_attention_paid_is_the_mean_softmax_over_rows_and_heads(
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     if not strongest_head:
         assert float(found.sum()) == pytest.approx(1)
+
+
+def test_attention_paid_stays_finite_in_half_precision():
+    q, keys = torch.full((2, 4, 128), 30.0), torch.full((5, 2, 128), 30.0)
+    args = torch.tensor([3, 4]), keys.half()
+    found = attention_paid(q.half(), *args, scaling=128**-0.5)
+    exact = attention_paid(q, args[0], keys, scaling=128**-0.5)
+    torch.testing.assert_close(found, exact, atol=1e-3, rtol=1e-3)
