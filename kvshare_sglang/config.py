@@ -32,7 +32,7 @@ class KVShareConfig:
     )  # fmt: skip
     check_layer: int = _option(1, "layer at which dhd compares copied and fresh KV", 0, 256)
     tau: float = _option(
-        1e9, "dhd computes a run again whose values deviate more than this on average", 0, 1e9
+        1000.0, "dhd computes a run again whose values deviate more than this on average", 0, 1000
     )
     refresh_every: int = _option(
         0, "with dhd or trace: while decoding, compute copied tokens again that the output turns"
@@ -43,7 +43,7 @@ class KVShareConfig:
         0.2, "share of a head's attention on one copied token that makes it refresh", 0, 1
     )
     refresh_unchanged: float = _option(
-        0.02, "mean change of refreshed values below which nothing was stale", 0, 1e9
+        0.02, "mean change of refreshed values below which nothing was stale", 0, 1000
     )
     probe_at: float = _option(
         0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1

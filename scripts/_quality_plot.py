@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 _COLOURS = {
     "full": "#222222", "copy": "#bbbbbb", "random": "#d0b8a8", "epic": "#7f9fbf",
     "cacheblend": "#e0a458", "attention": "#b58fc0", "deviation": "#c06c84",
-    "edit-window": "#6c9a8b", "dhd": "#2a7f62", "oracle": "#8a1c1c",
+    "edit-window": "#6c9a8b", "dhd": "#2a7f62", "oracle": "#8a1c1c", "trace": "#1f5fd0",
+    "trace+refresh": "#0b2f6b", "rerun": "#888888",
 }  # fmt: skip
 
 
@@ -27,13 +28,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for ax, (task, case) in zip(axes.flat, panels, strict=False):
         mine = [r for r in rows if (r["task"], r["case"]) == (task, case)]
         ax.axhline(mine[0]["accuracy_full"], color=_COLOURS["full"], lw=0.8, ls=":")
-        for selector, colour in _COLOURS.items():
+        for selector in dict.fromkeys(r["selector"] for r in mine):
             points = sorted(
                 (r["recomputed_share"], r["accuracy"]) for r in mine if r["selector"] == selector
             )
-            if points:
-                ax.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, color=colour,
-                        label=selector)  # fmt: skip
+            ours = selector.startswith("trace")
+            ax.plot(*zip(*points, strict=True), "o-", ms=4 if ours else 3, lw=2 if ours else 1.2,
+                    color=_COLOURS[selector], label=selector, zorder=3 if ours else 2)  # fmt: skip
         ax.set_title(f"{task}, {case}", fontsize=9)
         ax.set_xlim(left=0)
         ax.grid(alpha=0.2)
@@ -41,7 +42,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_xlabel("share of reused rows computed again", fontsize=8)
     for line in axes:
         line[0].set_ylabel("accuracy", fontsize=8)
-    axes.flat[0].legend(fontsize=6)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(labels))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
