@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from _driver import KV, Lab, Model
 from _mirror import checked_flops, peeked_flops, prefill_flops
+from rapidfuzz.distance import LCSseq
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import CHECKED, SELECTORS, reused_positions
@@ -31,6 +32,7 @@ from kvshare_sglang.policy.trace import probe_layer
 # fed one by one behind the prompt, and what they turn to is refreshed.
 ALL = (*SELECTORS, "trace", "trace+refresh", "oracle", "rerun")
 CASES = ("splice", "edit near", "edit far", "edit same", "template", "adversarial")
+WRITTEN = 64  # tokens of a greedy continuation that ROUGE-L compares
 MOST_OF_ANSWER = 96  # tokens of a true continuation that perplexity is taken over
 CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
 SIZE = tasks.Size(34, 4, prose=0.06)
@@ -52,6 +54,7 @@ class Truth(NamedTuple):
     margin: float
     nll: float  # of the answer, a token
     told: np.ndarray  # the prompt and full prefill's own continuation
+    written: np.ndarray | None  # a longer one, for ROUGE-L
     logprobs: torch.Tensor  # [continued, vocab], along it
 
 
@@ -66,6 +69,7 @@ class Outcome(NamedTuple):
     recomputed: float  # share of the reused rows, mean over all layers, check and probes included
     computed: float  # share of full prefill's FLOPs, the check included
     declined: bool
+    rouge_l: float | None = None  # of a greedy continuation with full prefill's, where asked
 
 
 # ---- prompts ---------------------------------------------------------------------------------
@@ -144,14 +148,15 @@ def follow(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: i
     return torch.cat([first[None], rest]).log_softmax(-1)
 
 
-def truth(model: Model, prompt: Prompt, *, continued: int) -> Truth:
+def truth(model: Model, prompt: Prompt, *, continued: int, rouge: bool = False) -> Truth:
     """``continued``: tokens of its own continuation along which others are compared with it."""
     first, kv = model.full(prompt.ids)
+    written = model.greedy(prompt.ids, first, kv, WRITTEN) if rouge else None
     told = model.greedy(prompt.ids, first, kv, max(1, continued))
     known = len(prompt.ids)
     along = follow(model, kv, first, told, known)
     judged = _answered(model, kv, first, along, told, prompt)
-    return Truth(kv, *judged, told, along)
+    return Truth(kv, *judged, told, written, along)
 
 
 def _answered(
@@ -164,6 +169,16 @@ def _answered(
     return judge(along, answer)
 
 
+def rouge_l(
+    model: Model, ids: np.ndarray, kv: KV, first: torch.Tensor, true: Truth
+) -> float | None:
+    """F1 of the longest common subsequence of tokens (Lin 2004) of two continuations, equally long."""
+    if true.written is None:
+        return None
+    mine = model.greedy(ids, first, kv, WRITTEN)[len(ids) :]
+    return LCSseq.similarity(mine.tolist(), true.written[len(ids) :].tolist()) / WRITTEN
+
+
 def outcome(
     lab: Lab, prompt: Prompt, true: Truth, selector: str, *, budget: float, layer: int, seed: int
 ) -> Outcome:
@@ -171,7 +186,10 @@ def outcome(
     plan = lab.plan(ids)
     if not plan.copies or selector == "full":
         share = 1.0
-        return Outcome(true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies)
+        same = None if true.written is None else 1.0
+        return Outcome(
+            true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies, same
+        )
     if selector == "rerun":
         return _rerun(model, prompt, true)
     done = lab.prefill(
@@ -179,6 +197,9 @@ def outcome(
         truth=true.kv,
         room=CONTINUED,
     )  # fmt: skip
+    rouge = None
+    if selector != "trace+refresh":
+        rouge = rouge_l(model, ids, done.kv, done.logits, true)
     if selector == "trace+refresh":
         rest, _ = lab.decode(true.told[:-1], len(ids), done, every=lab.config.refresh_every)
         along = torch.cat([done.logits[None], rest]).log_softmax(-1)
@@ -203,6 +224,7 @@ def outcome(
         float(recomputed),
         flops / prefill_flops(model.config, every),
         declined=False,
+        rouge_l=rouge,
     )
 
 
@@ -212,11 +234,12 @@ def _rerun(model: Model, prompt: Prompt, true: Truth) -> Outcome:
     model.run(ids, kv, np.arange(half))
     hidden, _ = model.run(ids, kv, np.arange(half, len(ids)))
     first = model.logits(hidden[-1])
+    rouge = rouge_l(model, ids, kv, first, true)
     along = follow(model, kv, first, true.told, len(ids))
     judged = _answered(model, kv, first, along, true.told, prompt)
     agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
-    return Outcome(*judged, float(agree), float(kl), 1.0, 1.0, declined=False)
+    return Outcome(*judged, float(agree), float(kl), 1.0, 1.0, declined=False, rouge_l=rouge)
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -232,6 +255,7 @@ def row(
     margin = np.array([[t.margin, c.margin] for t, c in zip(full, copy, strict=True)])
     room = margin[:, 0].mean() - margin[:, 1].mean()
     mine = np.mean([o.margin for o in found])
+    rouge = [o.rouge_l for o in found if o.rouge_l is not None]
     return {
         **names,
         "n": len(found),
@@ -244,6 +268,8 @@ def row(
         "perplexity_full": float(np.exp(np.mean([t.nll for t in full]))),
         "top1": float(np.mean([o.top1 for o in found])),
         "kl": float(np.mean([o.kl for o in found])),
+        "rouge_l": float(np.mean(rouge)) if rouge else None,
+        "rouge_n": len(rouge),
         "recomputed_share": float(np.mean([o.recomputed for o in found])),
         "computed_share": float(np.mean([o.computed for o in found])),
         "declined": float(np.mean([o.declined for o in found])),
@@ -287,7 +313,10 @@ def measure(args: argparse.Namespace, task: str, case: str) -> list[dict[str, An
         lab = Lab(model, config)
         for ids in prompt.cached:
             lab.add(ids)
-        true = truth(model, prompt, continued=CONTINUED if case == "splice" else 0)
+        splice = case == "splice"
+        true = truth(
+            model, prompt, continued=CONTINUED if splice else 0, rouge=splice and i < args.rouge
+        )
         full.append(true._replace(kv=None, logprobs=None))
         for selector, budget in dict.fromkeys((("copy", 0.0), *args.selector)):
             one = outcome(lab, prompt, true, selector, budget=budget, layer=args.layer, seed=i)
@@ -333,6 +362,7 @@ def parse() -> argparse.Namespace:
     add("--budget", nargs="+", type=float, default=[0.12], help="for those that name none")
     add("--layer", type=int, default=1, help="the check layer")
     add("--n", type=int, default=500, help="prompts of each case")
+    add("--rouge", type=int, default=0, help="of the splices: how many to continue for ROUGE-L")
     add("--facts", type=int, default=60, help="sentences in a prompt")
     add("--min-reuse", type=int, default=32, help="--kvshare-min-reuse")
     add("--seam", type=int, default=16, help="--kvshare-seam")

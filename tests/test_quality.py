@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {
     "task", "case", "selector", "budget", "n", "accuracy", "accuracy_full", "accuracy_copy",
-    "regained", "top1", "kl", "recomputed_share", "computed_share", "declined", "ci95",
+    "regained", "top1", "kl", "rouge_l", "recomputed_share", "computed_share", "declined", "ci95",
 }  # fmt: skip
 
 
@@ -69,3 +69,17 @@ def test_eval_decode_compares_refresh_with_full_prefill(tmp_path):
     (row,) = json.loads(out.read_text())["decode"]
     assert row["n"] == 3
     assert all(0 <= row[f"accuracy_{way}"] <= 1 for way in ("full", "off", "on"))
+
+
+def test_rouge_l_has_its_noise_floor_beside_it(tmp_path):
+    out = tmp_path / "r.json"
+    done = run(
+        "eval_quality.py", "--task", "hops", "--case", "splice", "--n", "2", "--rouge", "1",
+        "--facts", "30", "--selector", "full", "rerun", "copy", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["selector"]: row for row in json.loads(out.read_text())["rows"]}
+    assert all(row["rouge_n"] == 1 for row in rows.values())
+    assert rows["full"]["rouge_l"] == 1
+    assert 0 < rows["copy"]["rouge_l"] <= 1
+    assert 0 < rows["rerun"]["rouge_l"] <= 1
