@@ -172,7 +172,7 @@ def _answered(
 def rouge_l(
     model: Model, ids: np.ndarray, kv: KV, first: torch.Tensor, true: Truth
 ) -> float | None:
-    """F1 of the longest common subsequence of tokens (Lin 2004) of two continuations, equally long."""
+    """F1 of the longest common token subsequence (Lin 2004) of two continuations, equally long."""
     if true.written is None:
         return None
     mine = model.greedy(ids, first, kv, WRITTEN)[len(ids) :]
