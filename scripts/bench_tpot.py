@@ -41,10 +41,7 @@ def measure(server: Server, cached: list[int], prompt: list[int], new: int) -> d
     got = server.ask(prompt, max_new_tokens=new)
     if not got.kvshare["fuzzy_tokens"]:
         raise ScriptError(f"'{server.spec.name}' reused nothing: {got.kvshare}")
-    return {
-        "tpot_s": (got.total_s - got.ttft_s) / (len(got.output_ids) - 1),
-        "refreshed": got.kvshare.get("refreshed_tokens", 0),
-    }
+    return {"tpot_s": (got.total_s - got.ttft_s) / (len(got.output_ids) - 1)}
 
 
 def main() -> int:
@@ -83,18 +80,17 @@ def main() -> int:
             {
                 "arm": name, "tpot_ms": 1e3 * _bench.median([one["tpot_s"] for one in mine]),
                 "ratio_off": _bench.median(ratios), "ci95": _bench.bootstrap_ci95(ratios),
-                "refreshed_tokens": _bench.median([one["refreshed"] for one in mine]),
             }
         )  # fmt: skip
     rows.sort(key=lambda r: [s.name for s in specs(args, model)].index(r["arm"]))
-    head = ("arm", "TPOT", "x off", "95%", "tokens refreshed")
+    head = ("arm", "TPOT", "x off", "95%")
     print(
         _bench.table(
             head,
             [
                 (
                     r["arm"], f"{r['tpot_ms']:.2f} ms", f"{r['ratio_off']:.3f}",
-                    "{:.3f} to {:.3f}".format(*r["ci95"]), f"{r['refreshed_tokens']:.0f}",
+                    "{:.3f} to {:.3f}".format(*r["ci95"])
                 )
                 for r in rows
             ],
