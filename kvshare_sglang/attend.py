@@ -19,7 +19,7 @@ from kvshare_sglang.radix_fuzzy.reuse import thin_out
 from kvshare_sglang.radix_fuzzy.types import Range
 
 # What a batch carries for its forward pass, beside SGLang's fields, and the backend during it:
-# rows: what runs, by request. look: called with (q, k, layer, batch) in the layer that it names.
+# rows: what runs, by request. look: a Look, called in the layer that it names.
 # check: what a check layer narrows.
 CARRIED = ("kvshare_rows", "kvshare_look", "kvshare_check")
 
@@ -61,7 +61,7 @@ def cut_tokens(fb: Any, have: Rows, rows: Rows, runner: Any) -> torch.Tensor:
         ]
     fb.extend_seq_lens_cpu = counts
     fb.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
-    fb.extend_start_loc = starts_of(fb.extend_seq_lens)
+    fb.extend_start_loc = _starts(fb.extend_seq_lens)
     fb.extend_num_tokens = len(picked)
     compat.set_num_tokens(fb, len(picked))
     fb.kvshare_rows = rows
@@ -79,33 +79,38 @@ def _places(have: list[Range], rows: list[Range]) -> torch.Tensor:
     return torch.searchsorted(torch.cat([torch.arange(*r) for r in have]), at)
 
 
-def starts_of(lengths: torch.Tensor) -> torch.Tensor:
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
     """Where each request's tokens start, in the dtype of ``lengths``."""
     return torch.cumsum(lengths, 0, dtype=lengths.dtype) - lengths
 
 
-def runs_as_rows(fb: Any, rows: Rows) -> Any:
-    """A view of the batch in which every contiguous range of rows is a request of its own."""
+def _as_requests(fb: Any, numbers: list[int], counts: list[int], stops: list[int]) -> Any:
+    """A view of the batch as other requests: the i-th runs the ``counts[i]`` rows that end at
+    position ``stops[i]``, over the KV of the batch's request ``numbers[i]``."""
     view = copy.copy(fb)
     device = fb.input_ids.device
-    owner = torch.tensor([i for i, ranges in enumerate(rows) for _ in ranges])
-    flat = [r for ranges in rows for r in ranges]
-    starts, stops = [r.start for r in flat], [r.stop for r in flat]
+    owner = torch.tensor(numbers)
+    view.batch_size = len(numbers)
     view.req_pool_indices = fb.req_pool_indices[to_device(owner, device)]
     if getattr(fb, "req_pool_indices_cpu", None) is not None:
         view.req_pool_indices_cpu = fb.req_pool_indices_cpu[owner]
-    view.batch_size = len(flat)
     view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
     view.seq_lens = to_device(view.seq_lens_cpu.to(fb.seq_lens.dtype), device)
     view.seq_lens_sum = sum(stops)
+    starts = [stop - count for stop, count in zip(stops, counts, strict=True)]
     view.extend_prefix_lens_cpu = starts
-    view.extend_seq_lens_cpu = [r.num for r in flat]
     view.extend_prefix_lens = to_device(torch.tensor(starts, dtype=torch.int32), device)
-    view.extend_seq_lens = to_device(
-        torch.tensor(view.extend_seq_lens_cpu, dtype=torch.int32), device
-    )
-    view.extend_start_loc = starts_of(view.extend_seq_lens)
+    view.extend_seq_lens_cpu = counts
+    view.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
+    view.extend_start_loc = _starts(view.extend_seq_lens)
     return view
+
+
+def runs_as_rows(fb: Any, rows: Rows) -> Any:
+    """A view of the batch in which every contiguous range of rows is a request of its own."""
+    flat = [(i, r) for i, ranges in enumerate(rows) for r in ranges]
+    numbers, ranges = [i for i, _ in flat], [r for _, r in flat]
+    return _as_requests(fb, numbers, [r.num for r in ranges], [r.stop for r in ranges])
 
 
 class Look(NamedTuple):
@@ -130,32 +135,16 @@ def part_of(fb: Any, parts: list[Part]) -> Any:
     """A prefill batch of its own that runs just these tokens, in place, over the KV there is."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    device = fb.input_ids.device
-    view = copy.copy(fb)
     counts = [len(part.positions) for part in parts]
     stops = [int(part.positions[-1]) + 1 for part in parts]
-    numbers = torch.tensor([part.number for part in parts])
-    at = to_device(torch.from_numpy(np.concatenate([part.positions for part in parts])), device)
+    at = torch.from_numpy(np.concatenate([part.positions for part in parts]))
+    view = _as_requests(fb, [part.number for part in parts], counts, stops)
     view.forward_mode = ForwardMode.EXTEND
-    view.batch_size = len(parts)
     view.input_ids = torch.cat([part.ids for part in parts])
     view.out_cache_loc = torch.cat([part.slots for part in parts])
-    view.positions = at.to(fb.positions.dtype)
-    view.req_pool_indices = fb.req_pool_indices[to_device(numbers, device)]
-    if getattr(fb, "req_pool_indices_cpu", None) is not None:
-        view.req_pool_indices_cpu = fb.req_pool_indices_cpu[numbers]
-    view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
-    view.seq_lens = to_device(view.seq_lens_cpu, device).to(fb.seq_lens.dtype)
+    view.positions = to_device(at, fb.input_ids.device).to(fb.positions.dtype)
     view.orig_seq_lens = view.seq_lens
-    view.seq_lens_sum = sum(stops)
     view.extend_num_tokens = sum(counts)
-    view.extend_seq_lens_cpu = counts
-    view.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
-    view.extend_prefix_lens_cpu = [s - n for s, n in zip(stops, counts, strict=True)]
-    view.extend_prefix_lens = to_device(
-        torch.tensor(view.extend_prefix_lens_cpu, dtype=torch.int32), device
-    )
-    view.extend_start_loc = starts_of(view.extend_seq_lens)
     view.extend_logprob_start_lens_cpu = counts
     view.return_logprob = False
     view.top_logprobs_nums = view.token_ids_logprobs = None

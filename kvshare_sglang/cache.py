@@ -37,7 +37,7 @@ from kvshare_sglang.radix_fuzzy.reuse import keep_before
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import Range, complement
 from kvshare_sglang.report import Report
-from kvshare_sglang.request import RequestReuse, reuse_of
+from kvshare_sglang.request import RequestReuse, reuse_of, turn_exact
 
 logger = logging.getLogger(__name__)
 
@@ -369,9 +369,7 @@ class FuzzyRadixCache(RadixCache):
             self.unlock_sources(state)
             state.plan = keep_before(state.plan, state.done)
             if not state.plan.copies:
-                state.plan = None  # nothing was copied: the request is exact to its end
-                state.info["declined"] = Decline.NO_ROOM.value
-                self.report.declined(Decline.NO_ROOM)
+                turn_exact(state, Decline.NO_ROOM, self.report)
         return bool(holders)
 
     def release(self, req: Any) -> None:

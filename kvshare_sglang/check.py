@@ -8,7 +8,7 @@ hooks make the rest of the model follow.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan
 from kvshare_sglang.report import Report
-from kvshare_sglang.request import RequestReuse
+from kvshare_sglang.request import RequestReuse, turn_exact
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Pending:
     config: KVShareConfig
     report: Report
     on_done: Callable[[list[list[Range]]], None]
-    keep: torch.Tensor | None = field(default=None)  # of the batch's rows, once chosen
+    keep: torch.Tensor | None = None  # of the batch's rows, once chosen
 
 
 def may_check(state: RequestReuse | None, chunk: Range) -> bool:
@@ -92,7 +92,7 @@ def choose(
         for job in pending.jobs:
             rows[job.number] = pending.rows[job.number]
             if job.state.plan is not None:  # else it was declined a moment ago
-                _all_run(job, Decline.FAULT, pending.report)
+                turn_exact(job.state, Decline.FAULT, pending.report)
     return rows
 
 
@@ -138,7 +138,7 @@ def _choose_one(
     ranges = policy.compute("dhd", wish)
     plan = policy.replanned(wish.plan, ranges)
     if not plan.copies:
-        _all_run(job, Decline.DEVIATION, report)
+        turn_exact(job.state, Decline.DEVIATION, report)
         return [Range(plan.prefix_len, plan.prompt_len)]
     job.state.plan = plan
     if config.refresh_every:
@@ -147,13 +147,6 @@ def _choose_one(
             open_rows[run.dst_start : run.dst_stop] = True
         job.state.watch = Watch(open_rows)
     return ranges
-
-
-def _all_run(job: Job, reason: Decline, report: Report) -> None:
-    """Every row of the request runs in every layer: it is exact, as if nothing had been found."""
-    job.state.plan = None
-    job.state.info["declined"] = reason.value
-    report.declined(reason)
 
 
 # ---- the model behind the check --------------------------------------------------------------

@@ -133,7 +133,7 @@ def _refresh(
         )
         trace.feed(paid)
         traces.append(trace)
-        old.append(values[table[own_row(row), : len(watch.open)].long()].clone())
+        old.append(values[table[row.req_pool_idx, : len(watch.open)].long()])
     follow(traces, makers, fb, runner, forward, layer=pending.layer)
     rows = attend.few_enough([as_ranges(trace.chosen) for trace in traces], runner)
     flat = [np.concatenate([np.arange(*r) for r in ranges]) for ranges in rows]
@@ -141,7 +141,7 @@ def _refresh(
     forward(attend.part_of(fb, [make(at) for make, at in zip(makers, flat, strict=True)]))
     for (_, req, _), at, before in zip(wanted, flat, old, strict=True):
         here = to_device(torch.from_numpy(at), values.device)
-        now = values[table[own_row(compat.kv_row(req)), here].long()]
+        now = values[table[compat.kv_row(req).req_pool_idx, here].long()]
         far = float(deviation(now, before[here]).mean())
         state = req.kvshare
         state.watch.refreshed(
@@ -149,10 +149,6 @@ def _refresh(
         )
         state.info["refreshed_tokens"] = state.info.get("refreshed_tokens", 0) + len(at)
     pending.report.refreshed(requests=len(wanted), rows=sum(map(len, flat)))
-
-
-def own_row(row: Any) -> int:
-    return int(row.req_pool_idx)
 
 
 def _tokens(req: Any) -> np.ndarray:

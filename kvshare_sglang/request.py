@@ -6,6 +6,7 @@ from typing import Any
 from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
+from kvshare_sglang.report import Report
 
 
 @dataclass(slots=True)
@@ -27,6 +28,13 @@ class RequestReuse:
     watch: Watch | None = None
     done: int = 0  # prompt positions below this have been through a forward pass
     info: dict[str, Any] = field(default_factory=dict)
+
+
+def turn_exact(state: RequestReuse, reason: Decline, report: Report) -> None:
+    """Nothing is copied after all: the request is exact to its end, and says why."""
+    state.plan = None
+    state.info["declined"] = reason.value
+    report.declined(reason)
 
 
 def reuse_of(req: Any) -> RequestReuse | None:

@@ -25,6 +25,7 @@ from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.rows import as_ranges, must_run, replanned
 from kvshare_sglang.policy.trace import TRACE_STEPS, Trace
 from kvshare_sglang.report import Report
+from kvshare_sglang.request import turn_exact
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,7 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
         logger.exception("KVShare's trace failed; the batch runs all its rows")
         rows = list(pending.rows)
         for job in pending.jobs:
-            job.state.plan = None
-            job.state.info["declined"] = Decline.FAULT.value
-            pending.report.declined(Decline.FAULT)
+            turn_exact(job.state, Decline.FAULT, pending.report)
     else:
         for job, trace in zip(pending.jobs, traces, strict=True):
             job.state.plan = replanned(job.plan, rows[job.number])

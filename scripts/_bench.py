@@ -1,5 +1,6 @@
 """What scripts share: statistics, progress, tables, the environment they ran in, JSON files."""
 
+import argparse
 import json
 import os
 import platform
@@ -86,6 +87,11 @@ def environment(**more: Any) -> dict[str, Any]:
         "commit": _commit(),
         **more,
     }
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """A script's arguments for its result, paths by their last part: they name no machine."""
+    return {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def warn_if_busy() -> None:

@@ -243,24 +243,32 @@ class Lab:
             )
         elif selector == "trace":
             trace = Trace.of_plan(plan, budget=budget, seam=self.config.seam, steps=TRACE_STEPS)
-            probed = []
-            while not trace.done:
-                probed.append(trace.rows)
-                layer = probe_layer(len(self.model.layers), self.config.probe_at)
-                trace.feed(self._reads(ids, kv, trace.rows, trace.asking, layer))
+            probed = self._follow(trace, ids, kv)
             must = selectors.must_run(plan, suffix=self.config.seam)
             hidden, by_layer = self.model.run(ids, kv, np.union1d(must, trace.chosen))
             logits = self.model.logits(hidden[-1])
-            return Partial(logits, kv, by_layer, None, tuple(probed), trace.open_rows)
+            return Partial(logits, kv, by_layer, None, probed, trace.open_rows)
         else:
             rows = positions(selectors.compute(selector, wish))
             hidden, by_layer = self.model.run(ids, kv, rows)
         return Partial(self.model.logits(hidden[-1]), kv, by_layer, found[0] if found else None)
 
-    def _reads(
-        self, ids: Tokens, kv: KV, rows: np.ndarray, asking: np.ndarray, layer: int
-    ) -> np.ndarray:
-        """Run ``rows`` up to ``layer``; what ``asking``, the last of them, pay to each position."""
+    @property
+    def _probe(self) -> int:
+        return probe_layer(len(self.model.layers), self.config.probe_at)
+
+    def _follow(self, trace: Trace, ids: Tokens, kv: KV) -> tuple[np.ndarray, ...]:
+        """Take a trace to its end; the rows that ran for it, by step."""
+        probed = []
+        while not trace.done:
+            probed.append(trace.rows)
+            trace.feed(self._reads(ids, kv, trace.rows, trace.asking)[: trace.length])
+        return tuple(probed)
+
+    def _reads(self, ids: Tokens, kv: KV, rows: np.ndarray, asking: np.ndarray) -> np.ndarray:
+        """Run ``rows`` up to the probe layer; what ``asking``, the last of them, pay there to each
+        position."""
+        layer = self._probe
         q = self.model.peek(ids, kv, rows, layer)[-len(asking) :]
         at = torch.as_tensor(asking, device=q.device)
         keys = kv.k[layer, : int(asking[-1]) + 1]
@@ -277,12 +285,11 @@ class Lab:
         model, config = self.model, self.config
         kv = model.widened(done.kv, len(ids), known=known)
         watch = Watch(done.open_rows.copy())
-        layer = probe_layer(len(model.layers), config.probe_at)
         out, count = [], 0
         for n in range(known, len(ids)):
             here = np.arange(n, n + 1)
             if every and not watch.over and watch.due():
-                paid = self._reads(ids, kv, here, here, layer)[:known]
+                paid = self._reads(ids, kv, here, here)[:known]
                 if watch.wants(paid, above=config.refresh_above):
                     count += self._refresh(ids, kv, watch, paid, every)
             hidden, _ = model.run(ids, kv, here)
@@ -291,14 +298,13 @@ class Lab:
 
     def _refresh(self, ids: Tokens, kv: KV, watch: Watch, paid: np.ndarray, every: int) -> int:
         config = self.config
-        layer = probe_layer(len(self.model.layers), config.probe_at)
+        layer = self._probe
         none = np.empty(0, np.int64)
         trace = Trace(watch.open, rows=none, asking=none, count=config.refresh_rows,
                       steps=TRACE_STEPS)  # fmt: skip
         trace.feed(paid)
         before = kv.v[layer].clone()
-        while not trace.done:
-            trace.feed(self._reads(ids, kv, trace.rows, trace.asking, layer)[: len(paid)])
+        self._follow(trace, ids, kv)
         rows = trace.chosen
         self.model.run(ids, kv, rows)
         at = torch.as_tensor(rows, device=before.device)

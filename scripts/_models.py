@@ -5,6 +5,7 @@ weights from a fixed seed, and the tokenizer is a byte-level BPE trained on Pyth
 Models are kept under ``.cache/models`` in the project's root and made only once.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -51,6 +52,12 @@ class Model(NamedTuple):
 def load(path: Path) -> Model:
     """A model directory that exists already. Raises FileNotFoundError without a config."""
     return Model(path, json.loads((path / "config.json").read_text()))
+
+
+def check_directory(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Refuse ``--model`` where it names no Hugging Face directory."""
+    if not (path / "config.json").is_file():
+        parser.error(f"--model {path} holds no config.json")
 
 
 def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:

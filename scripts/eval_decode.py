@@ -56,11 +56,8 @@ def one(
     first, kv = model.full(ids)
     out["full"] = right_values(follow(model, kv, first, along, known), along[known:], values)
     done = lab.prefill(ids, plan, "trace", budget=args.budget, room=len(told))
-    held = done.kv.k.clone(), done.kv.v.clone()
     logits = follow(model, done.kv, done.logits, along, known)
     out["off"] = right_values(logits, along[known:], values)
-    done.kv.k.copy_(held[0])
-    done.kv.v.copy_(held[1])
     rest, out["refreshed"] = lab.decode(along[:-1], known, done, every=args.every)
     logits = torch.cat([done.logits[None], rest]).log_softmax(-1)
     out["on"] = right_values(logits, along[known:], values)
@@ -112,8 +109,7 @@ def main() -> int:
     add("--above", type=float, default=0.2, help="--kvshare-refresh-above")
     add("--json", type=Path, metavar="OUT", help="where the result goes")
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        parser.error(f"--model {args.model} holds no config.json")
+    _models.check_directory(parser, args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     config = KVShareConfig(
         select="trace", min_reuse=32, window=16, refresh_every=args.every,
@@ -133,10 +129,7 @@ def main() -> int:
             rows.append(row(task, found, args))
     print(show(rows))
     if args.json:
-        env = _bench.environment(
-            **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-            | {"model": args.model.name}
-        )
+        env = _bench.environment(**_bench.settings(args))
         _bench.write_json(args.json, {"decode": rows, "env": env})
         print(f"numbers: {args.json}")
     return 0

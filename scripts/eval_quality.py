@@ -169,6 +169,13 @@ def _answered(
     return judge(along, answer)
 
 
+def _apart(true: Truth, along: torch.Tensor) -> tuple[float, float]:
+    """Top-1 agreement with full prefill along its continuation, and KL from it."""
+    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
+    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
+    return float(agree), float(kl)
+
+
 def rouge_l(
     model: Model, ids: np.ndarray, kv: KV, first: torch.Tensor, true: Truth
 ) -> float | None:
@@ -206,8 +213,6 @@ def outcome(
     else:
         along = follow(model, done.kv, done.logits, true.told, len(ids))
     judged = _answered(model, done.kv, done.logits, along, true.told, prompt)
-    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
-    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
     reused = reused_positions(plan)
     probe = probe_layer(len(model.layers), lab.config.probe_at)
     counts = [np.isin(reused, rows).sum() for rows in done.rows]
@@ -219,8 +224,7 @@ def outcome(
     flops += sum(peeked_flops(model.config, rows, at_layer=probe) for rows in done.probed)
     return Outcome(
         *judged,
-        float(agree),
-        float(kl),
+        *_apart(true, along),
         float(recomputed),
         flops / prefill_flops(model.config, every),
         declined=False,
@@ -237,9 +241,7 @@ def _rerun(model: Model, prompt: Prompt, true: Truth) -> Outcome:
     rouge = rouge_l(model, ids, kv, first, true)
     along = follow(model, kv, first, true.told, len(ids))
     judged = _answered(model, kv, first, along, true.told, prompt)
-    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
-    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
-    return Outcome(*judged, float(agree), float(kl), 1.0, 1.0, declined=False, rouge_l=rouge)
+    return Outcome(*judged, *_apart(true, along), 1.0, 1.0, declined=False, rouge_l=rouge)
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -376,8 +378,7 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, metavar="OUT", help="where the result goes")
     add("--plot", type=Path, metavar="OUT.png", help="where a page of plots goes")
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        parser.error(f"--model {args.model} holds no config.json")
+    _models.check_directory(parser, args.model)
     chosen = []
     for text in args.selector:
         name, _, budget = text.partition("=")
@@ -399,10 +400,7 @@ def main() -> int:
     layers = len(_loaded(args.model, args.dtype, args.device)[0].layers)
     if not 0 <= args.layer < layers:
         raise SystemExit(f"error: --layer must be in [0, {layers}), got {args.layer}")
-    env = _bench.environment(
-        **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        | {"model": args.model.name}
-    )
+    env = _bench.environment(**_bench.settings(args))
     rows: list[dict[str, Any]] = []
     todo = cells(args)
     threads = max(1, _bench.cores() // args.workers)

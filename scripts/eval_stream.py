@@ -162,8 +162,7 @@ def main() -> int:
     add("--device", default=default_device())
     add("--json", type=Path, metavar="OUT", help="where the result goes")
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        parser.error(f"--model {args.model} holds no config.json")
+    _models.check_directory(parser, args.model)
     encode = Encoder(args.model)
     rows = []
     found: dict[int | None, list[dict[str, Any]]] = {}

@@ -184,10 +184,10 @@ def _dhd(wish: Wish) -> np.ndarray:
     assert wish.check is not None
     heads = _heads(wish, grow=False)
     score = wish.check.values * wish.check.attention
-    return dilated(wish.check.positions, score, taken=heads, count=wish.rows)
+    return _dilated(wish.check.positions, score, taken=heads, count=wish.rows)
 
 
-def dilated(
+def _dilated(
     positions: np.ndarray, score: Floats, *, taken: np.ndarray, count: int, by: int = DILATION
 ) -> np.ndarray:
     """``taken`` and, up to ``count`` rows in all, those of largest score within ``by`` positions.

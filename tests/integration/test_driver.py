@@ -1,5 +1,6 @@
 """The driver of ``eval_quality`` runs the rows that the server runs, and gets its logits and KV."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -54,8 +55,16 @@ def test_the_driver_does_what_the_server_does(name: str, models: Path, texts: Te
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_dhd_in_the_server_chooses_and_computes_what_the_driver_does(
-    name: str, models: Path, texts: Texts
+@pytest.mark.parametrize(
+    "config",
+    [
+        KVShareConfig(select="dhd", budget=0.25, seam=4, window=8),
+        KVShareConfig(select="trace", budget=0.2, probe_at=0.34),
+    ],
+    ids=lambda config: config.select,
+)
+def test_the_server_chooses_and_computes_what_the_driver_does(
+    name: str, config: KVShareConfig, models: Path, texts: Texts
 ) -> None:
     path = make_model(models, name)
     a, b = texts.passage(200), texts.passage(170)
@@ -64,45 +73,9 @@ def test_dhd_in_the_server_chooses_and_computes_what_the_driver_does(
         texts.passage(20) + b + a + texts.passage(30),
         source[:60] + b + a[:80] + texts.passage(3) + a[85:],
     ]
-    config = KVShareConfig(select="dhd", budget=0.25, seam=4, window=8)
     driver = Driver(Model(path), config)
     driver.add(np.array(source, np.int32))
-    settings = {"kvshare_select": "dhd", "kvshare_budget": 0.25}
-    with lab(path, kvshare=True, kvshare_seam=4, kvshare_window=8, **settings) as it:
-        for prompt in prompts:
-            it.flush()
-            it.one(source, new=1)
-            served = it.one(prompt, new=6, keep="kv")
-            ids = np.array(prompt, np.int32)
-            plan = driver.plan(ids)
-            mine = driver.prefill(ids, plan, "dhd", budget=config.budget)
-            told = served["kvshare"]
-            assert told["declined"] is None
-            assert told["computed_tokens"] == len(mine.rows[-1])
-            every = len(prompt) - plan.prefix_len
-            assert it.ask("probes:layer_rows")[-1] == [every] * 2 + [len(mine.rows[-1])] * 2
-            # beside what structure says, rows stand alone or in small groups
-            assert (np.diff(mine.rows[-1]) > 1).sum() > len(plan.runs) + 3
-            torch.testing.assert_close(mine.logits, served["logits"], **TOL)
-            for ours, theirs in zip(mine.kv, served["kv"], strict=True):
-                torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_traces_in_the_server_choose_and_compute_what_the_driver_does(
-    name: str, models: Path, texts: Texts
-) -> None:
-    path = make_model(models, name)
-    a, b = texts.passage(200), texts.passage(170)
-    source = texts.passage(11) + a + b
-    prompts = [
-        texts.passage(20) + b + a + texts.passage(30),
-        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
-    ]
-    config = KVShareConfig(select="trace", budget=0.2, probe_at=0.34)
-    driver = Driver(Model(path), config)
-    driver.add(np.array(source, np.int32))
-    settings = {"kvshare_select": "trace", "kvshare_budget": 0.2, "kvshare_probe_at": 0.34}
+    settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}
     with lab(path, kvshare=True, **settings) as it:
         for prompt in prompts:
             it.flush()
@@ -110,13 +83,19 @@ def test_traces_in_the_server_choose_and_compute_what_the_driver_does(
             served = it.one(prompt, new=6, keep="kv")
             ids = np.array(prompt, np.int32)
             plan = driver.plan(ids)
-            mine = driver.prefill(ids, plan, "trace", budget=config.budget)
+            mine = driver.prefill(ids, plan, config.select, budget=config.budget)
             told = served["kvshare"]
             assert told["declined"] is None
             assert told["computed_tokens"] == len(mine.rows[-1])
-            # three passes up to layer 1, then the batch's own
-            passes = [n for rows in mine.probed for n in [len(rows)] * 2]
-            assert it.ask("probes:layer_rows")[-1] == passes + [len(mine.rows[-1])] * 4
+            if config.select == "dhd":
+                every = len(prompt) - plan.prefix_len
+                passes, layers = [every] * 2, 2
+                # beside what structure says, rows stand alone or in small groups
+                assert (np.diff(mine.rows[-1]) > 1).sum() > len(plan.runs) + 3
+            else:
+                # three passes up to layer 1, then the batch's own
+                passes, layers = [n for rows in mine.probed for n in [len(rows)] * 2], 4
+            assert it.ask("probes:layer_rows")[-1] == passes + [len(mine.rows[-1])] * layers
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):
                 torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
