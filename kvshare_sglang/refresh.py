@@ -21,7 +21,7 @@ from kvshare_sglang.copying import to_device
 from kvshare_sglang.kernels.deviation import attention_paid, deviation
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.rows import as_ranges
-from kvshare_sglang.policy.trace import TRACE_STEPS, Trace, probe_layer
+from kvshare_sglang.policy.trace import Trace, probe_layer
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import reuse_of
 from kvshare_sglang.tracing import Enough, check_few, follow
@@ -128,9 +128,7 @@ def _refresh(
             return attend.Part(i, at, ids.to(fb.input_ids.dtype), slots.to(fb.out_cache_loc.dtype))
 
         makers.append(part)
-        trace = Trace(
-            watch.open, rows=none, asking=none, count=config.refresh_rows, steps=TRACE_STEPS
-        )
+        trace = Trace(watch.open, rows=none, asking=none, count=config.refresh_rows)
         trace.feed(paid)
         traces.append(trace)
         old.append(values[table[row.req_pool_idx, : len(watch.open)].long()])

@@ -23,7 +23,7 @@ from kvshare_sglang.kernels.deviation import attention_paid
 from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.rows import as_ranges, must_run, replanned
-from kvshare_sglang.policy.trace import TRACE_STEPS, Trace
+from kvshare_sglang.policy.trace import Trace
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import turn_exact
 
@@ -61,7 +61,7 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
 
     try:
         traces = [
-            Trace.of_plan(job.plan, budget=job.state.budget, seam=config.seam, steps=TRACE_STEPS)
+            Trace.of_plan(job.plan, budget=job.state.budget, seam=config.seam, window=config.window)
             for job in pending.jobs
         ]
         parts = [functools.partial(part, job) for job in pending.jobs]

@@ -17,7 +17,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels import deviation, partial_attn, rope_shift
 from kvshare_sglang.policy import rows as selectors
 from kvshare_sglang.policy.refresh import Watch
-from kvshare_sglang.policy.trace import TRACE_STEPS, Trace, probe_layer
+from kvshare_sglang.policy.trace import Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
 
@@ -242,7 +242,8 @@ class Lab:
                 ids, kv, every, check_layer=check_layer, choose=choose
             )
         elif selector == "trace":
-            trace = Trace.of_plan(plan, budget=budget, seam=self.config.seam, steps=TRACE_STEPS)
+            seam, window = self.config.seam, self.config.window
+            trace = Trace.of_plan(plan, budget=budget, seam=seam, window=window)
             probed = self._follow(trace, ids, kv)
             must = selectors.must_run(plan, suffix=self.config.seam)
             hidden, by_layer = self.model.run(ids, kv, np.union1d(must, trace.chosen))
@@ -300,8 +301,7 @@ class Lab:
         config = self.config
         layer = self._probe
         none = np.empty(0, np.int64)
-        trace = Trace(watch.open, rows=none, asking=none, count=config.refresh_rows,
-                      steps=TRACE_STEPS)  # fmt: skip
+        trace = Trace(watch.open, rows=none, asking=none, count=config.refresh_rows)
         trace.feed(paid)
         before = kv.v[layer].clone()
         self._follow(trace, ids, kv)

@@ -22,7 +22,7 @@ from _text import read_prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import must_run, reused_positions
-from kvshare_sglang.policy.trace import TRACE_STEPS, probe_layer
+from kvshare_sglang.policy.trace import SHARES, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -208,8 +208,8 @@ def traced_flops(config: dict[str, Any], plan: ReusePlan, kvshare: KVShareConfig
     if kvshare.select != "trace" or not plan.runs:
         return 0.0
     layer = probe_layer(config["num_hidden_layers"], kvshare.probe_at)
-    share = int(kvshare.budget * plan.reused) * (TRACE_STEPS - 1) // TRACE_STEPS
-    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, share)
+    followed = kvshare.budget * plan.reused * sum(SHARES[:-1]) / sum(SHARES)
+    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, int(followed))
     must = must_run(plan, suffix=kvshare.seam)
     return sum(peeked_flops(config, part, at_layer=layer) for part in (must, rows))
 

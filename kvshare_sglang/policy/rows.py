@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvshare_sglang.radix_fuzzy.reuse import head_lengths
-from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, clip, complement
+from kvshare_sglang.radix_fuzzy.reuse import head_lengths, in_proportion
+from kvshare_sglang.radix_fuzzy.types import Join, Range, ReusePlan, clip, complement
 
 Floats = np.ndarray  # float32 or float64
 ASKING = 64  # of so many rows the attention is looked at, the last ones
@@ -82,6 +82,18 @@ def asking_rows(plan: ReusePlan, *, seam: int) -> Range:
     and at least the end of the prompt."""
     behind = min(plan.runs[-1].dst_stop, plan.prompt_len - max(seam, 1))
     return Range(max(behind, plan.prompt_len - ASKING, plan.prefix_len), plan.prompt_len)
+
+
+def rows_behind_edits(plan: ReusePlan, *, window: int, limit: int) -> np.ndarray:
+    """The first ``window`` rows of each run behind an edit; in proportion fewer, where they were
+    more than ``limit`` in all. Positions, ascending, int64."""
+    runs = [run for run in plan.runs if run.join is Join.EDIT]
+    lengths = [min(window, run.length) for run in runs]
+    if sum(lengths) > limit:
+        lengths = in_proportion(lengths, limit)
+    return _together(
+        [np.arange(run.dst_start, run.dst_start + n) for run, n in zip(runs, lengths, strict=True)]
+    )
 
 
 def without_far_runs(wish: Wish, *, limit: float) -> Wish:

@@ -5,12 +5,18 @@ from; and so on. A row computed again puts right what it concluded, provided tha
 is right too, so the rows of all steps run together, in order of position.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
-from kvshare_sglang.policy.rows import asking_rows, must_run, reused_positions
+from kvshare_sglang.policy.rows import asking_rows, must_run, reused_positions, rows_behind_edits
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
 
-TRACE_STEPS = 3  # answers that rest on answers are followed so far
+# Of the rows, by step back. Answers that rest on answers are followed so far; the first step finds
+# the most, and what is missed there is missed by all that follow.
+SHARES = (0.5, 0.25, 0.25)
+BEHIND_EDITS = 0.25  # of the rows at most: the rest of a sentence whose beginning was edited
 
 
 def probe_layer(layers: int, depth: float) -> int:
@@ -27,28 +33,51 @@ class Trace:
 
     Until ``done``: run ``rows`` (positions, ascending) up to the layer that is looked at, and
     ``feed`` the attention that ``asking``, the last of them, pay to the prompt there. At the end
-    ``chosen`` holds ``count`` of the ``open`` rows, the same number from each step.
+    ``chosen`` holds ``count`` of the open rows: what was there ``at_first``, and of the rest
+    ``shares[i]`` from step ``i``.
     """
 
     def __init__(
-        self, open_rows: np.ndarray, *, rows: np.ndarray, asking: np.ndarray, count: int, steps: int
+        self,
+        open_rows: np.ndarray,
+        *,
+        rows: np.ndarray,
+        asking: np.ndarray,
+        count: int,
+        at_first: np.ndarray | None = None,
+        shares: Sequence[float] = SHARES,
     ) -> None:
         self._open = open_rows.copy()
         self._left = count
-        self._steps = steps
+        self._shares = list(shares)
         self._chosen: list[np.ndarray] = []
         self.rows, self.asking = rows, asking
+        if at_first is not None:
+            self._take(at_first)
 
     @classmethod
-    def of_plan(cls, plan: ReusePlan, *, budget: float, seam: int, steps: int) -> "Trace":
-        """From the question back over the share ``budget`` of the plan's reused rows."""
+    def of_plan(
+        cls,
+        plan: ReusePlan,
+        *,
+        budget: float,
+        seam: int,
+        window: int,
+        shares: Sequence[float] = SHARES,
+    ) -> "Trace":
+        """From the question back over the share ``budget`` of the plan's reused rows. Up to
+        ``window`` of them stand behind each edit: nothing attends to those if what they say was
+        another thing before the edit."""
         rows = must_run(plan, suffix=seam)
         open_rows = np.zeros(plan.prompt_len, bool)
         open_rows[reused_positions(plan)] = True
         open_rows[rows] = False
-        first = np.searchsorted(rows, asking_rows(plan, seam=seam).start)
         count = int(budget * plan.reused)
-        return cls(open_rows, rows=rows, asking=rows[first:], count=count, steps=steps)
+        behind = rows_behind_edits(plan, window=window, limit=int(BEHIND_EDITS * count))
+        behind = behind[open_rows[behind]]
+        rows = np.union1d(rows, behind)
+        asking = rows[np.searchsorted(rows, asking_rows(plan, seam=seam).start) :]
+        return cls(open_rows, rows=rows, asking=asking, count=count, at_first=behind, shares=shares)
 
     @property
     def length(self) -> int:
@@ -57,7 +86,7 @@ class Trace:
 
     @property
     def done(self) -> bool:
-        return self._steps == 0 or self._left <= 0 or not self._open.any()
+        return not self._shares or self._left <= 0 or not self._open.any()
 
     @property
     def chosen(self) -> np.ndarray:
@@ -71,12 +100,14 @@ class Trace:
 
     def feed(self, paid: np.ndarray) -> None:
         """``paid`` [prompt_len]: what the asking rows pay to each position. O(n log n)."""
-        count = -(-self._left // self._steps)
+        count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         where = np.flatnonzero(self._open)
-        best = where[np.argsort(-paid[where], kind="stable")[:count]]
-        best.sort()
-        self._open[best] = False
-        self._chosen.append(best)
-        self._left -= len(best)
-        self._steps -= 1
+        best = np.sort(where[np.argsort(-paid[where], kind="stable")[:count]])
+        self._take(best)
+        self._shares.pop(0)
         self.rows = self.asking = best
+
+    def _take(self, rows: np.ndarray) -> None:
+        self._open[rows] = False
+        self._chosen.append(rows)
+        self._left -= len(rows)

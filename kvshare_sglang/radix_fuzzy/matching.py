@@ -43,7 +43,10 @@ def find_runs(
     tolerance: float,
 ) -> tuple[Run, ...]:
     """Ascending, disjoint runs in ``prompt[start:]``."""
-    return link(anchors(prompt, hits, segments, start=start), prompt, segments, tolerance)
+    runs = link(anchors(prompt, hits, segments, start=start), prompt, segments, tolerance)
+    if runs and leads_on_from_prefix(runs[0], prompt, segments, start):
+        runs = (runs[0]._replace(join=Join.EDIT), *runs[1:])
+    return runs
 
 
 def anchors(
@@ -126,6 +129,21 @@ def goes_on(before: Run, after: Run, segments: Mapping[int, Segment]) -> bool:
     """Whether ``after`` stands in the cached text in which ``before`` does."""
     a, b = segments[before.source], segments[after.source]
     return same_path(a, b, before.src_stop - 1)
+
+
+def leads_on_from_prefix(
+    run: Run, prompt: Tokens, segments: Mapping[int, Segment], start: int
+) -> bool:
+    """Whether the run's own text stands, but for an edit, in the prompt from before ``start`` on.
+
+    The exact prefix may reach a few tokens into the edit, where that begins as the text does.
+    """
+    same = min(start, run.src_start)
+    looked_at = min(same, LOOK_BACK)
+    if looked_at < SPAN or start - same > DRIFT or run.src_start - same > MAX_GAP:
+        return False
+    cached = path_tokens(segments[run.source], same - looked_at, same)
+    return np.array_equal(cached, prompt[same - looked_at : same])
 
 
 def link(

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rows import SEAM, wishes
+from test_rows import SEAM, WINDOW, wishes
 
 from kvshare_sglang.policy.refresh import IDLE, Watch
 from kvshare_sglang.policy.rows import as_ranges, must_run, replanned, reused_positions
-from kvshare_sglang.policy.trace import Trace, probe_layer
+from kvshare_sglang.policy.trace import BEHIND_EDITS, SHARES, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
-from kvshare_sglang.radix_fuzzy.types import Range, Run, check_runs
+from kvshare_sglang.radix_fuzzy.types import Join, Range, Run, check_runs
 
 
 def finished(trace, rng):
@@ -24,10 +24,14 @@ def finished(trace, rng):
     return asked
 
 
-@given(wishes(), st.integers(1, 4), st.integers(0, 100))
-def test_a_trace_spends_its_budget_on_reused_rows_once_each(wish, steps, seed):
+def trace_of(wish, **options):
+    return Trace.of_plan(wish.plan, budget=wish.budget, seam=SEAM, window=WINDOW, **options)
+
+
+@given(wishes(), st.lists(st.floats(0.1, 1), min_size=1, max_size=4), st.integers(0, 100))
+def test_a_trace_spends_its_budget_on_reused_rows_once_each(wish, shares, seed):
     plan = wish.plan
-    trace = Trace.of_plan(plan, budget=wish.budget, seam=SEAM, steps=steps)
+    trace = trace_of(wish, shares=shares)
     must = must_run(plan, suffix=SEAM)
     free = np.setdiff1d(reused_positions(plan), must)
     asked = finished(trace, np.random.default_rng(seed))
@@ -35,7 +39,7 @@ def test_a_trace_spends_its_budget_on_reused_rows_once_each(wish, steps, seed):
     assert np.isin(trace.chosen, free).all()
     assert len(trace.chosen) == min(len(free), wish.rows)
     assert np.array_equal(np.flatnonzero(trace.open_rows), np.setdiff1d(free, trace.chosen))
-    assert len(asked) <= steps
+    assert len(asked) <= len(shares)
     if asked:
         assert asked[0][-1] == plan.prompt_len - 1  # the question asks first
 
@@ -43,7 +47,7 @@ def test_a_trace_spends_its_budget_on_reused_rows_once_each(wish, steps, seed):
 @given(wishes(), st.integers(0, 100))
 def test_each_step_takes_what_the_one_before_attends_to_most(wish, seed):
     rng = np.random.default_rng(seed)
-    trace = Trace.of_plan(wish.plan, budget=wish.budget, seam=SEAM, steps=3)
+    trace = trace_of(wish)
     while not trace.done:
         paid, before = rng.random(trace.length), trace.open_rows.copy()
         trace.feed(paid)
@@ -54,10 +58,41 @@ def test_each_step_takes_what_the_one_before_attends_to_most(wish, seed):
             assert paid[taken].min() >= paid[left].max()
 
 
+@given(wishes())
+def test_each_step_has_its_share_and_rows_behind_edits_come_first(wish):
+    trace = trace_of(wish)
+    first = trace.chosen
+    assert len(first) <= BEHIND_EDITS * wish.rows
+    starts = {run.dst_start for run in wish.plan.runs if run.join is Join.EDIT}
+    for stretch in as_ranges(first):
+        assert stretch.start in starts
+        assert stretch.num <= WINDOW
+    assert np.isin(first, trace.rows).all()  # the question sees them as they are now
+    left, found = wish.rows - len(first), []
+    while not trace.done:
+        before = len(trace.chosen)
+        trace.feed(np.ones(trace.length))
+        found.append(len(trace.chosen) - before)
+    wanted = np.cumsum(SHARES) / sum(SHARES) * left
+    if not trace.open_rows.any():
+        return  # it took all there was
+    assert np.abs(np.cumsum(found) - wanted[: len(found)]).max(initial=0) < len(SHARES)
+
+
+def test_a_window_is_whole_where_few_edits_need_it():
+    runs = (Run(1, 40, 40, 100, join=Join.EDIT), Run(2, 0, 140, 160))
+    plan = plan_reuse(runs, prompt_len=310, prefix_len=30, budget=0.1, seam=8, window=5)
+    trace = Trace.of_plan(plan, budget=0.1, seam=8, window=5)
+    assert trace.chosen.tolist() == list(range(40, 45))
+    both = plan._replace(runs=(runs[0], runs[1]._replace(join=Join.EDIT)))
+    trace = Trace.of_plan(both, budget=0.1, seam=8, window=5)
+    assert trace.chosen.tolist() == [40, 41, 42, 140, 141, 142]  # a quarter of 26 rows
+
+
 @given(wishes(), st.integers(0, 100))
 def test_the_plan_of_chosen_rows_copies_all_the_others(wish, seed):
     plan = wish.plan
-    trace = Trace.of_plan(plan, budget=wish.budget, seam=SEAM, steps=3)
+    trace = trace_of(wish)
     finished(trace, np.random.default_rng(seed))
     rows = np.union1d(must_run(plan, suffix=SEAM), trace.chosen)
     new = replanned(plan, as_ranges(rows))

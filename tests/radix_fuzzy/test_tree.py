@@ -330,6 +330,26 @@ def test_an_edit_leaves_two_runs_and_the_second_says_so(at, gone, new):
     )
 
 
+@pytest.mark.parametrize(("gone", "new"), [(1, 0), (40, 0), (0, 1), (0, 2000), (40, 5), (1, 1)])
+def test_behind_an_exact_prefix_a_run_is_joined_as_if_the_prefix_were_a_run(gone, new):
+    tree, _ = tree_of(TEXT)
+    prompt = np.concatenate([TEXT[:700], random_tokens(9, new), TEXT[700 + gone :]])
+    assert tree.match(None, prompt, start=700) == tree.match(None, prompt)[1:]
+    # an insertion may begin as the text behind it does: then the prefix ends in it
+    echoed = np.concatenate([TEXT[:706], random_tokens(9, 30), TEXT[700:]])
+    (run,) = tree.match(None, echoed, start=706)
+    assert (run.src_start, run.join) == (700, Join.EDIT)
+
+
+def test_behind_a_prefix_of_other_text_a_run_is_a_seam():
+    tree, _ = tree_of(TEXT)
+    other = np.concatenate([random_tokens(8, 700), TEXT[700:]])
+    jump = np.concatenate([TEXT[:300], TEXT[1200:]])
+    short = np.concatenate([TEXT[:15], random_tokens(9, 10), TEXT[20:]])
+    for prompt, start in ((other, 700), (jump, 300), (short, 15)):
+        assert tree.match(None, prompt, start=start)[0].join is Join.SEAM
+
+
 def test_what_jumps_far_ahead_or_back_is_a_seam():
     tree, (home,) = tree_of(TEXT)
     ahead = tree.match(None, np.concatenate([TEXT[:100], TEXT[1200:]]))
