@@ -253,7 +253,8 @@ def wrap_backend(backend: Any, runner: Any) -> None:
         owners = fb.req_pool_indices
 
         def keys(i: int, n: int) -> torch.Tensor:
-            return buffer[table[owners[i], :n].long()]
+            # index_select: on CPU four times as fast as indexing
+            return buffer.index_select(0, table[owners[i], :n])
 
         look.see(q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), keys, fb, layer.scaling)
 

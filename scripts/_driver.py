@@ -242,8 +242,7 @@ class Lab:
                 ids, kv, every, check_layer=check_layer, choose=choose
             )
         elif selector == "trace":
-            seam, window = self.config.seam, self.config.window
-            trace = Trace.of_plan(plan, budget=budget, seam=seam, window=window)
+            trace = Trace.of_plan(plan, budget=budget, seam=self.config.seam)
             probed = self._follow(trace, ids, kv)
             must = selectors.must_run(plan, suffix=self.config.seam)
             hidden, by_layer = self.model.run(ids, kv, np.union1d(must, trace.chosen))

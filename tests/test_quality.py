@@ -83,3 +83,19 @@ def test_rouge_l_has_its_noise_floor_beside_it(tmp_path):
     assert rows["full"]["rouge_l"] == 1
     assert 0 < rows["copy"]["rouge_l"] <= 1
     assert 0 < rows["rerun"]["rouge_l"] <= 1
+
+
+def test_eval_gate_says_what_a_gate_on_deviation_catches(tmp_path):
+    out = tmp_path / "g.json"
+    done = run(
+        "eval_gate.py", "--task", "hops", "--case", "edit far", "--n", "8", "--facts", "30",
+        "--layer", "1", "11", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    early, late = json.loads(out.read_text())["gate"]
+    assert (early["layer"], late["layer"]) == (1, 11)
+    assert 0 < early["astray"] == late["astray"] < early["n"] <= 8
+    # what copies say wrongly shows in the last layer, if anywhere
+    assert late["auc"] > early["auc"]
+    assert late["caught_by_case"] == {"edit far": late["caught"]}
+    assert 0 <= late["wasted"] <= 1

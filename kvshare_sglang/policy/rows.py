@@ -84,11 +84,11 @@ def asking_rows(plan: ReusePlan, *, seam: int) -> Range:
     return Range(max(behind, plan.prompt_len - ASKING, plan.prefix_len), plan.prompt_len)
 
 
-def rows_behind_edits(plan: ReusePlan, *, window: int, limit: int) -> np.ndarray:
-    """The first ``window`` rows of each run behind an edit; in proportion fewer, where they were
+def rows_behind_edits(plan: ReusePlan, *, each: int, limit: int) -> np.ndarray:
+    """The first ``each`` rows of each run behind an edit; in proportion fewer, where they were
     more than ``limit`` in all. Positions, ascending, int64."""
     runs = [run for run in plan.runs if run.join is Join.EDIT]
-    lengths = [min(window, run.length) for run in runs]
+    lengths = [min(each, run.length) for run in runs]
     if sum(lengths) > limit:
         lengths = in_proportion(lengths, limit)
     return _together(

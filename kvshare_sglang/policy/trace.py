@@ -16,7 +16,9 @@ from kvshare_sglang.radix_fuzzy.types import ReusePlan
 # Of the rows, by step back. Answers that rest on answers are followed so far; the first step finds
 # the most, and what is missed there is missed by all that follow.
 SHARES = (0.5, 0.25, 0.25)
-BEHIND_EDITS = 0.25  # of the rows at most: the rest of a sentence whose beginning was edited
+# Rows behind each edit, and of all rows the share that may go there: the rest of a statement whose
+# beginning was edited. More of them take from the steps what those need.
+BEHIND_EDIT, BEHIND_EDITS = 4, 0.25
 
 
 def probe_layer(layers: int, depth: float) -> int:
@@ -62,18 +64,16 @@ class Trace:
         *,
         budget: float,
         seam: int,
-        window: int,
         shares: Sequence[float] = SHARES,
     ) -> "Trace":
-        """From the question back over the share ``budget`` of the plan's reused rows. Up to
-        ``window`` of them stand behind each edit: nothing attends to those if what they say was
-        another thing before the edit."""
+        """From the question back over the share ``budget`` of the plan's reused rows. The first
+        of them stand behind edits: nothing attends to rows that meant another thing there."""
         rows = must_run(plan, suffix=seam)
         open_rows = np.zeros(plan.prompt_len, bool)
         open_rows[reused_positions(plan)] = True
         open_rows[rows] = False
         count = int(budget * plan.reused)
-        behind = rows_behind_edits(plan, window=window, limit=int(BEHIND_EDITS * count))
+        behind = rows_behind_edits(plan, each=BEHIND_EDIT, limit=int(BEHIND_EDITS * count))
         behind = behind[open_rows[behind]]
         rows = np.union1d(rows, behind)
         asking = rows[np.searchsorted(rows, asking_rows(plan, seam=seam).start) :]

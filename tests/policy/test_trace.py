@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rows import SEAM, WINDOW, wishes
+from test_rows import SEAM, wishes
 
 from kvshare_sglang.policy.refresh import IDLE, Watch
 from kvshare_sglang.policy.rows import as_ranges, must_run, replanned, reused_positions
-from kvshare_sglang.policy.trace import BEHIND_EDITS, SHARES, Trace, probe_layer
+from kvshare_sglang.policy.trace import BEHIND_EDIT, BEHIND_EDITS, SHARES, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
 from kvshare_sglang.radix_fuzzy.types import Join, Range, Run, check_runs
 
@@ -25,7 +25,7 @@ def finished(trace, rng):
 
 
 def trace_of(wish, **options):
-    return Trace.of_plan(wish.plan, budget=wish.budget, seam=SEAM, window=WINDOW, **options)
+    return Trace.of_plan(wish.plan, budget=wish.budget, seam=SEAM, **options)
 
 
 @given(wishes(), st.lists(st.floats(0.1, 1), min_size=1, max_size=4), st.integers(0, 100))
@@ -66,7 +66,7 @@ def test_each_step_has_its_share_and_rows_behind_edits_come_first(wish):
     starts = {run.dst_start for run in wish.plan.runs if run.join is Join.EDIT}
     for stretch in as_ranges(first):
         assert stretch.start in starts
-        assert stretch.num <= WINDOW
+        assert stretch.num <= BEHIND_EDIT
     assert np.isin(first, trace.rows).all()  # the question sees them as they are now
     left, found = wish.rows - len(first), []
     while not trace.done:
@@ -79,14 +79,13 @@ def test_each_step_has_its_share_and_rows_behind_edits_come_first(wish):
     assert np.abs(np.cumsum(found) - wanted[: len(found)]).max(initial=0) < len(SHARES)
 
 
-def test_a_window_is_whole_where_few_edits_need_it():
+def test_few_edits_have_all_their_rows_and_many_share():
     runs = (Run(1, 40, 40, 100, join=Join.EDIT), Run(2, 0, 140, 160))
     plan = plan_reuse(runs, prompt_len=310, prefix_len=30, budget=0.1, seam=8, window=5)
-    trace = Trace.of_plan(plan, budget=0.1, seam=8, window=5)
-    assert trace.chosen.tolist() == list(range(40, 45))
+    assert Trace.of_plan(plan, budget=0.1, seam=8).chosen.tolist() == [40, 41, 42, 43]
     both = plan._replace(runs=(runs[0], runs[1]._replace(join=Join.EDIT)))
-    trace = Trace.of_plan(both, budget=0.1, seam=8, window=5)
-    assert trace.chosen.tolist() == [40, 41, 42, 140, 141, 142]  # a quarter of 26 rows
+    few = Trace.of_plan(both, budget=0.1, seam=8)
+    assert few.chosen.tolist() == [40, 41, 42, 140, 141, 142]  # a quarter of 26 rows
 
 
 @given(wishes(), st.integers(0, 100))

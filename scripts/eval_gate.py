@@ -1,0 +1,127 @@
+"""What a gate on deviation catches, and what it wastes.
+
+The gate computes a run again whose values, at a check layer, deviate by more than tau on average.
+A prompt is *led astray* if copies alone make the model say something else first than full prefill
+does; it is caught if one of its runs is above tau. A prompt that is not led astray and is caught
+is wasted. All prompts are those of ``eval_quality.py``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import _bench
+import _models
+import numpy as np
+import torch
+from _driver import Lab, Model
+from eval_quality import CASES, SIZE, Encoder, Prompt, prompts
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.kernels.deviation import deviation
+
+WASTE, CATCH = 0.05, 0.99  # of the prompts that are not, and that are, led astray
+
+
+def look(lab: Lab, prompt: Prompt, layers: list[int]) -> tuple[list[float], bool] | None:
+    """The gate's value at each layer, which is that of the run that is furthest off, and whether
+    the prompt is led astray; None where nothing is reused.
+
+    At a check layer every row has run, so what is fresh there is what full prefill computes.
+    """
+    plan = lab.plan(prompt.ids)
+    if not plan.copies:
+        return None
+    first, true = lab.model.full(prompt.ids)
+    copied = lab.copied(prompt.ids, plan)
+    values = []
+    for layer in layers:
+        off = deviation(true.v[layer], copied.v[layer])
+        values.append(max(float(off[r.dst_start : r.dst_stop].mean()) for r in plan.runs))
+    alone = lab.prefill(prompt.ids, plan, "copy", budget=0.0).logits
+    return values, int(alone.argmax()) != int(first.argmax())
+
+
+def row(layer: int, values: np.ndarray, astray: np.ndarray, cases: np.ndarray) -> dict[str, Any]:
+    """One layer's gate: what it catches if it may waste WASTE, what it wastes if it must catch
+    CATCH, and how often a prompt led astray has the larger value (0.5: it tells nothing)."""
+    good, bad = values[~astray], values[astray]
+    few = float(np.quantile(good, 1 - WASTE))
+    most = float(np.quantile(bad, 1 - CATCH))
+    above = (bad[:, None] > good).mean() + 0.5 * (bad[:, None] == good).mean()
+    return {
+        "layer": layer, "n": len(values), "astray": int(astray.sum()), "auc": float(above),
+        "tau_few_wasted": few, "caught": float((bad > few).mean()),
+        "caught_by_case": {
+            str(c): float((values[astray & (cases == c)] > few).mean())
+            for c in np.unique(cases[astray])
+        },
+        "tau_most_caught": most, "wasted": float((good > most).mean()),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    head = ("layer", "n", "astray", "AUC", f"tau, {WASTE:.0%} wasted", "caught",
+            f"tau, {CATCH:.0%} caught", "wasted")  # fmt: skip
+    return _bench.table(
+        head,
+        [
+            (
+                str(r["layer"]), str(r["n"]), str(r["astray"]), f"{r['auc']:.3f}",
+                f"{r['tau_few_wasted']:.3f}", f"{r['caught']:.1%}",
+                f"{r['tau_most_caught']:.3f}", f"{r['wasted']:.1%}",
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    add("--task", nargs="+", choices=("lookup", "hops", "few", "state"), default=("hops", "state"))
+    add("--case", nargs="+", choices=CASES, default=CASES)
+    add("--layer", type=int, nargs="+", default=[1, 3], help="check layers")
+    add("--n", type=int, default=100, help="prompts of each task and case")
+    add("--facts", type=int, default=60, help="sentences in a prompt")
+    add("--json", type=Path, metavar="OUT", help="where the result goes")
+    args = parser.parse_args()
+    _models.check_directory(parser, args.model)
+    model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
+    if not all(0 <= layer < len(model.layers) for layer in args.layer):
+        parser.error(f"--layer must be in [0, {len(model.layers)}), got {args.layer}")
+    config = KVShareConfig(min_reuse=32, window=16)
+    size = SIZE._replace(facts=args.facts)
+    found: list[tuple[list[float], bool]] = []
+    cases: list[str] = []
+    with _bench.Progress(len(args.task) * len(args.case), unit=" cases") as bar:
+        for task in args.task:
+            for case in args.case:
+                bar.say(f"{task}, {case}")
+                wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
+                for prompt in wanted:
+                    lab = Lab(model, config)
+                    for ids in prompt.cached:
+                        lab.add(ids)
+                    if (got := look(lab, prompt, args.layer)) is not None:
+                        found.append(got)
+                        cases.append(case)
+                bar.update()
+    values, astray = np.array([v for v, _ in found]), np.array([a for _, a in found])
+    if astray.all() or not astray.any():
+        raise SystemExit(
+            f"error: {astray.sum()} of {len(astray)} prompts are led astray: take more"
+        )
+    rows = [row(layer, values[:, i], astray, np.array(cases)) for i, layer in enumerate(args.layer)]
+    print(show(rows))
+    if args.json:
+        env = _bench.environment(**_bench.settings(args))
+        _bench.write_json(args.json, {"gate": rows, "env": env})
+        print(f"numbers: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
