@@ -61,7 +61,7 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
 
     try:
         traces = [
-            Trace.of_plan(job.plan, budget=job.state.budget, seam=config.seam, window=config.window)
+            Trace.of_plan(job.plan, budget=job.state.budget, seam=config.seam)
             for job in pending.jobs
         ]
         parts = [functools.partial(part, job) for job in pending.jobs]
