@@ -8,6 +8,7 @@ taken along full prefill's own continuation. A prompt that reuse declines is ser
 import argparse
 import concurrent.futures
 import functools
+import math
 import multiprocessing
 import random
 import sys
@@ -70,6 +71,7 @@ class Outcome(NamedTuple):
     computed: float  # share of full prefill's FLOPs, the check included
     declined: bool
     rouge_l: float | None = None  # of a greedy continuation with full prefill's, where asked
+    top1_sure: float | None = None  # top1 of tokens that full prefill gives at least one half
 
 
 # ---- prompts ---------------------------------------------------------------------------------
@@ -169,11 +171,21 @@ def _answered(
     return judge(along, answer)
 
 
-def _apart(true: Truth, along: torch.Tensor) -> tuple[float, float]:
-    """Top-1 agreement with full prefill along its continuation, and KL from it."""
-    agree = (along.argmax(-1) == true.logprobs.argmax(-1)).float().mean()
+class Apart(NamedTuple):
+    """Top-1 agreement with full prefill along its continuation, KL from it, and the agreement where
+    full prefill gives its token at least one half."""
+
+    top1: float
+    kl: float
+    sure: float | None
+
+
+def _apart(true: Truth, along: torch.Tensor) -> Apart:
+    best, token = true.logprobs.max(-1)
+    agree = (along.argmax(-1) == token).float()
     kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
-    return float(agree), float(kl)
+    sure = agree[best > math.log(0.5)]
+    return Apart(float(agree.mean()), float(kl), float(sure.mean()) if len(sure) else None)
 
 
 def rouge_l(
@@ -222,13 +234,16 @@ def outcome(
     checked = len(every) if selector in CHECKED else 0
     flops = checked_flops(model.config, done.rows, checked=checked, at_layer=layer)
     flops += sum(peeked_flops(model.config, rows, at_layer=probe) for rows in done.probed)
+    apart = _apart(true, along)
     return Outcome(
         *judged,
-        *_apart(true, along),
+        apart.top1,
+        apart.kl,
         float(recomputed),
         flops / prefill_flops(model.config, every),
         declined=False,
         rouge_l=rouge,
+        top1_sure=apart.sure,
     )
 
 
@@ -241,7 +256,8 @@ def _rerun(model: Model, prompt: Prompt, true: Truth) -> Outcome:
     rouge = rouge_l(model, ids, kv, first, true)
     along = follow(model, kv, first, true.told, len(ids))
     judged = _answered(model, kv, first, along, true.told, prompt)
-    return Outcome(*judged, *_apart(true, along), 1.0, 1.0, declined=False, rouge_l=rouge)
+    top1, kl, sure = _apart(true, along)
+    return Outcome(*judged, top1, kl, 1.0, 1.0, declined=False, rouge_l=rouge, top1_sure=sure)
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -258,6 +274,7 @@ def row(
     room = margin[:, 0].mean() - margin[:, 1].mean()
     mine = np.mean([o.margin for o in found])
     rouge = [o.rouge_l for o in found if o.rouge_l is not None]
+    sure = [o.top1_sure for o in found if o.top1_sure is not None]
     return {
         **names,
         "n": len(found),
@@ -269,6 +286,7 @@ def row(
         "perplexity": float(np.exp(np.mean([o.nll for o in found]))),
         "perplexity_full": float(np.exp(np.mean([t.nll for t in full]))),
         "top1": float(np.mean([o.top1 for o in found])),
+        "top1_sure": float(np.mean(sure)) if sure else None,
         "kl": float(np.mean([o.kl for o in found])),
         "rouge_l": float(np.mean(rouge)) if rouge else None,
         "rouge_n": len(rouge),

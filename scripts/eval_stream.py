@@ -1,8 +1,9 @@
 """Do answers get worse as reuse builds on reuse? Requests one after another on a real server.
 
-Each request brings new documents and comes back to some of those before, in another company, so
-nearly all of them reuse, and what they leave was computed behind reused text. The same stream goes
-to a server without kvshare, and to one for each bound on how often reuse may build on reuse.
+Each request brings new documents and comes back to some of those before, in another company, one
+of them edited, and mostly asks what the edit changed. So nearly all requests reuse text that was
+computed behind other text, and what they leave behind is reused again. The same stream goes to a
+server without kvshare, and to one for each bound on how often reuse may build on reuse.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from eval_quality import Encoder
 RECENT = 10  # requests whose documents may come back
 SIZE = tasks.Size(14, 2, prose=0.06)
 
+Scene = tuple[tasks.Document, ...]
+
 
 class Request(NamedTuple):
     """A prompt and its answer, in tokens."""
@@ -34,27 +37,48 @@ def requests(encode: Encoder, *, n: int, seed: int) -> Iterator[Request]:
     """A stream: always the same one for a seed."""
     rng = random.Random(f"test stream {seed}")
     filler = tasks.sentences("test")
-    recent: list[tuple[tasks.Document, ...]] = []
+    recent: list[Scene] = []
     while n:
         shares = dict(zip(rng.sample(tasks.TASKS, 3), (6, 4, 4), strict=True))
         own = tasks.scene(rng, shares, SIZE, [rng.choice(filler)])
-        others = rng.sample(recent, min(2, len(recent)))
+        back = rng.sample(range(len(recent)), min(2, len(recent)))
+        others = [recent[i] for i in back]
+        asks = _asks(own, rng)
+        if others and (changed := _edited(rng, others[0])):
+            others[0], ask = changed
+            asks = [ask] if rng.random() < 0.7 else asks
         documents = _shuffled(rng, [own, *others])
-        asks = [
-            ask for ask, known in tasks.read(documents).items() if known.depth or rng.random() < 0.3
-        ]
+        known = tasks.read(documents)
+        asks = [ask for ask in asks if ask in known]
         if not tasks.consistent(documents) or not asks:
             continue
         topic, key = rng.choice(asks)
         sample = tasks.Sample(tasks.TOPICS[topic].task, documents, tasks.Ask(topic, (key,)))
+        if others:
+            recent[back[0]] = others[0]
         recent = [*recent, own][-RECENT:]
         n -= 1
         yield Request(encode(sample.prompt, start=True), encode(f" {sample.answer}."))
 
 
-def _shuffled(
-    rng: random.Random, scenes: list[tuple[tasks.Document, ...]]
-) -> tuple[tasks.Document, ...]:
+def _asks(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """What can be asked of it; what it says in so many words only now and then."""
+    return [ask for ask, known in tasks.read(scene).items() if known.depth or rng.random() < 0.3]
+
+
+def _edited(rng: random.Random, scene: Scene) -> tuple[Scene, tuple[str, str]] | None:
+    """The scene with one fact changed, and a question whose answer changes with it."""
+    asks = _asks(scene, rng)
+    rng.shuffle(asks)
+    for topic, key in asks:
+        sample = tasks.Sample(tasks.TOPICS[topic].task, scene, tasks.Ask(topic, (key,)))
+        pair = tasks.edit(rng, sample, "substitution", changes=True)
+        if pair and pair.cached[0].answer is not None:
+            return pair.cached[0].documents, (topic, key)
+    return None
+
+
+def _shuffled(rng: random.Random, scenes: list[Scene]) -> Scene:
     """All documents, scenes mixed, each in its own order."""
     turns = [i for i, scene in enumerate(scenes) for _ in scene]
     rng.shuffle(turns)

@@ -5,12 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import eval_quality
+import eval_stream
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {
     "task", "case", "selector", "budget", "n", "accuracy", "accuracy_full", "accuracy_copy",
-    "regained", "top1", "kl", "rouge_l", "recomputed_share", "computed_share", "declined", "ci95",
+    "regained", "top1", "top1_sure", "kl", "rouge_l", "recomputed_share", "computed_share",
+    "declined", "ci95",
 }  # fmt: skip
 
 
@@ -99,3 +105,20 @@ def test_eval_gate_says_what_a_gate_on_deviation_catches(tmp_path):
     assert late["auc"] > early["auc"]
     assert late["caught_by_case"] == {"edit far": late["caught"]}
     assert 0 <= late["wasted"] <= 1
+
+
+def test_a_stream_comes_back_to_documents_and_asks_what_an_edit_changed():
+    encode = eval_quality.Encoder(ROOT / "tests" / "data" / "reader")
+    stream = list(eval_stream.requests(encode, n=60, seed=0))
+    again = list(eval_stream.requests(encode, n=60, seed=0))
+    for one, other in zip(stream, again, strict=True):
+        assert np.array_equal(one.ids, other.ids)
+    seen: set[tuple[int, ...]] = set()
+    known = []
+    for one in stream:
+        spans = {tuple(one.ids[i : i + 16]) for i in range(len(one.ids) - 16)}
+        known.append(len(spans & seen) / len(spans))
+        seen |= spans
+    assert known[0] == 0
+    assert np.mean([k > 0.3 for k in known]) > 0.8  # nearly all come back to earlier text
+    assert max(known) < 1  # and none to nothing else
