@@ -104,6 +104,7 @@ def main() -> int:
     add("--keys", type=int, default=5, help="values in a list")
     add("--facts", type=int, default=60, help="sentences in a prompt")
     add("--budget", type=float, default=0.12, help="--kvshare-budget")
+    add("--seam", type=int, default=16, help="--kvshare-seam")
     add("--every", type=int, default=1, help="--kvshare-refresh-every")
     add("--rows", type=int, default=24, help="--kvshare-refresh-rows")
     add("--above", type=float, default=0.2, help="--kvshare-refresh-above")
@@ -112,7 +113,7 @@ def main() -> int:
     _models.check_directory(parser, args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     config = KVShareConfig(
-        select="trace", min_reuse=32, window=16, refresh_every=args.every,
+        select="trace", min_reuse=32, seam=args.seam, window=16, refresh_every=args.every,
         refresh_rows=args.rows, refresh_above=args.above,
     )  # fmt: skip
     filler = tasks.sentences("test")
