@@ -48,7 +48,9 @@ class KVShareConfig:
     probe_at: float = _option(
         0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
-    window: int = _option(32, "tokens computed again behind each edit inside a run", 0, 4096)
+    window: int = _option(
+        32, "tokens computed again behind each edit (by trace: at most 4)", 0, 4096
+    )
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20
     )

@@ -392,7 +392,7 @@ class Life:
         """The runs with joins by one rule for all matchers; runs that go on without a gap are one.
 
         A run stands behind an edit if the cached text of the run before it goes on there, at most
-        ``EDIT_GAP`` tokens later.
+        ``EDIT_GAP`` tokens later. The first one is a seam, whatever the exact prefix was.
         """
         out: list[Run] = []
         for run in runs:

@@ -22,7 +22,7 @@ from _text import read_prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import must_run, reused_positions
-from kvshare_sglang.policy.trace import SHARES, probe_layer
+from kvshare_sglang.policy.trace import SHARES, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -204,14 +204,16 @@ def expected_rows(
 
 
 def traced_flops(config: dict[str, Any], plan: ReusePlan, kvshare: KVShareConfig) -> float:
-    """FLOPs of the passes of a trace: the rows that must run, then all steps' but the last's."""
+    """FLOPs of the passes of a trace: the rows that must run and those behind edits, then all
+    steps' but the last's."""
     if kvshare.select != "trace" or not plan.runs:
         return 0.0
     layer = probe_layer(config["num_hidden_layers"], kvshare.probe_at)
-    followed = kvshare.budget * plan.reused * sum(SHARES[:-1]) / sum(SHARES)
-    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, int(followed))
-    must = must_run(plan, suffix=kvshare.seam)
-    return sum(peeked_flops(config, part, at_layer=layer) for part in (must, rows))
+    trace = Trace.of_plan(plan, budget=kvshare.budget, seam=kvshare.seam)
+    left = kvshare.budget * plan.reused - len(trace.chosen)
+    followed = int(left * sum(SHARES[:-1]) / sum(SHARES))
+    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, followed)
+    return sum(peeked_flops(config, part, at_layer=layer) for part in (trace.rows, rows))
 
 
 def _share(part: int, rest: int) -> float:

@@ -16,7 +16,7 @@ import _models
 import numpy as np
 import torch
 from _driver import Lab, Model
-from eval_quality import CASES, SIZE, Encoder, Prompt, prompts
+from eval_quality import CASES, SIZE, Encoder, Prompt, cells, prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels.deviation import deviation
@@ -47,8 +47,8 @@ def row(layer: int, values: np.ndarray, astray: np.ndarray, cases: np.ndarray) -
     """One layer's gate: what it catches if it may waste WASTE, what it wastes if it must catch
     CATCH, and how often a prompt led astray has the larger value (0.5: it tells nothing)."""
     good, bad = values[~astray], values[astray]
-    few = float(np.quantile(good, 1 - WASTE))
-    most = float(np.quantile(bad, 1 - CATCH))
+    few = float(np.quantile(good, 1 - WASTE, method="higher"))
+    most = float(np.quantile(bad, 1 - CATCH, method="lower"))  # tau just below it
     above = (bad[:, None] > good).mean() + 0.5 * (bad[:, None] == good).mean()
     return {
         "layer": layer, "n": len(values), "astray": int(astray.sum()), "auc": float(above),
@@ -57,7 +57,7 @@ def row(layer: int, values: np.ndarray, astray: np.ndarray, cases: np.ndarray) -
             str(c): float((values[astray & (cases == c)] > few).mean())
             for c in np.unique(cases[astray])
         },
-        "tau_most_caught": most, "wasted": float((good > most).mean()),
+        "tau_most_caught": most, "wasted": float((good >= most).mean()),
     }  # fmt: skip
 
 
@@ -96,19 +96,19 @@ def main() -> int:
     size = SIZE._replace(facts=args.facts)
     found: list[tuple[list[float], bool]] = []
     cases: list[str] = []
-    with _bench.Progress(len(args.task) * len(args.case), unit=" cases") as bar:
-        for task in args.task:
-            for case in args.case:
-                bar.say(f"{task}, {case}")
-                wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
-                for prompt in wanted:
-                    lab = Lab(model, config)
-                    for ids in prompt.cached:
-                        lab.add(ids)
-                    if (got := look(lab, prompt, args.layer)) is not None:
-                        found.append(got)
-                        cases.append(case)
-                bar.update()
+    todo = cells(args)
+    with _bench.Progress(len(todo), unit=" cases") as bar:
+        for task, case in todo:
+            bar.say(f"{task}, {case}")
+            wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
+            for prompt in wanted:
+                lab = Lab(model, config)
+                for ids in prompt.cached:
+                    lab.add(ids)
+                if (got := look(lab, prompt, args.layer)) is not None:
+                    found.append(got)
+                    cases.append(case)
+            bar.update()
     values, astray = np.array([v for v, _ in found]), np.array([a for _, a in found])
     if astray.all() or not astray.any():
         raise SystemExit(

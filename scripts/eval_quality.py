@@ -205,10 +205,11 @@ def outcome(
     plan = lab.plan(ids)
     if not plan.copies or selector == "full":
         share = 1.0
-        same = None if true.written is None else 1.0
         return Outcome(
-            true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies, same
-        )
+            true.right, true.margin, true.nll, 1.0, 0.0, share, 1.0, not plan.copies,
+            rouge_l=None if true.written is None else 1.0,
+            top1_sure=_apart(true, true.logprobs).sure,
+        )  # fmt: skip
     if selector == "rerun":
         return _rerun(model, prompt, true)
     done = lab.prefill(

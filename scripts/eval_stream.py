@@ -44,7 +44,7 @@ def requests(encode: Encoder, *, n: int, seed: int) -> Iterator[Request]:
         back = rng.sample(range(len(recent)), min(2, len(recent)))
         others = [recent[i] for i in back]
         asks = _asks(own, rng)
-        if others and (changed := _edited(rng, others[0])):
+        if others and (changed := edited(rng, others[0])):
             others[0], ask = changed
             asks = [ask] if rng.random() < 0.7 else asks
         documents = _shuffled(rng, [own, *others])
@@ -66,7 +66,7 @@ def _asks(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return [ask for ask, known in tasks.read(scene).items() if known.depth or rng.random() < 0.3]
 
 
-def _edited(rng: random.Random, scene: Scene) -> tuple[Scene, tuple[str, str]] | None:
+def edited(rng: random.Random, scene: Scene) -> tuple[Scene, tuple[str, str]] | None:
     """The scene with one fact changed, and a question whose answer changes with it."""
     asks = _asks(scene, rng)
     rng.shuffle(asks)

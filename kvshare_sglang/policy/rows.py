@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvshare_sglang.radix_fuzzy.reuse import head_lengths, in_proportion
+from kvshare_sglang.radix_fuzzy.reuse import head_lengths
 from kvshare_sglang.radix_fuzzy.types import Join, Range, ReusePlan, clip, complement
 
 Floats = np.ndarray  # float32 or float64
@@ -85,12 +85,12 @@ def asking_rows(plan: ReusePlan, *, seam: int) -> Range:
 
 
 def rows_behind_edits(plan: ReusePlan, *, each: int, limit: int) -> np.ndarray:
-    """The first ``each`` rows of each run behind an edit; in proportion fewer, where they were
-    more than ``limit`` in all. Positions, ascending, int64."""
+    """The first ``each`` rows of each run behind an edit; where those are more than ``limit``, as
+    many of each run as of any other, and of the first runs one more. Positions, ascending, int64.
+    """
     runs = [run for run in plan.runs if run.join is Join.EDIT]
-    lengths = [min(each, run.length) for run in runs]
-    if sum(lengths) > limit:
-        lengths = in_proportion(lengths, limit)
+    share, more = divmod(limit, max(len(runs), 1))
+    lengths = [min(each, run.length, share + (i < more)) for i, run in enumerate(runs)]
     return _together(
         [np.arange(run.dst_start, run.dst_start + n) for run, n in zip(runs, lengths, strict=True)]
     )

@@ -120,12 +120,9 @@ def head_lengths(
     seams = [_head(run, seam, window) if run.join is Join.SEAM else 0 for run in runs]
     windows = [_head(run, seam, window) if run.join is Join.EDIT else 0 for run in runs]
     if sum(windows) > allowed:
-        return in_proportion(windows, allowed)
+        return _scale(windows, allowed)
     if sum(windows) + sum(seams) > allowed:
-        return [
-            w + s
-            for w, s in zip(windows, in_proportion(seams, allowed - sum(windows)), strict=True)
-        ]
+        return [w + s for w, s in zip(windows, _scale(seams, allowed - sum(windows)), strict=True)]
     spare = allowed - sum(windows) - sum(seams) if grow else 0
     grown = [0 if run.join is Join.SAME else run.length for run in runs]
     return [
@@ -134,11 +131,6 @@ def head_lengths(
     ]
 
 
-def in_proportion(lengths: list[int], allowed: int) -> list[int]:
-    """The lengths cut down to at most ``allowed`` in all.
-
-    >>> in_proportion([10, 30], 8)
-    [2, 6]
-    """
+def _scale(lengths: list[int], allowed: int) -> list[int]:
     total = sum(lengths)
     return [length * allowed // total for length in lengths]

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from test_rows import SEAM, wishes
 
 from kvshare_sglang.policy.refresh import IDLE, Watch
-from kvshare_sglang.policy.rows import as_ranges, must_run, replanned, reused_positions
+from kvshare_sglang.policy.rows import (
+    as_ranges,
+    must_run,
+    replanned,
+    reused_positions,
+    rows_behind_edits,
+)
 from kvshare_sglang.policy.trace import BEHIND_EDIT, BEHIND_EDITS, SHARES, Trace, probe_layer
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
 from kvshare_sglang.radix_fuzzy.types import Join, Range, Run, check_runs
@@ -86,6 +92,15 @@ def test_few_edits_have_all_their_rows_and_many_share():
     both = plan._replace(runs=(runs[0], runs[1]._replace(join=Join.EDIT)))
     few = Trace.of_plan(both, budget=0.1, seam=8)
     assert few.chosen.tolist() == [40, 41, 42, 140, 141, 142]  # a quarter of 26 rows
+
+
+@given(wishes(), st.integers(0, 6), st.integers(0, 30))
+def test_rows_behind_edits_use_up_their_limit(wish, each, limit):
+    edits = [run for run in wish.plan.runs if run.join is Join.EDIT]
+    rows = rows_behind_edits(wish.plan, each=each, limit=limit)
+    assert len(rows) == min(limit, each * len(edits))  # a run is longer than any window here
+    shares = [sum(run.dst_start <= row < run.dst_stop for row in rows) for run in edits]
+    assert max(shares, default=0) - min(shares, default=0) <= 1
 
 
 @given(wishes(), st.integers(0, 100))

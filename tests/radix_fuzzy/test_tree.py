@@ -341,6 +341,22 @@ def test_behind_an_exact_prefix_a_run_is_joined_as_if_the_prefix_were_a_run(gone
     assert (run.src_start, run.join) == (700, Join.EDIT)
 
 
+def test_text_that_goes_on_behind_a_prefix_cut_at_a_page_is_not_edited():
+    tree, _ = tree_of(TEXT)
+    prompt = np.concatenate([TEXT[:750], random_tokens(9, 40)])
+    assert tree.match(None, prompt, start=704) == (Run(1, 704, 704, 46),)
+
+
+def test_behind_a_prefix_in_text_computed_behind_reuse_a_run_is_an_edit_too():
+    tree = FuzzyTree()
+    low = tree.insert(None, TEXT[400:900], start=400, depth=1).id
+    # what stood before it is not known to the tree: at 420 too little is to tell
+    for start, join in ((600, Join.EDIT), (420, Join.SEAM)):
+        prompt = np.concatenate([TEXT[:start], TEXT[start + 10 : 900]])
+        (run,) = tree.match(None, prompt, start=start, max_depth=1)
+        assert (run.source, run.src_start, run.join) == (low, start + 10, join)
+
+
 def test_behind_a_prefix_of_other_text_a_run_is_a_seam():
     tree, _ = tree_of(TEXT)
     other = np.concatenate([random_tokens(8, 700), TEXT[700:]])
