@@ -20,7 +20,11 @@ class KVShareConfig:
     """
 
     budget: float = _option(
-        0.15, "share of the reused tokens that is computed again (0: copy only, 1: all)", 0, 1
+        0.15,
+        "share of the reused tokens that is computed again; by trace, as many as this share of all"
+        " tokens that are not cached as they stand (0: copy only, 1: all)",
+        0,
+        1,
     )
     seam: int = _option(
         16, "tokens computed again at the start of each run taken from other text", 0, 4096

@@ -22,7 +22,7 @@ from _text import read_prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.rows import must_run, reused_positions
-from kvshare_sglang.policy.trace import SHARES, Trace, probe_layer
+from kvshare_sglang.policy.trace import SHARES, Trace, probe_layer, rows_of
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -210,7 +210,7 @@ def traced_flops(config: dict[str, Any], plan: ReusePlan, kvshare: KVShareConfig
         return 0.0
     layer = probe_layer(config["num_hidden_layers"], kvshare.probe_at)
     trace = Trace.of_plan(plan, budget=kvshare.budget, seam=kvshare.seam)
-    left = kvshare.budget * plan.reused - len(trace.chosen)
+    left = rows_of(plan, kvshare.budget) - len(trace.chosen)
     followed = int(left * sum(SHARES[:-1]) / sum(SHARES))
     rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, followed)
     return sum(peeked_flops(config, part, at_layer=layer) for part in (trace.rows, rows))

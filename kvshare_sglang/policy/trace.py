@@ -30,6 +30,12 @@ def probe_layer(layers: int, depth: float) -> int:
     return round(depth * (layers - 1))
 
 
+def rows_of(plan: ReusePlan, budget: float) -> int:
+    """How many reused rows a trace may choose: as many as the share ``budget`` of all tokens
+    behind the exact prefix. The more new text stands before copies, the more they may be off."""
+    return min(plan.reused, int(budget * (plan.prompt_len - plan.prefix_len)))
+
+
 class Trace:
     """Steps back from some rows, each a small pass through the lower layers.
 
@@ -66,13 +72,13 @@ class Trace:
         seam: int,
         shares: Sequence[float] = SHARES,
     ) -> "Trace":
-        """From the question back over the share ``budget`` of the plan's reused rows. The first
-        of them stand behind edits: nothing attends to rows that meant another thing there."""
+        """From the question back over ``rows_of(plan, budget)`` rows. The first of them stand
+        behind edits: nothing attends to rows that meant another thing there."""
         rows = must_run(plan, suffix=seam)
         open_rows = np.zeros(plan.prompt_len, bool)
         open_rows[reused_positions(plan)] = True
         open_rows[rows] = False
-        count = int(budget * plan.reused)
+        count = rows_of(plan, budget)
         behind = rows_behind_edits(plan, each=BEHIND_EDIT, limit=int(BEHIND_EDITS * count))
         behind = behind[open_rows[behind]]
         rows = np.union1d(rows, behind)

@@ -14,7 +14,14 @@ from kvshare_sglang.policy.rows import (
     reused_positions,
     rows_behind_edits,
 )
-from kvshare_sglang.policy.trace import BEHIND_EDIT, BEHIND_EDITS, SHARES, Trace, probe_layer
+from kvshare_sglang.policy.trace import (
+    BEHIND_EDIT,
+    BEHIND_EDITS,
+    SHARES,
+    Trace,
+    probe_layer,
+    rows_of,
+)
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
 from kvshare_sglang.radix_fuzzy.types import Join, Range, Run, check_runs
 
@@ -43,7 +50,7 @@ def test_a_trace_spends_its_budget_on_reused_rows_once_each(wish, shares, seed):
     asked = finished(trace, np.random.default_rng(seed))
     assert len(trace.chosen) == len(set(trace.chosen.tolist()))
     assert np.isin(trace.chosen, free).all()
-    assert len(trace.chosen) == min(len(free), wish.rows)
+    assert len(trace.chosen) == min(len(free), rows_of(plan, wish.budget))
     assert np.array_equal(np.flatnonzero(trace.open_rows), np.setdiff1d(free, trace.chosen))
     assert len(asked) <= len(shares)
     if asked:
@@ -68,13 +75,14 @@ def test_each_step_takes_what_the_one_before_attends_to_most(wish, seed):
 def test_each_step_has_its_share_and_rows_behind_edits_come_first(wish):
     trace = trace_of(wish)
     first = trace.chosen
-    assert len(first) <= BEHIND_EDITS * wish.rows
+    count = rows_of(wish.plan, wish.budget)
+    assert len(first) <= BEHIND_EDITS * count
     starts = {run.dst_start for run in wish.plan.runs if run.join is Join.EDIT}
     for stretch in as_ranges(first):
         assert stretch.start in starts
         assert stretch.num <= BEHIND_EDIT
     assert np.isin(first, trace.rows).all()  # the question sees them as they are now
-    left, found = wish.rows - len(first), []
+    left, found = count - len(first), []
     while not trace.done:
         before = len(trace.chosen)
         trace.feed(np.ones(trace.length))
@@ -91,7 +99,7 @@ def test_few_edits_have_all_their_rows_and_many_share():
     assert Trace.of_plan(plan, budget=0.1, seam=8).chosen.tolist() == [40, 41, 42, 43]
     both = plan._replace(runs=(runs[0], runs[1]._replace(join=Join.EDIT)))
     few = Trace.of_plan(both, budget=0.1, seam=8)
-    assert few.chosen.tolist() == [40, 41, 42, 140, 141, 142]  # a quarter of 26 rows
+    assert few.chosen.tolist() == [40, 41, 42, 43, 140, 141, 142]  # a quarter of 28 rows
 
 
 @given(wishes(), st.integers(0, 6), st.integers(0, 30))
@@ -151,3 +159,14 @@ def test_a_plan_without_copies_keeps_no_run():
     run = Run(1, 0, 10, 100)
     plan = plan_reuse((run,), prompt_len=120, prefix_len=10, budget=0.1, seam=8, window=16)
     assert replanned(plan, [Range(10, 120)])[3:] == ((), (Range(10, 120),))
+
+
+def test_new_text_among_what_is_reused_gives_a_trace_more_rows():
+    few, many = (
+        plan_reuse(
+            (Run(1, 0, at, 200),), prompt_len=at + 220, prefix_len=0, budget=0.1, seam=8, window=4
+        )
+        for at in (0, 200)
+    )
+    assert (rows_of(few, 0.1), rows_of(many, 0.1)) == (22, 42)
+    assert (rows_of(many, 0.0), rows_of(many, 1.0)) == (0, 200)
