@@ -187,7 +187,7 @@ def expected_rows(
     if config.select == "trace" and plan.runs:
         must = must_run(plan, suffix=config.seam)
         left = np.setdiff1d(reused_positions(plan), must)
-        count = min(len(left), int(config.budget * plan.reused))
+        count = min(len(left), rows_of(plan, config.budget))
         rows = np.union1d(must, left[np.linspace(0, len(left) - 1, count).astype(int)])
     else:
         max_rows = None if spec.device == "cpu" else spec.max_running
