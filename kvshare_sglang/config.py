@@ -21,8 +21,8 @@ class KVShareConfig:
 
     budget: float = _option(
         0.15,
-        "share of the reused tokens that is computed again; by trace, as many as this share of all"
-        " tokens that are not cached as they stand (0: copy only, 1: all)",
+        "share of the reused tokens that is computed again; by trace, more where new text stands"
+        " before them (0: copy only, 1: all)",
         0,
         1,
     )

@@ -123,6 +123,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
+def columns(rows: Sequence[dict[str, Any]], **parts: str) -> str:
+    """A table with a column for each of ``parts``: its name, ``_`` for a blank, and how a row is
+    written in it.
+
+    >>> print(columns([{"n": 3, "right": 0.5}], n="{n}", right_of_all="{right:.1%}"))
+    n  right of all
+    -  ------------
+    3         50.0%
+    """
+    head = [name.replace("_", " ") for name in parts]
+    return table(head, [[part.format_map(row) for part in parts.values()] for row in rows])
+
+
+def report(args: argparse.Namespace, text: str, result: dict[str, Any], **env: Any) -> None:
+    """Print a result, and write it with what it was measured with where ``--json`` says."""
+    print(text)
+    if args.json:
+        env = environment(**(settings(args) | env))
+        write_json(args.json, {**result, "env": env})
+        print(f"numbers: {args.json}")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -1,19 +1,26 @@
 """What refresh while decoding costs: time per output token on real servers, paired.
 
 Arms: never looked at; looked at in every step but never refreshed (the threshold is out of reach);
-refreshed as often as ``--every`` allows. Each prompt goes to all arms in turn.
+and for each ``--every`` one that refreshes: with prose as often as that allows, whatever is read;
+with ``--lists`` when a stale row is read, as it would in use. Each prompt goes to all arms in turn.
 """
 
 import argparse
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import _bench
 import _models
+import _tasks as tasks
 from _server import ScriptError, Server, ServerSpec, default_device, run_main, serve
 from _text import Corpus
+from eval_decode import SIZE
+from eval_quality import Encoder
 
-ARMS = ("off", "idle")  # and one for each --every
+ALWAYS = ("--kvshare-refresh-above", "0", "--kvshare-refresh-unchanged", "0")
+Texts = Iterator[tuple[list[int], list[int]]]  # what is cached, and the prompt that reuses it
 
 
 def specs(args: argparse.Namespace, model: _models.Model) -> list[ServerSpec]:
@@ -21,8 +28,9 @@ def specs(args: argparse.Namespace, model: _models.Model) -> list[ServerSpec]:
         "off": (),
         "idle": ("--kvshare-refresh-every", "1", "--kvshare-refresh-above", "1.0"),
         **{
-            f"every {n}": ("--kvshare-refresh-every", str(n), "--kvshare-refresh-above", "0",
-                           "--kvshare-refresh-unchanged", "0")
+            f"every {n}": (
+                "--kvshare-refresh-every", str(n), *(() if args.lists else ALWAYS)
+            )
             for n in args.every
         },
     }  # fmt: skip
@@ -35,20 +43,55 @@ def specs(args: argparse.Namespace, model: _models.Model) -> list[ServerSpec]:
     ]  # fmt: skip
 
 
+def prose(corpus: Corpus, tokens: int) -> Texts:
+    """A long text behind another beginning."""
+    while True:
+        text = corpus.take(tokens)
+        cached = corpus.encode(corpus.take(60) + text)
+        yield cached, corpus.encode(corpus.take(90) + text + corpus.take(30))
+
+
+def lists(encode: Encoder) -> Texts:
+    """The prompts of ``eval_decode.py``: ten slots were edited, and the question names no key."""
+    rng, filler = random.Random("test tpot"), tasks.sentences("test")
+    while True:
+        try:
+            pair, _ = tasks.listing(rng, "hops", SIZE, keys=5, filler=filler)
+        except ValueError:  # few scenes have so many keys
+            continue
+        both = (pair.cached[0], pair.prompt)
+        cached, prompt = (encode(tasks.listing_prompt(s), start=True).tolist() for s in both)
+        yield cached, prompt
+
+
 def measure(server: Server, cached: list[int], prompt: list[int], new: int) -> dict[str, Any]:
     server.flush()
     server.ask(cached)
     got = server.ask(prompt, max_new_tokens=new)
     if not got.kvshare["fuzzy_tokens"]:
         raise ScriptError(f"'{server.spec.name}' reused nothing: {got.kvshare}")
-    return {"tpot_s": (got.total_s - got.ttft_s) / (len(got.output_ids) - 1)}
+    tpot_s = (got.total_s - got.ttft_s) / (len(got.output_ids) - 1)
+    return {"tpot_s": tpot_s, "refreshed": got.kvshare["refreshed_tokens"]}
+
+
+def row(arm: str, mine: list[dict[str, Any]], off: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the prompts that refreshed, in an arm where any did."""
+    took = [one["refreshed"] for one in mine]
+    pairs = [(a, b) for a, b in zip(mine, off, strict=True) if a["refreshed"] or not any(took)]
+    ratios = [a["tpot_s"] / b["tpot_s"] for a, b in pairs]
+    return {
+        "arm": arm, "n": len(pairs), "of": len(mine), "refreshed_rows": sum(took) / len(took),
+        "tpot_ms": 1e3 * _bench.median([a["tpot_s"] for a, _ in pairs]),
+        "ratio_off": _bench.median(ratios), "ci95": _bench.bootstrap_ci95(ratios),
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
-    add("--tokens", type=int, default=1500, help="length of the text that is reused")
+    add("--lists", action="store_true", help="the reader, and prompts whose decoding refreshes")
+    add("--tokens", type=int, default=1500, help="length of the prose that is reused")
     add("--new", type=int, default=128, help="output tokens")
     add("--every", type=int, nargs="+", default=[16], help="--kvshare-refresh-every")
     add("--repeats", type=int, default=8, help="prompts, each to all arms")
@@ -57,15 +100,19 @@ def main() -> int:
     add("--server-arg", action="append", default=[], metavar="ARG")
     add("--json", type=Path, metavar="OUT", help="where the result goes")
     args = parser.parse_args()
+    if args.lists:
+        args.model = str(_models.READER)
     model = _models.open_model(args.model)
-    corpus = Corpus(model.tokenizer(), seed=0)
+    texts = (
+        lists(Encoder(_models.READER))
+        if args.lists
+        else prose(Corpus(model.tokenizer(), seed=0), args.tokens)
+    )
     _bench.warn_if_busy()
     found: dict[str, list[dict[str, Any]]] = {}
     with serve(*specs(args, model)) as servers, _bench.Progress(args.repeats) as bar:
         for turn in range(args.repeats + 1):
-            text = corpus.take(args.tokens)
-            cached = corpus.encode(corpus.take(60) + text)
-            prompt = corpus.encode(corpus.take(90) + text + corpus.take(30))
+            cached, prompt = next(texts)
             order = servers[turn % len(servers) :] + servers[: turn % len(servers)]
             for server in order:
                 one = measure(server, cached, prompt, args.new)
@@ -73,33 +120,18 @@ def main() -> int:
                     found.setdefault(server.spec.name, []).append(one)
             if turn:
                 bar.update()
-    rows = []
-    for name, mine in found.items():
-        ratios = [a["tpot_s"] / b["tpot_s"] for a, b in zip(mine, found["off"], strict=True)]
-        rows.append(
-            {
-                "arm": name, "tpot_ms": 1e3 * _bench.median([one["tpot_s"] for one in mine]),
-                "ratio_off": _bench.median(ratios), "ci95": _bench.bootstrap_ci95(ratios),
-            }
-        )  # fmt: skip
-    rows.sort(key=lambda r: [s.name for s in specs(args, model)].index(r["arm"]))
-    head = ("arm", "TPOT", "x off", "95%")
-    print(
-        _bench.table(
-            head,
-            [
-                (
-                    r["arm"], f"{r['tpot_ms']:.2f} ms", f"{r['ratio_off']:.3f}",
-                    "{:.3f} to {:.3f}".format(*r["ci95"])
-                )
-                for r in rows
-            ],
-        )
-    )  # fmt: skip
-    if args.json:
-        env = _bench.environment(model=model.path.name, repeats=args.repeats, new=args.new)
-        _bench.write_json(args.json, {"rows": rows, "env": env})
-        print(f"numbers: {args.json}")
+    rows = [row(spec.name, found[spec.name], found["off"]) for spec in specs(args, model)]
+    text = _bench.columns(
+        rows,
+        arm="{arm}",
+        n="{n}",
+        of="{of}",
+        rows_refreshed="{refreshed_rows:.1f}",
+        TPOT="{tpot_ms:.2f} ms",
+        x_off="{ratio_off:.3f}",
+        **{"95%": "{ci95[0]:.3f} to {ci95[1]:.3f}"},
+    )
+    _bench.report(args, text, {"rows": rows}, model=model.path.name)
     return 0
 
 

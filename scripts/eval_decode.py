@@ -79,20 +79,19 @@ def row(task: str, found: list[dict[str, Any]], args: argparse.Namespace) -> dic
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("task", "n", "lists right", "full", "no refresh", "values right", "full",
-            "no refresh", "refreshing", "rows")  # fmt: skip
-    return _bench.table(
-        head,
-        [
-            (
-                r["task"], str(r["n"]), f"{r['accuracy_on']:.3f}", f"{r['accuracy_full']:.3f}",
-                f"{r['accuracy_off']:.3f}", f"{r['value_accuracy_on']:.3f}",
-                f"{r['value_accuracy_full']:.3f}", f"{r['value_accuracy_off']:.3f}",
-                f"{r['refreshing']:.1%}", f"{r['refreshed_rows']:.1f}",
-            )
-            for r in rows
-        ],
-    )  # fmt: skip
+    return _bench.columns(
+        rows,
+        task="{task}",
+        n="{n}",
+        lists_right="{accuracy_on:.3f}",
+        in_full="{accuracy_full:.3f}",
+        no_refresh="{accuracy_off:.3f}",
+        values_right="{value_accuracy_on:.3f}",
+        of_full="{value_accuracy_full:.3f}",
+        unrefreshed="{value_accuracy_off:.3f}",
+        refreshing="{refreshing:.1%}",
+        rows="{refreshed_rows:.1f}",
+    )
 
 
 def main() -> int:
@@ -128,11 +127,7 @@ def main() -> int:
                     found.append(got)
                     bar.update()
             rows.append(row(task, found, args))
-    print(show(rows))
-    if args.json:
-        env = _bench.environment(**_bench.settings(args))
-        _bench.write_json(args.json, {"decode": rows, "env": env})
-        print(f"numbers: {args.json}")
+    _bench.report(args, show(rows), {"decode": rows})
     return 0
 
 

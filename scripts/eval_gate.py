@@ -16,7 +16,7 @@ import _models
 import numpy as np
 import torch
 from _driver import Lab, Model
-from eval_quality import CASES, SIZE, Encoder, Prompt, cells, prompts
+from eval_quality import CASES, SIZE, Encoder, Prompt, cells, lab_of, prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels.deviation import deviation
@@ -62,19 +62,17 @@ def row(layer: int, values: np.ndarray, astray: np.ndarray, cases: np.ndarray) -
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("layer", "n", "astray", "AUC", f"tau, {WASTE:.0%} wasted", "caught",
-            f"tau, {CATCH:.0%} caught", "wasted")  # fmt: skip
-    return _bench.table(
-        head,
-        [
-            (
-                str(r["layer"]), str(r["n"]), str(r["astray"]), f"{r['auc']:.3f}",
-                f"{r['tau_few_wasted']:.3f}", f"{r['caught']:.1%}",
-                f"{r['tau_most_caught']:.3f}", f"{r['wasted']:.1%}",
-            )
-            for r in rows
-        ],
-    )  # fmt: skip
+    return _bench.columns(
+        rows,
+        layer="{layer}",
+        n="{n}",
+        astray="{astray}",
+        AUC="{auc:.3f}",
+        **{f"tau, {WASTE:.0%} wasted": "{tau_few_wasted:.3f}"},
+        caught="{caught:.1%}",
+        **{f"tau, {CATCH:.0%} caught": "{tau_most_caught:.3f}"},
+        wasted="{wasted:.1%}",
+    )
 
 
 def main() -> int:
@@ -102,9 +100,7 @@ def main() -> int:
             bar.say(f"{task}, {case}")
             wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
             for prompt in wanted:
-                lab = Lab(model, config)
-                for ids in prompt.cached:
-                    lab.add(ids)
+                lab = lab_of(model, config, prompt)
                 if (got := look(lab, prompt, args.layer)) is not None:
                     found.append(got)
                     cases.append(case)
@@ -115,11 +111,7 @@ def main() -> int:
             f"error: {astray.sum()} of {len(astray)} prompts are led astray: take more"
         )
     rows = [row(layer, values[:, i], astray, np.array(cases)) for i, layer in enumerate(args.layer)]
-    print(show(rows))
-    if args.json:
-        env = _bench.environment(**_bench.settings(args))
-        _bench.write_json(args.json, {"gate": rows, "env": env})
-        print(f"numbers: {args.json}")
+    _bench.report(args, show(rows), {"gate": rows})
     return 0
 
 

@@ -261,6 +261,14 @@ def _rerun(model: Model, prompt: Prompt, true: Truth) -> Outcome:
     return Outcome(*judged, top1, kl, 1.0, 1.0, declined=False, rouge_l=rouge, top1_sure=sure)
 
 
+def lab_of(model: Model, config: KVShareConfig, prompt: Prompt) -> Lab:
+    """A cache that holds what was cached before the prompt."""
+    lab = Lab(model, config)
+    for ids in prompt.cached:
+        lab.add(ids)
+    return lab
+
+
 # ---- the table -------------------------------------------------------------------------------
 
 
@@ -331,9 +339,7 @@ def measure(args: argparse.Namespace, task: str, case: str) -> list[dict[str, An
     size = SIZE._replace(facts=args.facts)
     wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
     for i, prompt in enumerate(wanted):
-        lab = Lab(model, config)
-        for ids in prompt.cached:
-            lab.add(ids)
+        lab = lab_of(model, config, prompt)
         splice = case == "splice"
         true = truth(
             model, prompt, continued=CONTINUED if splice else 0, rouge=splice and i < args.rouge
@@ -356,21 +362,23 @@ def _start_worker(threads: int) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("task", "case", "selector", "budget", "n", "accuracy", "full", "copy", "top1", "KL",
-            "recomputed", "computed", "declined", "perplexity")  # fmt: skip
-    return _bench.table(
-        head,
-        [
-            (
-                r["task"], r["case"], r["selector"], f"{r['budget']:.2f}", str(r["n"]),
-                f"{r['accuracy']:.3f}", f"{r['accuracy_full']:.3f}", f"{r['accuracy_copy']:.3f}",
-                f"{r['top1']:.3f}", f"{r['kl']:.4f}", f"{r['recomputed_share']:.1%}",
-                f"{r['computed_share']:.1%}", f"{r['declined']:.1%}",
-                f"{r['perplexity'] / r['perplexity_full']:.4f}",
-            )
-            for r in rows
-        ],
-    )  # fmt: skip
+    return _bench.columns(
+        [{**r, "ratio": r["perplexity"] / r["perplexity_full"]} for r in rows],
+        task="{task}",
+        case="{case}",
+        selector="{selector}",
+        budget="{budget:.2f}",
+        n="{n}",
+        accuracy="{accuracy:.3f}",
+        full="{accuracy_full:.3f}",
+        copy="{accuracy_copy:.3f}",
+        top1="{top1:.3f}",
+        KL="{kl:.4f}",
+        recomputed="{recomputed_share:.1%}",
+        computed="{computed_share:.1%}",
+        declined="{declined:.1%}",
+        perplexity="{ratio:.4f}",
+    )
 
 
 def parse() -> argparse.Namespace:

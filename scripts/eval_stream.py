@@ -161,18 +161,17 @@ def summary(
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("source depth", "n", "accuracy", "full", "reusing", "tokens reused", "slope", "chance")
-    return _bench.table(
-        head,
-        [
-            (
-                str(r["source_depth"]), str(r["n"]), f"{r['accuracy']:.3f}",
-                f"{r['accuracy_full']:.3f}", f"{r['reusing']:.1%}", f"{r['reused_share']:.1%}",
-                f"{r['slope_per_100']:+.4f}", "{:+.4f} to {:+.4f}".format(*r["chance95"]),
-            )
-            for r in rows
-        ],
-    )  # fmt: skip
+    return _bench.columns(
+        rows,
+        source_depth="{source_depth}",
+        n="{n}",
+        accuracy="{accuracy:.3f}",
+        full="{accuracy_full:.3f}",
+        reusing="{reusing:.1%}",
+        tokens_reused="{reused_share:.1%}",
+        slope="{slope_per_100:+.4f}",
+        chance="{chance95[0]:+.4f} to {chance95[1]:+.4f}",
+    )
 
 
 def main() -> int:
@@ -198,11 +197,7 @@ def main() -> int:
                 bar.say("plain" if depth is None else f"source depth {depth}")
                 found.setdefault(depth, []).extend(play(args, stream, depth, bar))
     rows = [summary(found[depth], found[None], depth=depth, n=args.n) for depth in args.depth]
-    print(show(rows))
-    if args.json:
-        env = _bench.environment(model=args.model.name, device=args.device, flags=args.server_args)
-        _bench.write_json(args.json, {"stream": rows, "env": env})
-        print(f"numbers: {args.json}")
+    _bench.report(args, show(rows), {"stream": rows})
     return 0
 
 

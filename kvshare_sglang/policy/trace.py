@@ -19,6 +19,7 @@ SHARES = (0.5, 0.25, 0.25)
 # Rows behind each edit, and of all rows the share that may go there: the rest of a statement whose
 # beginning was edited. More of them take from the steps what those need.
 BEHIND_EDIT, BEHIND_EDITS = 4, 0.25
+NEW = 2  # a new row before copies gives a trace as many rows as so many copies do
 
 
 def probe_layer(layers: int, depth: float) -> int:
@@ -31,9 +32,11 @@ def probe_layer(layers: int, depth: float) -> int:
 
 
 def rows_of(plan: ReusePlan, budget: float) -> int:
-    """How many reused rows a trace may choose: as many as the share ``budget`` of all tokens
-    behind the exact prefix. The more new text stands before copies, the more they may be off."""
-    return min(plan.reused, int(budget * (plan.prompt_len - plan.prefix_len)))
+    """How many reused rows a trace may choose: the share ``budget`` of the reused rows and of
+    ``NEW`` times the new ones before them. The more new text stands there, the more of the copies
+    may be off; a question behind them changes none."""
+    new = plan.runs[-1].dst_stop - plan.prefix_len - plan.reused
+    return min(plan.reused, int(budget * (plan.reused + NEW * new)))
 
 
 class Trace:

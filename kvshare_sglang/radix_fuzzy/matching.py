@@ -138,9 +138,9 @@ def leads_on_from_prefix(
 
     The exact prefix may reach a few tokens into the edit, where that begins as the text does.
     """
-    same = min(start, run.src_start)
     if run.src_start == run.dst_start == start:
         return False  # the same text simply goes on: the prefix ended at the border of a page
+    same = min(start, run.src_start)
     looked_at = min(same, LOOK_BACK)
     if looked_at < SPAN or start - same > DRIFT or run.src_start - same > MAX_GAP:
         return False

@@ -162,11 +162,12 @@ def test_a_plan_without_copies_keeps_no_run():
 
 
 def test_new_text_among_what_is_reused_gives_a_trace_more_rows():
-    few, many = (
+    few, many, behind = (
         plan_reuse(
-            (Run(1, 0, at, 200),), prompt_len=at + 220, prefix_len=0, budget=0.1, seam=8, window=4
+            (Run(1, 0, at, 200),), prompt_len=at + 200 + tail, prefix_len=0, budget=0.1, seam=8,
+            window=4,
         )
-        for at in (0, 200)
-    )
-    assert (rows_of(few, 0.1), rows_of(many, 0.1)) == (22, 42)
+        for at, tail in ((0, 20), (100, 20), (0, 120))
+    )  # fmt: skip
+    assert [rows_of(plan, 0.1) for plan in (few, many, behind)] == [20, 40, 20]
     assert (rows_of(many, 0.0), rows_of(many, 1.0)) == (0, 200)
