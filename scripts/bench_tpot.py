@@ -71,7 +71,7 @@ def measure(server: Server, cached: list[int], prompt: list[int], new: int) -> d
     if not got.kvshare["fuzzy_tokens"]:
         raise ScriptError(f"'{server.spec.name}' reused nothing: {got.kvshare}")
     tpot_s = (got.total_s - got.ttft_s) / (len(got.output_ids) - 1)
-    return {"tpot_s": tpot_s, "refreshed": got.kvshare["refreshed_tokens"]}
+    return {"tpot_s": tpot_s, "refreshed": got.kvshare.get("refreshed_tokens", 0)}
 
 
 def row(arm: str, mine: list[dict[str, Any]], off: list[dict[str, Any]]) -> dict[str, Any]:
