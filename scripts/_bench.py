@@ -123,7 +123,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def columns(rows: Sequence[dict[str, Any]], **parts: str) -> str:
+def columns(rows: Sequence[dict[str, Any]], /, **parts: str) -> str:
     """A table with a column for each of ``parts``: its name, ``_`` for a blank, and how a row is
     written in it.
 

@@ -86,6 +86,19 @@ def row(arm: str, mine: list[dict[str, Any]], off: list[dict[str, Any]]) -> dict
     }  # fmt: skip
 
 
+def show(rows: list[dict[str, Any]]) -> str:
+    return _bench.columns(
+        rows,
+        arm="{arm}",
+        n="{n}",
+        of="{of}",
+        rows_refreshed="{refreshed_rows:.1f}",
+        TPOT="{tpot_ms:.2f} ms",
+        x_off="{ratio_off:.3f}",
+        **{"95%": "{ci95[0]:.3f} to {ci95[1]:.3f}"},
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -121,17 +134,7 @@ def main() -> int:
             if turn:
                 bar.update()
     rows = [row(spec.name, found[spec.name], found["off"]) for spec in specs(args, model)]
-    text = _bench.columns(
-        rows,
-        arm="{arm}",
-        n="{n}",
-        of="{of}",
-        rows_refreshed="{refreshed_rows:.1f}",
-        TPOT="{tpot_ms:.2f} ms",
-        x_off="{ratio_off:.3f}",
-        **{"95%": "{ci95[0]:.3f} to {ci95[1]:.3f}"},
-    )
-    _bench.report(args, text, {"rows": rows}, model=model.path.name)
+    _bench.report(args, show(rows), {"rows": rows}, model=model.path.name)
     return 0
 
 

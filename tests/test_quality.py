@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import _tasks as tasks
+import bench_tpot
 import eval_gate
 import eval_quality
 import eval_stream
@@ -146,3 +147,28 @@ def test_a_scene_that_comes_back_was_edited_and_the_question_turns_on_it():
         assert sum(a != b for a, b in zip(*facts, strict=True)) == 1
         assert tasks.read(new)[ask].answer != tasks.read(scene)[ask].answer
     assert told > 10
+
+
+def test_a_stream_that_gets_worse_has_a_slope_that_chance_does_not_give():
+    good = [{"right": True, "reused": 9, "tokens": 10, "depth": 1}] * 100
+    worse = [{**one, "right": i < 50} for i, one in enumerate(good)]
+    flat, falling = (
+        eval_stream.summary(found, good, depth=1, n=100) for found in (good, worse)
+    )  # fmt: skip
+    assert flat["slope_per_100"] == pytest.approx(0)
+    assert falling["slope_per_100"] == pytest.approx(-1.5, abs=0.05)
+    assert falling["slope_per_100"] < falling["chance95"][0]
+    assert [part["accuracy"] for part in falling["by_50"]] == [1.0, 0.0]
+    told = eval_stream.show([flat, falling])
+    assert "90.0%" in told
+    assert "0.500" in told
+
+
+def test_time_per_token_is_told_of_the_prompts_that_refreshed():
+    off = [{"tpot_s": 0.010, "refreshed": 0}] * 4
+    on = [{"tpot_s": 0.010 + 0.001 * rows, "refreshed": rows} for rows in (0, 2, 0, 2)]
+    row = bench_tpot.row("every 1", on, off)
+    assert (row["n"], row["of"], row["refreshed_rows"]) == (2, 4, 1.0)
+    assert row["ratio_off"] == pytest.approx(1.2)
+    assert bench_tpot.row("idle", off, off)["n"] == 4
+    assert "1.200" in bench_tpot.show([row])
