@@ -16,7 +16,7 @@ import _models
 import numpy as np
 import torch
 from _driver import Lab, Model
-from eval_quality import CASES, SIZE, Encoder, Prompt, cells, lab_of, prompts
+from eval_quality import CASES, SIZE, Encoder, NoPrompt, Prompt, cells, lab_of, prompts
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.kernels.deviation import deviation
@@ -99,14 +99,17 @@ def main() -> int:
         for task, case in todo:
             bar.say(f"{task}, {case}")
             wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
-            for prompt in wanted:
-                lab = lab_of(model, config, prompt)
-                if (got := look(lab, prompt, args.layer)) is not None:
-                    found.append(got)
-                    cases.append(case)
+            try:
+                for prompt in wanted:
+                    lab = lab_of(model, config, prompt)
+                    if (got := look(lab, prompt, args.layer)) is not None:
+                        found.append(got)
+                        cases.append(case)
+            except NoPrompt as none:
+                print(f"note: left out: {none}", file=sys.stderr)
             bar.update()
     values, astray = np.array([v for v, _ in found]), np.array([a for _, a in found])
-    if astray.all() or not astray.any():
+    if not len(astray) or astray.all() or not astray.any():
         raise SystemExit(
             f"error: {astray.sum()} of {len(astray)} prompts are led astray: take more"
         )

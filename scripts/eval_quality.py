@@ -36,6 +36,7 @@ CASES = ("splice", "edit near", "edit far", "edit same", "template", "adversaria
 WRITTEN = 64  # tokens of a greedy continuation that ROUGE-L compares
 MOST_OF_ANSWER = 96  # tokens of a true continuation that perplexity is taken over
 CONTINUED = 32  # tokens of full prefill's continuation along which agreement is measured
+TRIES = 100  # samples in a row without such a pair, and there is none
 SIZE = tasks.Size(34, 4, prose=0.06)
 
 
@@ -77,6 +78,10 @@ class Outcome(NamedTuple):
 # ---- prompts ---------------------------------------------------------------------------------
 
 
+class NoPrompt(ValueError):
+    """A task has no prompts of a case."""
+
+
 class Encoder:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
@@ -91,11 +96,17 @@ def prompts(
     encode: Encoder, task: str, case: str, *, n: int, size: tasks.Size, max_len: int
 ) -> Iterator[Prompt]:
     """Test prompts of a task: always the same ones. Those that the model cannot hold are left
-    out and replaced."""
+    out and replaced. Raises NoPrompt if none is found in ``TRIES`` samples."""
     rng = random.Random(f"test quality {task} {case}")
     filler = tasks.sentences("test")
-    made = 0
+    made = missed = 0
     while made < n:
+        missed += 1
+        if missed > TRIES:
+            raise NoPrompt(
+                f"{task}, {case}: none of {TRIES} samples of {size.facts} facts gives a prompt that"
+                f" fits into {max_len} tokens"
+            )
         pair = _pair(rng, task, case, size, filler)
         if pair is None:
             continue
@@ -106,7 +117,7 @@ def prompts(
         answer = pair.prompt.answer
         assert answer is not None
         tail = answer if task == "text" else f"{answer}."
-        made += 1
+        made, missed = made + 1, 0
         yield Prompt(cached, ids, encode(f" {tail}")[:MOST_OF_ANSWER])
 
 
@@ -440,12 +451,17 @@ def main() -> int:
     ):
         jobs = {pool.submit(measure, args, *cell): cell for cell in todo}
         for job in concurrent.futures.as_completed(jobs):
-            rows += job.result()
+            try:
+                rows += job.result()
+            except NoPrompt as none:
+                print(f"note: left out: {none}", file=sys.stderr)
             rows.sort(key=lambda r: todo.index((r["task"], r["case"])))
             bar.say(", ".join(jobs[job]))
             bar.update()
             if args.json:  # as far as it got, so that nothing is lost on the way
                 _bench.write_json(args.json, {"rows": rows, "decode": [], "stream": [], "env": env})
+    if not rows:
+        raise SystemExit("error: no prompt of any task and case that was asked for")
     print(show(rows))
     if args.json:
         print(f"numbers: {args.json}")

@@ -121,6 +121,18 @@ def test_a_gate_is_judged_by_what_it_catches_at_its_price():
     assert mixed["auc"] == (3.5 + 20 + 5 + 20) / 80
 
 
+def test_a_case_that_a_task_does_not_have_is_left_out_and_said(tmp_path):
+    """One of so many demonstrations decides no answer, so these prompts have no such edit."""
+    out = tmp_path / "out.json"
+    done = run(
+        "eval_quality.py", "--task", "few", "--case", "edit near", "splice", "--n", "1",
+        "--selector", "copy", "--facts", "60", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out: few, edit near: none of 100 samples of 60 facts" in done.stderr
+    assert [r["case"] for r in json.loads(out.read_text())["rows"]] == ["splice"]
+
+
 def test_a_stream_comes_back_to_earlier_text():
     encode = eval_quality.Encoder(ROOT / "tests" / "data" / "reader")
     stream = list(eval_stream.requests(encode, n=24, seed=0))
