@@ -1,4 +1,4 @@
-"""A page of plots from ``eval_quality``: quality against the share computed again."""
+"""Pictures of ``eval_quality``, quality against the share computed again, and ``eval_stream``."""
 
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,30 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         line[0].set_ylabel("accuracy", fontsize=8)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(labels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_streams(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the number of the request and against the depth of its sources; one line
+    a bound on depth. Full prefill of the same requests is dotted."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), constrained_layout=True)
+    for i, one in enumerate(rows):
+        label = f"at most {one['source_depth']} ({one['reused_share']:.0%} of tokens reused)"
+        for ax, at, points in ((left, "from", one["by_50"]), (right, "depth", one["by_depth"])):
+            for key, style in (("accuracy_full", ":"), ("accuracy", "o-")):
+                ax.plot([p[at] for p in points], [p[key] for p in points], style, ms=3, lw=1.2,
+                        color=f"C{i}", label=label if key == "accuracy" else None)  # fmt: skip
+    for point in rows[-1]["by_depth"]:
+        right.annotate(str(point["n"]), (point["depth"], 0.52), fontsize=6, ha="center")
+    left.set_xlabel("number of the request, by 50", fontsize=8)
+    right.set_xlabel("depth of the sources (below: requests of the last line)", fontsize=8)
+    left.set_ylabel("accuracy", fontsize=8)
+    for ax in (left, right):
+        ax.set_ylim(0.5, 1.02)
+        ax.grid(alpha=0.2)
+    left.legend(title="source depth", title_fontsize=7, fontsize=7, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

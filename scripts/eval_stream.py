@@ -184,6 +184,7 @@ def main() -> int:
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help="with kvshare")
     add("--device", default=default_device())
     add("--json", type=Path, metavar="OUT", help="where the result goes")
+    add("--plot", type=Path, metavar="OUT.png", help="where a picture goes")
     args = parser.parse_args()
     _models.check_directory(parser, args.model)
     encode = Encoder(args.model)
@@ -198,6 +199,11 @@ def main() -> int:
                 found.setdefault(depth, []).extend(play(args, stream, depth, bar))
     rows = [summary(found[depth], found[None], depth=depth, n=args.n) for depth in args.depth]
     _bench.report(args, show(rows), {"stream": rows})
+    if args.plot:
+        import _quality_plot
+
+        _quality_plot.draw_streams(rows, args.plot)
+        print(f"plot: {args.plot}")
     return 0
 
 

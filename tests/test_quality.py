@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import _quality_plot
 import _tasks as tasks
 import bench_tpot
 import eval_gate
@@ -161,7 +162,7 @@ def test_a_scene_that_comes_back_was_edited_and_the_question_turns_on_it():
     assert told > 10
 
 
-def test_a_stream_that_gets_worse_has_a_slope_that_chance_does_not_give():
+def test_a_stream_that_gets_worse_has_a_slope_that_chance_does_not_give(tmp_path):
     good = [{"right": True, "reused": 9, "tokens": 10, "depth": 1}] * 100
     worse = [{**one, "right": i < 50} for i, one in enumerate(good)]
     flat, falling = (
@@ -172,6 +173,8 @@ def test_a_stream_that_gets_worse_has_a_slope_that_chance_does_not_give():
     assert falling["slope_per_100"] < falling["chance95"][0]
     assert [part["accuracy"] for part in falling["by_50"]] == [1.0, 0.0]
     told = eval_stream.show([flat, falling])
+    _quality_plot.draw_streams([flat, falling], tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 10_000
     assert "90.0%" in told
     assert "0.500" in told
 
