@@ -87,6 +87,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "so coins": ("So {key} keeps {value} coins.",),
     "so guard": ("So the guard of the {key} is {value}.",),
     "so sign": ("So the {key} says {value}.",),
+    "so weight": ("So the {key} weighs {value}.",),
     "demo": ("{key} -> {value}.", "{key} is a {value}.", "{key} counts as {value}."),
     "role": ("The {key} is {value}.", "The {key} is called {value}.", "Our {key} is {value}."),
     "guards": ("The {value} guards the {key}.", "The {value} owns the {key}."),
@@ -97,7 +98,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "prose": ("{value}",),
 }
 HEADERS = frozenset({"role", "unit", "means"})
-HINTS = frozenset({"so coins", "so guard", "so sign"})  # what was told already, put plainly
+# what was told already, put plainly
+HINTS = frozenset({"so coins", "so guard", "so sign", "so weight"})
 
 
 class Fact(NamedTuple):
@@ -272,6 +274,7 @@ class Size(NamedTuple):
     shared: float = 0.2  # how often two kinds of fact speak of the same thing
     prose: float = 0.06  # sentences of filler, for each fact
     hints: float = 0.0  # how often what follows from a fact is spelled out; for training only
+    rivals: float = 0.0  # how often all headers are of one kind; for training only
 
 
 class _Words:
@@ -373,15 +376,19 @@ def _state(rng: random.Random, words: _Words, count: int, size: Size) -> list[li
     used = rng.sample(range(size.documents), min(size.documents, max(1, count // 4)))
     people = rng.sample(PEOPLE, len(PEOPLE))
     legend: dict[str, str] = {}
+    # In most scenes few headers of one kind compete, and it does to look for any of them.
+    rivals = bool(size.rivals) and rng.random() < size.rivals
+    only = rng.choice(("role", "unit")) if rivals else None
+    roles = rng.sample(ROLES, 3) if rivals else ROLES
     for i, at in enumerate(sorted(used)):
         room = count // len(used) + (i < count % len(used))
-        kind = rng.choice(("role", "unit", "means"))
+        kind = only or rng.choice(("role", "unit", "means"))
         holds: dict[str, str] = {}  # by role, or by sign; the unit stands alone
         if kind == "means":
             holds = legend  # for all that follows
             new = [s for s in rng.sample(SIGNS, 1 + (not legend)) if s not in legend]
         else:
-            new = rng.sample(ROLES, min(3, 1 + room // 4)) if kind == "role" else [""]
+            new = rng.sample(roles, min(3, 1 + room // 4)) if kind == "role" else [""]
 
         def header(name: str, kind: str = kind, holds: dict[str, str] = holds) -> Fact:
             pool = {"role": people, "unit": UNITS, "means": MEANINGS}[kind]
@@ -396,7 +403,10 @@ def _state(rng: random.Random, words: _Words, count: int, size: Size) -> list[li
                 out[at].append(header(rng.choice(new)))
             name = rng.choice(sorted(holds))
             if kind == "unit":
-                out[at].append(words.fact("weighs", thing, words.number()))
+                number = words.number()
+                out[at].append(words.fact("weighs", thing, number))
+                if size.hints and rng.random() < size.hints:
+                    out[at].append(Fact("so weight", thing, f"{number} {holds['']}"))
                 continue
             out[at].append(words.fact("guards" if kind == "role" else "bears", thing, name))
             if rng.random() < size.hints:

@@ -48,7 +48,7 @@ class Level(NamedTuple):
 
 
 def _size(depth: int, phrases: int, *, shared: float, prose: float, hints: float) -> tasks.Size:
-    return tasks.Size(0, 0, depth, phrases, shared, prose, hints)
+    return tasks.Size(0, 0, depth, phrases, shared, prose, hints, rivals=0.5)
 
 
 LEVELS = (

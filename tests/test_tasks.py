@@ -153,3 +153,30 @@ def test_a_list_is_asked_without_its_keys_and_answered_as_read(task):
         question = tasks.listing_prompt(pair.prompt).splitlines()[-1]
         assert not any(key in question.split() for key in pair.prompt.ask.keys)
     assert found >= 5
+
+
+def test_lessons_spell_out_what_is_read():
+    """A hint says what is known of its key from what stands before it."""
+    rng = random.Random("hints")
+    told: set[str] = set()
+    for _ in range(60):
+        size = tasks.Size(16, 4, hints=0.5, rivals=0.5)
+        documents = tasks.scene(rng, {"state": 12, "hops": 4}, size)
+        facts = [f for d in documents for f in d.facts]
+        for i, fact in enumerate(facts):
+            if fact.kind in tasks.HINTS:
+                told.add(fact.kind)
+                topic = fact.kind.removeprefix("so ")
+                before = tasks.read([tasks.Document("Note", tuple(facts[:i]))])
+                assert before[topic, fact.key].answer == fact.value
+    assert told == tasks.HINTS
+
+
+def test_rivals_are_headers_of_one_kind_in_most_documents():
+    rng = random.Random("rivals")
+    for _ in range(20):
+        documents = tasks.scene(rng, {"state": 16}, tasks.Size(16, 4, prose=0, rivals=1.0))
+        kinds = [f.kind for d in documents for f in d.facts if f.kind in tasks.HEADERS]
+        assert len(set(kinds)) == 1
+        assert len(kinds) >= 4
+        assert kinds[0] in ("role", "unit")
