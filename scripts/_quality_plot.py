@@ -44,9 +44,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         line[0].set_ylabel("accuracy", fontsize=8)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(labels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_streams(rows: list[dict[str, Any]], path: Path) -> None:
@@ -68,6 +66,10 @@ def draw_streams(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_ylim(0.5, 1.02)
         ax.grid(alpha=0.2)
     left.legend(title="source depth", title_fontsize=7, fontsize=7, loc="lower left")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

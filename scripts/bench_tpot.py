@@ -6,7 +6,6 @@ with ``--lists`` when a stale row is read, as it would in use. Each prompt goes 
 """
 
 import argparse
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 
 import _bench
 import _models
-import _tasks as tasks
+import eval_decode
 from _server import ScriptError, Server, ServerSpec, default_device, run_main, serve
 from _text import Corpus
-from eval_decode import SIZE
 from eval_quality import Encoder
 
 ALWAYS = ("--kvshare-refresh-above", "0", "--kvshare-refresh-unchanged", "0")
@@ -54,16 +52,9 @@ def prose(corpus: Corpus, tokens: int) -> Texts:
 
 
 def lists(encode: Encoder) -> Texts:
-    """The prompts of ``eval_decode.py``: ten slots were edited, and the question names no key."""
-    rng, filler = random.Random("test tpot"), tasks.sentences("test")
-    while True:
-        try:
-            pair, _ = tasks.listing(rng, "hops", SIZE, keys=5, filler=filler)
-        except ValueError:  # few scenes have so many keys
-            continue
-        both = (pair.cached[0], pair.prompt)
-        cached, prompt = (encode(tasks.listing_prompt(s), start=True).tolist() for s in both)
-        yield cached, prompt
+    """The prompts of ``eval_decode.py``."""
+    for asked in eval_decode.lists(encode, "test tpot", "hops"):
+        yield asked.cached.tolist(), asked.ids.tolist()
 
 
 def measure(server: Server, cached: list[int], prompt: list[int], new: int) -> dict[str, Any]:

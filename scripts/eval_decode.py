@@ -7,8 +7,9 @@ matter. The keys are fed as if they had been written; each value is the model's 
 import argparse
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _bench
 import _models
@@ -30,23 +31,38 @@ def right_values(logprobs: torch.Tensor, told: np.ndarray, values: list[range]) 
     return [all(best[i] == told[i] for i in where) for where in values]
 
 
-def one(
-    lab: Lab, encode: Encoder, rng: random.Random, args: argparse.Namespace, task: str, filler: Any
-) -> dict[str, Any] | None:
-    model = lab.model
-    size = SIZE._replace(facts=args.facts)
-    try:
-        pair, parts = tasks.listing(rng, task, size, keys=args.keys, filler=filler)
-    except ValueError:  # few scenes have so many keys of this task
-        return None
-    ids = encode(tasks.listing_prompt(pair.prompt), start=True)
+class List(NamedTuple):
+    """What is cached and what is asked, in tokens; what stands before each value, and the value."""
+
+    cached: np.ndarray
+    ids: np.ndarray
+    parts: list[tuple[str, str]]
+
+
+def lists(
+    encode: Encoder, seed: str, task: str, *, facts: int = SIZE.facts, keys: int = 5
+) -> Iterator[List]:
+    """Without end: ten slots of the prompt were edited, and the question names no key."""
+    rng, filler = random.Random(seed), tasks.sentences("test")
+    size = SIZE._replace(facts=facts)
+    while True:
+        try:
+            pair, parts = tasks.listing(rng, task, size, keys=keys, filler=filler)
+        except ValueError:  # few scenes have so many keys of this task
+            continue
+        both = (pair.cached[0], pair.prompt)
+        yield List(*(encode(tasks.listing_prompt(s), start=True) for s in both), parts)
+
+
+def one(lab: Lab, encode: Encoder, asked: List, args: argparse.Namespace) -> dict[str, Any] | None:
+    model, ids = lab.model, asked.ids
     told, values = [], []
-    for key, value in parts:
+    for key, value in asked.parts:
         told += encode(key).tolist()
         tokens = encode(value).tolist()
         values.append(range(len(told), len(told) + len(tokens)))
         told += tokens
-    lab.add(encode(tasks.listing_prompt(pair.cached[0]), start=True))
+    lab.add(asked.cached)
     plan = lab.plan(ids)
     if not plan.copies:
         return None
@@ -115,14 +131,13 @@ def main() -> int:
         select="trace", min_reuse=32, seam=args.seam, window=16, refresh_every=args.every,
         refresh_rows=args.rows, refresh_above=args.above,
     )  # fmt: skip
-    filler = tasks.sentences("test")
     rows = []
     with _bench.Progress(len(args.task) * args.n, unit=" lists") as bar:
         for task in args.task:
-            rng = random.Random(f"test decode {task}")
             found: list[dict[str, Any]] = []
+            wanted = lists(encode, f"test decode {task}", task, facts=args.facts, keys=args.keys)
             while len(found) < args.n:
-                got = one(Lab(model, config), encode, rng, args, task, filler)
+                got = one(Lab(model, config), encode, next(wanted), args)
                 if got is not None:
                     found.append(got)
                     bar.update()
