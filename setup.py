@@ -24,7 +24,7 @@ setup(
             "transformers>=5.12,<6",
         ],
         "gpu": [
-            "sglang>=0.5.17,<0.5.22",
+            "sglang>=0.5.17,<0.5.24",
             "flashinfer-python>=0.6.15,<0.8",
             "triton>=3.6,<4",
         ],

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvshare_sglang import compat
 from kvshare_sglang.cache import FuzzyRadixCache, as_tokens
-from kvshare_sglang.compat import namespace
 from kvshare_sglang.policy.gate import Decline, RequestView, may_reuse, parse_options, pays
 from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
 from kvshare_sglang.radix_fuzzy.types import ReusePlan
@@ -18,6 +18,14 @@ logger = logging.getLogger(__name__)
 def hook_verify(result: Any, params: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``SamplingParams.verify``: bad request options are a 400, like SGLang's own."""
     parse_options(params.custom_params)
+
+
+def hook_validate_input_length(error: str | None, req: Any, *args: Any, **kw: Any) -> str | None:
+    """AFTER ``scheduler.validate_input_length``, which every request passes whatever door it came
+    through: a prompt of no tokens ends SGLang 0.5.22 and later; with us it is a 400."""
+    if error is None and not len(req.origin_input_ids):
+        return "the prompt has 0 tokens, at least 1 is needed"
+    return error
 
 
 def hook_add_one_req(
@@ -57,9 +65,9 @@ def propose(cache: FuzzyRadixCache, req: Any) -> RequestReuse:
     if reason is not None:
         return RequestReuse(None, reason)
     budget = cache.config.budget if options.budget is None else options.budget
-    prefix_len = len(req.prefix_indices)
+    prefix_len = compat.prefix_len(req)
     # A waiting request is looked up again only after its namespace or its prefix hit changed.
-    key = cache.fuzzy.stamp(namespace(req)), prefix_len, len(req.full_untruncated_fill_ids)
+    key = cache.fuzzy.stamp(compat.namespace(req)), prefix_len, len(req.full_untruncated_fill_ids)
     noted = getattr(req, "kvshare_proposal", None)
     if noted is not None and noted[0] == key:
         plan, reason = noted[1]
@@ -82,7 +90,7 @@ def _plan(
     config = cache.config
     prompt = as_tokens(req.full_untruncated_fill_ids)
     runs = cache.fuzzy.match(
-        namespace(req),
+        compat.namespace(req),
         prompt,
         start=prefix_len,
         max_depth=config.source_depth,
@@ -129,7 +137,7 @@ def _attach(cache: FuzzyRadixCache, req: Any, state: RequestReuse) -> None:
     req.kvshare_proposal = None
     if state.plan is not None:
         cache.note_use(state)
-    exact = len(req.prefix_indices)
+    exact = compat.prefix_len(req)
     if exact:
         cache.note_prefix_hit(req.last_node)
     cache.report.admitted(exact, state.decline)

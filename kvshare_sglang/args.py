@@ -26,7 +26,9 @@ _SERVED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("ep_size", (1,), "expert parallelism", "--ep-size"),
     ("attn_cp_size", (1,), "context parallelism", "--attn-cp-size"),
     ("dcp_size", (1,), "decode context parallelism", "--dcp-size"),
+    ("attn_dp_size", (1,), "attention data parallelism", "--attn-dp-size"),
     ("nnodes", (1,), "several nodes", "--nnodes"),
+    ("enable_kv_cache_sharding", (False,), "KV cache sharding", "--enable-kv-cache-sharding"),
     ("disaggregation_mode", ("null", None), "disaggregation", "--disaggregation-mode"),
     ("enable_hierarchical_cache", (False,), "HiCache", "--enable-hierarchical-cache"),
     ("hicache_storage_backend", (None,), "HiCache storage", "--hicache-storage-backend"),
@@ -60,6 +62,14 @@ _SERVED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("enable_two_batch_overlap", (False,), "two-batch overlap", "--enable-two-batch-overlap"),
     ("strip_thinking_cache", (False,), "stripped thinking caches", "--strip-thinking-cache"),
     ("enable_beam_search", (False,), "beam search", "--enable-beam-search"),
+    (
+        "enable_return_aux_hidden_states",
+        (False,),
+        "auxiliary hidden states",
+        "--enable-return-aux-hidden-states",
+    ),
+    ("enable_nvidia_megakernel", (False,), "megakernels", "--enable-nvidia-megakernel"),
+    ("enable_amd_monokernel", (False,), "megakernels", "--enable-amd-monokernel"),
     ("disable_radix_cache", (False,), "a disabled radix cache", "--disable-radix-cache"),
     ("is_embedding", (False,), "embedding models", "--is-embedding"),
     (
@@ -71,6 +81,16 @@ _SERVED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("radix_cache_backend", (None, BACKEND), "another cache backend", "--radix-cache-backend"),
 )
 
+# (attribute of ServerArgs, value that is not served, what to call it, what to drop)
+_REFUSED: tuple[tuple[str, Any, str, str], ...] = (
+    (
+        "radix_eviction_policy",
+        "tlru",
+        "an eviction policy of SGLang's unified cache",
+        "--radix-eviction-policy tlru",
+    ),
+)
+
 
 def check_served(server_args: Any) -> None:
     """Raise UnsupportedError for the first setting that is not served."""
@@ -78,6 +98,9 @@ def check_served(server_args: Any) -> None:
         value = getattr(server_args, name, served[0])
         if value not in served and not (value is None and None not in served):
             raise UnsupportedError(what, f"{flag} (got {value!r})")
+    for name, refused, what, flag in _REFUSED:
+        if getattr(server_args, name, None) == refused:
+            raise UnsupportedError(what, flag)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
-    InsertParams,
     MatchPrefixParams,
 )
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
@@ -172,30 +171,41 @@ class FuzzyRadixCache(RadixCache):
 
     # ---- what a request leaves behind ------------------------------------------------------
 
+    def checkpoint(self, req: Any, *, up_to: int, **kw: Any) -> None:
+        """SGLang 0.5.22 and later: for a request that goes on, and for one that has ended."""
+        if (state := reuse_of(req)) is None or self.disable:
+            super().checkpoint(req, up_to=up_to, **kw)
+        elif req.finished():
+            compat.kv_row(req).cache_protected_len = self._store(req, state, up_to)
+        else:
+            self._keep_exact_part(req, state, chunked=False)
+
     def cache_unfinished_req(self, req: Any, chunked: bool = False, **kw: Any) -> None:
+        """SGLang up to 0.5.21."""
         if (state := reuse_of(req)) is None or self.disable:
             super().cache_unfinished_req(req, chunked=chunked, **kw)
-            return
+        else:
+            self._keep_exact_part(req, state, chunked=chunked)
+
+    def _keep_exact_part(self, req: Any, state: RequestReuse, *, chunked: bool) -> None:
         row = compat.kv_row(req)
         fill_ids = req.get_fill_ids()
         kv_indices = self.req_to_token_pool.req_to_token[row.req_pool_idx, : len(fill_ids)]
         key = self._insert_exact_part(req, state, fill_ids, chunked=chunked)
         match = self.match_prefix(MatchPrefixParams(key=key))
-        exact = match.device_indices
+        exact = compat.path_slots(self, match)
         assert len(exact) == len(key), f"{len(exact)=} {len(key)=}"
         self.req_to_token_pool.write(
             (row.req_pool_idx, slice(row.cache_protected_len, len(exact))),
             exact[row.cache_protected_len :],
         )
         row.cache_protected_len = len(exact)
-        self.dec_lock_ref(req.last_node)
-        self.inc_lock_ref(match.last_device_node)
-        req.last_node = match.last_device_node
         # Everything behind the exact part stays the request's own.
-        req.prefix_indices = torch.cat([exact, kv_indices[len(exact) :].to(exact.dtype)])
+        slots = torch.cat([exact, kv_indices[len(exact) :].to(exact.dtype)])
+        compat.move_lock(self, req, match.last_device_node, slots)
 
     def insert_req(self, req: Any, *, up_to: int, **kw: Any) -> None:
-        """SGLang 0.5.18 and later: keep what can be kept; the caller frees the rest."""
+        """SGLang 0.5.18 to 0.5.21: keep what can be kept; the caller frees the rest."""
         if (state := reuse_of(req)) is None or self.disable:
             super().insert_req(req, up_to=up_to, **kw)
             return
@@ -217,8 +227,8 @@ class FuzzyRadixCache(RadixCache):
             ]
         super().free_kv_row(kv, ranges)
 
-    def on_release(self, req: Any, *, inserted: bool) -> None:
-        super().on_release(req, inserted=inserted)
+    def on_release(self, req: Any, **kw: Any) -> None:
+        super().on_release(req, **kw)
         self.release(req)
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, **kw: Any) -> None:
@@ -258,12 +268,7 @@ class FuzzyRadixCache(RadixCache):
         key = compat.make_key(token_ids[:exact_len], req)
         slots = self.req_to_token_pool.req_to_token[row.req_pool_idx, :exact_len]
         result = self.insert(
-            InsertParams(
-                key=key,
-                value=slots.to(dtype=torch.int64, copy=True),
-                chunked=chunked,
-                priority=getattr(req, "priority", 0) or 0,
-            )
+            compat.insert_params(key, slots.to(dtype=torch.int64, copy=True), req, chunked=chunked)
         )
         self.token_to_kv_pool_allocator.free_segment(
             slots[row.cache_protected_len : result.prefix_len],

@@ -1,18 +1,20 @@
 """All that differs between the SGLang versions we serve. Root layer: may import sglang.
 
 0.5.17 keeps a request's KV row on the request itself and lets the cache free it
-(``cache_finished_req``); from 0.5.18 on the row is ``req.kv`` and the scheduler frees it
-(``insert_req``, ``free_kv_row``). 0.5.22 rebuilt the interface between requests and caches
-(``checkpoint``, lock objects, no ``prefix_indices``) and is refused by name.
+(``cache_finished_req``). From 0.5.18 on the row is ``req.kv`` and the scheduler frees it
+(``insert_req``, ``free_kv_row``). From 0.5.22 on one call, ``checkpoint``, stores what a request
+leaves, a request holds a lock object, and it keeps the length of its prefix, not the slots.
 """
 
+import os
 from importlib import metadata
 from typing import Any
 
 from kvshare_sglang.errors import UnsupportedError
 
 OLDEST = (0, 5, 17)
-NEWEST = (0, 5, 21)
+NEWEST = (0, 5, 23)
+TRY = "KVSHARE_TRY_SGLANG"
 
 
 def sglang_version() -> tuple[int, ...]:
@@ -28,9 +30,13 @@ def sglang_version() -> tuple[int, ...]:
 
 
 def check_version() -> None:
-    """Raise UnsupportedError for an SGLang outside the supported range."""
+    """Raise UnsupportedError for an SGLang outside the supported range.
+
+    ``KVSHARE_TRY_SGLANG`` names one version that is let in all the same, to be tried: see
+    scripts/next_sglang.sh.
+    """
     have = sglang_version()
-    if not OLDEST <= have <= NEWEST:
+    if not OLDEST <= have <= NEWEST and os.environ.get(TRY) != ".".join(map(str, have)):
         lo, hi, mine = (".".join(map(str, v)) for v in (OLDEST, NEWEST, have))
         raise UnsupportedError(f"SGLang {mine}", f"it for a version in [{lo}, {hi}]")
 
@@ -62,3 +68,44 @@ def set_num_tokens(fb: Any, num: int) -> None:
     on_device = getattr(fb, f"{prefix}num_token_non_padded", None)
     if on_device is not None:
         on_device.fill_(num)
+
+
+# ---- requests and caches, before and from 0.5.22 on -------------------------------------------
+
+
+def prefix_len(req: Any) -> int:
+    """How many tokens of a request were found in the tree."""
+    return req.prefix_len if hasattr(req, "prefix_len") else len(req.prefix_indices)
+
+
+def insert_params(key: Any, value: Any, req: Any, *, chunked: bool) -> Any:
+    """InsertParams for what ``req`` leaves in the tree; its own tokens count as no new hit."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+
+    row = kv_row(req)
+    if hasattr(row, "cache_inserted_len"):
+        hits = {"inserted_len": row.cache_inserted_len}
+        row.cache_inserted_len = max(row.cache_inserted_len, len(key))
+    else:
+        hits = {"chunked": chunked}
+    return InsertParams(key=key, value=value, priority=getattr(req, "priority", 0) or 0, **hits)
+
+
+def path_slots(cache: Any, match: Any) -> Any:
+    """The slots [n] of a match; valid until the next eviction unless its path is locked."""
+    if hasattr(match, "device_indices"):
+        return match.device_indices
+    return cache.path_device_indices(match.last_device_node)
+
+
+def move_lock(cache: Any, req: Any, node: Any, slots: Any) -> None:
+    """Lock ``node`` for a request in place of its last node; ``slots`` [n] are those of all its
+    tokens so far, which a request keeps up to 0.5.21."""
+    if hasattr(req, "lock"):
+        cache.unlock(req.lock)
+        req.lock = cache.lock(node)
+    else:
+        cache.dec_lock_ref(req.last_node)
+        cache.inc_lock_ref(node)
+        req.prefix_indices = slots
+    req.last_node = node

@@ -78,6 +78,12 @@ SEAMS = (
         "kvshare_sglang.admission:hook_verify",
         "refuse bad request options",
     ),
+    Seam(
+        "sglang.srt.managers.scheduler.validate_input_length",
+        "AFTER",
+        "kvshare_sglang.admission:hook_validate_input_length",
+        "refuse a prompt of no tokens",
+    ),
 )
 
 

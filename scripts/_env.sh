@@ -11,7 +11,8 @@ ENV_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ENV_VENV=$ENV_ROOT/.venv
 ENV_STAMP=$ENV_VENV/kvshare-stamp
 ENV_LOG=$ENV_VENV/setup.log
-ENV_SGLANG=0.5.21 # the version served in full; cpu-nodeps.txt names it too
+ENV_SGLANG=0.5.23                # the version served in full; cpu-nodeps.txt names it too
+ENV_OLDER_SGLANG="0.5.17 0.5.21" # smoke-tested: the last for torch 2.11, the last before 0.5.22
 
 _env_say() { echo "[env] $*" >&2; }
 

@@ -62,8 +62,11 @@ run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci 
 integration() {
     local workers=()
     if ! _env_has_gpu; then
-        env_other_sglang 0.5.17 >/dev/null || return 1 # the oldest of the range, for its smoke test
-        workers=(-n 2 --dist loadfile)                 # each server runs on one thread
+        local version
+        for version in $ENV_OLDER_SGLANG; do # for their smoke tests
+            env_other_sglang "$version" >/dev/null || return 1
+        done
+        workers=(-n 2 --dist loadfile) # each server runs on one thread
     fi
     run_pytest "${workers[@]}" tests/integration tests/gpu -m "sglang or gpu"
 }

@@ -144,9 +144,30 @@ def test_odd_prompts_are_answered_as_without_kvshare(server: Server) -> None:
     assert len(server.generate([5] * 5000, new=3)["output_ids"]) == 3
     assert len(server.generate([5] * 5100, new=3)["output_ids"]) == 3
     assert server.generate("é𝄞漢字 \u0000\u200b" * 40, new=3)["meta_info"]["completion_tokens"] == 3
-    for bad in ({"input_ids": []}, {"text": ""}, {"input_ids": [5] * 9000}):
-        reply = server.post("/generate", {**bad, "sampling_params": {"max_new_tokens": 3}})
-        assert reply.status_code in (200, 400)  # SGLang's own verdict, and it lives on
+    reply = server.post("/generate", {"input_ids": [5] * 9000})
+    assert reply.status_code == 400  # SGLang's own verdict, and it lives on
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+
+
+def test_a_prompt_of_no_tokens_is_a_400_and_hurts_no_one(server: Server) -> None:
+    """Stock SGLang 0.5.22 and 0.5.23 die of it."""
+    sampling = {"max_new_tokens": 3}
+    bodies: list[tuple[str, dict]] = [
+        ("/generate", {"text": ""}),
+        ("/generate", {"input_ids": []}),
+        ("/generate", {"text": "", "stream": False, "extra_key": "tenant"}),
+        ("/v1/completions", {"model": "x", "prompt": "", "max_tokens": 3}),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        good = [pool.submit(server.generate, [5, 6, 7 + i], new=40) for i in range(3)]
+        for path, body in bodies:
+            reply = server.post(path, {**body, "sampling_params": sampling})
+            assert reply.status_code == 400, (path, body, reply.text)
+        assert all(len(answer.result()["output_ids"]) == 40 for answer in good)
+    reply = server.post("/generate", {"text": "", "sampling_params": sampling})
+    assert "the prompt has 0 tokens, at least 1 is needed" in reply.text
+    # One among good ones: SGLang answers a batch as a whole, and lives on.
+    server.post("/generate", {"text": ["some text", ""], "sampling_params": sampling})
     assert len(server.generate([5], new=3)["output_ids"]) == 3
 
 
@@ -212,6 +233,11 @@ def test_help_lists_every_option(model: Path) -> None:
         (["--disable-radix-cache"], "drop --disable-radix-cache"),
         (["--enable-hierarchical-cache"], "does not serve HiCache yet"),
         (["--speculative-algorithm", "NGRAM"], "does not serve speculative decoding yet"),
+        (["--radix-eviction-policy", "tlru"], "drop --radix-eviction-policy tlru"),
+        (["--enable-return-aux-hidden-states"], "does not serve auxiliary hidden states yet"),
+        (["--enable-nvidia-megakernel"], "drop --enable-nvidia-megakernel"),
+        (["--enable-amd-monokernel"], "drop --enable-amd-monokernel"),
+        (["--enable-kv-cache-sharding"], "drop --enable-kv-cache-sharding"),
     ],
 )
 def test_what_is_not_served_ends_the_start_with_one_line(
@@ -306,17 +332,25 @@ if __name__ == "__main__":
 
 
 def test_a_version_outside_the_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ((0, 5, 16), (0, 5, 23), (0, 6, 0)):
+    for version in ((0, 5, 16), (0, 5, 24), (0, 6, 0)):
         monkeypatch.setattr(compat, "sglang_version", lambda version=version: version)
         with pytest.raises(UnsupportedError, match=r"\.".join(map(str, version))):
             compat.check_version()
+    monkeypatch.setenv(compat.TRY, "0.6.0")
+    compat.check_version()  # let in by name, and no other
+    monkeypatch.setattr(compat, "sglang_version", lambda: (0, 6, 1))
+    with pytest.raises(UnsupportedError, match=r"SGLang 0\.6\.1"):
+        compat.check_version()
 
 
-def test_the_oldest_supported_version(model: Path, tmp_path: Path, texts: Texts) -> None:
-    """SGLang 0.5.17: start, reuse, compare with plain."""
-    folder = Path(sys.prefix) / "sglang-0.5.17"
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.21", *os.environ.get(compat.TRY, "").split()])
+def test_another_version_starts_reuses_and_stays_exact(
+    version: str, model: Path, tmp_path: Path, texts: Texts
+) -> None:
+    """The last for torch 2.11, which GPU machines may have, and the one before 0.5.22's caches."""
+    folder = Path(sys.prefix) / f"sglang-{version}"
     if not folder.exists():
-        pytest.skip("SGLang 0.5.17 is not installed; scripts/test.sh does it")
+        pytest.skip(f"SGLang {version} is not installed; scripts/test.sh does it")
     a, b = texts.passage(300), texts.passage(200)
     prompt = b + texts.passage(6) + a + texts.passage(10)
     with serve(model, tmp_path, "--disable-overlap-schedule", sglang=folder) as plain:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 VOCAB = 997
+EOS = 1
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -15,8 +16,8 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
     # Wide enough that attention, not the residual alone, decides the next token.
     "initializer_range": 0.15,
 }
