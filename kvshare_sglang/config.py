@@ -21,8 +21,8 @@ class KVShareConfig:
 
     budget: float = _option(
         0.15,
-        "share of the reused tokens that is computed again; by trace, more where new text stands"
-        " before them (0: copy only, 1: all)",
+        "share of the reused tokens, and of twice the new ones before them, that is computed again"
+        " (0: copy only, 1: all)",
         0,
         1,
     )
@@ -30,7 +30,7 @@ class KVShareConfig:
         16, "tokens computed again at the start of each run taken from other text", 0, 4096
     )
     select: str = _option(
-        "trace", "which reused tokens are computed again: window (behind edits and seams), dhd"
+        "trace", "which reused tokens are computed again: window (after edits and at seams), dhd"
         " (those, then what a check layer finds far off and attended to) or trace (what the last"
         " tokens attend to, what that attends to, and so on)"
     )  # fmt: skip
@@ -52,9 +52,7 @@ class KVShareConfig:
     probe_at: float = _option(
         0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
-    window: int = _option(
-        32, "tokens computed again behind each edit (by trace: at most 4)", 0, 4096
-    )
+    window: int = _option(32, "tokens computed again after each edit, by window and dhd", 0, 4096)
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20
     )
@@ -74,7 +72,8 @@ class KVShareConfig:
     chunk_target: int = _option(128, "length that such pieces have on average", 64, 512)
     chunk_max: int = _option(512, "longest such piece", 512, 8192)
     eviction: str = _option(
-        "worth", "what is evicted first: worth (least used, aged) or sglang (its own policy)"
+        "frequency",
+        "what is evicted first: frequency (least used, with age) or sglang (its own policy)",
     )
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
@@ -94,8 +93,8 @@ class KVShareConfig:
                 raise ConfigError(flag, value, allowed)
         if self.select not in ("window", "dhd", "trace"):
             raise ConfigError("--kvshare-select", self.select, "one of window, dhd, trace")
-        if self.eviction not in ("worth", "sglang"):
-            raise ConfigError("--kvshare-eviction", self.eviction, "one of worth, sglang")
+        if self.eviction not in ("frequency", "sglang"):
+            raise ConfigError("--kvshare-eviction", self.eviction, "one of frequency, sglang")
         if self.scope in ("group", "global"):
             raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
         if self.scope != "tenant":

@@ -257,7 +257,7 @@ class Life:
         """Keep the text that stands behind reused runs in branches of its own."""
         taken = [Range(run.dst_start, run.dst_stop) for run in used]
         for start, stop in complement(taken, start=0, stop=len(prompt)):
-            before = [run.depth_behind for run in used if run.dst_stop <= start]
+            before = [run.depth_after for run in used if run.dst_stop <= start]
             if not before or (depth := max(before)) > self.max_depth:
                 continue
             started = time.perf_counter()

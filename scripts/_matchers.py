@@ -280,7 +280,7 @@ class KVShare:
         )
 
     def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
-        stretches = self.tree.unknown_chunks(space, tokens, depth=depth)
+        stretches = self.tree.new_chunks(space, tokens, depth=depth)
         return [[Piece(c.start, c.stop, c) for c in chunks] for chunks in stretches]
 
     def remember(self, note: object, segment: int) -> None:

@@ -77,7 +77,7 @@ stage "types (mypy)" mypy
 stage "layers" run_pytest tests/test_layers.py
 stage "pure tests and doctests" run_pytest tests \
     --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration --ignore=tests/gpu \
-    --doctest-modules kvshare_sglang/{errors,config}.py kvshare_sglang/{radix_fuzzy,policy}
+    --doctest-modules kvshare_sglang/{errors,config,plan}.py kvshare_sglang/{radix_fuzzy,policy}
 stage "kernels against their references" run_pytest tests/kernels
 ((num_stages > 6)) && stage "the real SGLang" integration
 

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from kvshare_sglang.radix_fuzzy.types import Join, Run
+from kvshare_sglang.plan import Join, Run
 
 NAMESPACES = (None, "a", ("a", None))
 

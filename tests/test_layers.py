@@ -1,4 +1,4 @@
-"""Imports only go down; see the picture in ``LAYERS``. Also: no file names this machine."""
+"""Imports only go down: ``LAYERS`` and ``RUNTIME_ORDER``. Also: no file names this machine."""
 
 import ast
 import subprocess
@@ -11,19 +11,39 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "kvshare_sglang"
 
-BOTTOM = {f"{PACKAGE}.errors", f"{PACKAGE}.config"}
+FLOOR = {f"{PACKAGE}.errors", f"{PACKAGE}.config", f"{PACKAGE}.plan"}
 PURE = f"{PACKAGE}.radix_fuzzy"
+POLICY = f"{PACKAGE}.policy"
+KERNELS = f"{PACKAGE}.kernels"
+RUNTIME = f"{PACKAGE}.runtime"
 
-# What each layer may import beside the standard library and itself. A name stands for all
-# below it. Modules directly in the package are the roof: they alone may import anything.
+# What each room may import beside the standard library and itself. A name stands for all below
+# it. The three rooms over the floor are siblings: none imports another.
 LAYERS = {
-    PACKAGE: BOTTOM,  # the root __init__: importing the package costs nothing
+    PACKAGE: FLOOR,  # the root __init__: importing the package costs nothing
     f"{PACKAGE}.errors": set(),
     f"{PACKAGE}.config": {f"{PACKAGE}.errors"},
-    PURE: {"numpy", "xxhash", "rapidfuzz", *BOTTOM},
-    f"{PACKAGE}.policy": {"numpy", PURE, *BOTTOM},
-    f"{PACKAGE}.kernels": {"torch", "triton", "flashinfer", "numpy", PURE, *BOTTOM},
+    f"{PACKAGE}.plan": {"numpy"},
+    PURE: {"numpy", "xxhash", "rapidfuzz", *FLOOR},
+    POLICY: {"numpy", *FLOOR},
+    KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
+    f"{PACKAGE}.sim": {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
+    RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", PURE, POLICY, KERNELS, *FLOOR},
+    f"{PACKAGE}.plugin": {RUNTIME},
 }
+# The order inside runtime, from the bottom up: a module imports only from rows above its own.
+RUNTIME_ORDER = (
+    ("versions", "report"),
+    ("hooks", "request"),
+    ("batch", "cache.eviction", "cache.index_sync"),
+    ("attention", "copying", "cache.sources", "cache.retain"),
+    ("cache.radix",),
+    ("support",),
+    ("scheduler", "attention_trace", "dhd"),
+    ("prefill", "decode"),
+    ("forward",),
+    ("launch",),
+)
 
 
 def _imports(tree: ast.AST, *, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -57,8 +77,6 @@ def violations(root: Path) -> list[str]:
         is_package = path.name == "__init__.py"
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if is_package else parts)
-        if len(parts) == 2 and module not in LAYERS:
-            continue  # the roof
         layer = module if module in LAYERS else ".".join(parts[:2])
         if layer not in LAYERS:
             found.append(f"{path.relative_to(root)}: {layer} belongs to no layer")
@@ -76,6 +94,41 @@ def test_imports_only_go_down():
     assert violations(ROOT) == []
 
 
+def _typing_only(tree: ast.AST) -> set[int]:
+    """Lines under ``if TYPE_CHECKING``: imports there exist for the reader alone."""
+    return {
+        line.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for line in ast.walk(node)
+        if hasattr(line, "lineno")
+    }
+
+
+def test_runtime_keeps_its_inner_order():
+    """Late imports count; only those for type checking and the strings of the hook table do not."""
+    floor = {name: i for i, names in enumerate(RUNTIME_ORDER) for name in names}
+    found = []
+    for path in sorted((ROOT / PACKAGE / "runtime").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / PACKAGE / "runtime").with_suffix("").parts)
+        if path.name == "__init__.py":
+            continue
+        assert name in floor, f"{name} has no place in RUNTIME_ORDER"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        skip = _typing_only(tree)
+        module = f"{RUNTIME}.{name}"
+        for line, target in _imports(tree, module=module, is_package=False):
+            inside = target.removeprefix(f"{RUNTIME}.")
+            below = [other for other in floor if inside == other or inside.startswith(other + ".")]
+            if target.startswith(RUNTIME) and line not in skip:
+                found += [
+                    f"{name}:{line} imports {other}"
+                    for other in below
+                    if floor[other] >= floor[name]
+                ]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
@@ -87,6 +140,11 @@ def test_imports_only_go_down():
         ),
         ("policy/routing.py", "from kvshare_sglang.kernels import ops\n"),
         ("policy/routing.py", "from kvshare_sglang import plugin\n"),
+        ("policy/routing.py", "from kvshare_sglang.radix_fuzzy import tree\n"),
+        ("kernels/ops.py", "from kvshare_sglang.radix_fuzzy import tree\n"),
+        ("sim/engine.py", "from kvshare_sglang.runtime import report\n"),
+        ("sim/engine.py", "import sglang\n"),
+        ("runtime/batch.py", "from kvshare_sglang.sim import engine\n"),
         ("radix_fuzzy/tree.py", "from kvshare_sglang.policy import eviction\n"),
         ("radix_fuzzy/tree.py", "from ..policy.eviction import score\n"),
         ("radix_fuzzy/tree.py", "from .. import policy\n"),
@@ -113,13 +171,14 @@ def test_an_import_that_goes_up_is_found(tmp_path, path, source):
     [
         (
             "policy/routing.py",
-            "import heapq\nimport numpy as np\nfrom ..radix_fuzzy import types\n",
+            "import heapq\nimport numpy as np\nfrom ..plan import Rows\n",
         ),
         ("policy/routing.py", "from . import views\nfrom kvshare_sglang import __version__\n"),
         ("radix_fuzzy/__init__.py", "from .tree import Tree\nfrom ..errors import KVShareError\n"),
         ("radix_fuzzy/deep/er.py", "from ..tree import Tree\nimport rapidfuzz.distance\n"),
-        ("kernels/ops.py", "import torch\nfrom kvshare_sglang.radix_fuzzy.types import Run\n"),
-        ("plugin.py", "import sglang\nfrom .kernels import ops\n"),
+        ("kernels/ops.py", "import torch\nfrom kvshare_sglang.plan import Run\n"),
+        ("runtime/batch.py", "import sglang\nfrom ..kernels import ops\n"),
+        ("sim/engine.py", "import torch\nfrom ..policy.select import base\n"),
     ],
 )
 def test_an_import_that_goes_down_is_allowed(tmp_path, path, source):

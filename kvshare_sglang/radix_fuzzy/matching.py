@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvshare_sglang.plan import Join, Run
 from kvshare_sglang.radix_fuzzy.align import MAX_GAP, align
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN, Tokens
 from kvshare_sglang.radix_fuzzy.segments import Segment, extend, path_tokens, same_path
-from kvshare_sglang.radix_fuzzy.types import Join, Run
 
 SEAM_COST = 16  # rows: what a change of source costs
 LOOK_BACK = 64  # tokens before a run that are compared with what stood before its source

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvshare_sglang.plan import Run
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
-from kvshare_sglang.radix_fuzzy.types import Run
 
 
 @dataclass(slots=True, eq=False)

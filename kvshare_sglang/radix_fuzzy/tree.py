@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvshare_sglang.errors import TreeError
+from kvshare_sglang.plan import Join, Run, check_runs
 from kvshare_sglang.radix_fuzzy import chunks
 from kvshare_sglang.radix_fuzzy.chunks import BOUNDS, Bounds, Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import (
@@ -36,7 +37,6 @@ from kvshare_sglang.radix_fuzzy.segments import (
     path_tokens,
     pieces,
 )
-from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
 
 _POSITION_BITS = np.uint64(32)
 _POSITION_MASK = np.uint64(2**32 - 1)
@@ -171,7 +171,7 @@ class FuzzyTree:
         self._index_segment(seg, space.seed)
         return seg
 
-    def unknown_chunks(
+    def new_chunks(
         self, namespace: object, tokens: Tokens, *, depth: int, bounds: Bounds = BOUNDS
     ) -> list[list[Chunk]]:
         """Chunks of ``tokens`` that no live segment stores at ``depth`` or less, in stretches.

@@ -93,6 +93,11 @@ class Lab:
         return value
 
 
+def computed(record: dict[str, Any]) -> int:
+    """Rows that ran for a prompt, from what its answer says under ``kvshare``."""
+    return int(record["recomputed_tokens"] + record["fresh_tokens"])
+
+
 @contextlib.contextmanager
 def lab(model: Path, **server_args: Any) -> Iterator[Lab]:
     """A lab for the length of a ``with`` block."""

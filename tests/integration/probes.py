@@ -2,34 +2,36 @@
 
 from typing import Any
 
-from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan, complement
+from kvshare_sglang.plan import Range, ReusePlan, Rows
 
 DONOR = ("donor", None)  # the namespace that forced plans copy from
 
 
 def force_plans(child: Any) -> None:
     """Requests with ``forced`` ranges compute just these rows; the rest is copied, unmoved, from
-    the same text in the donor namespace: exact KV stands in every skipped slot."""
-    from kvshare_sglang import admission
+    the same text in the donor namespace: exact KV is in every skipped slot."""
+    from kvshare_sglang.runtime import scheduler
 
-    original = admission._plan
+    original = scheduler._plan
 
-    def plan(cache: Any, req: Any, prefix_len: int, budget: Any) -> Any:
+    def plan(cache: Any, req: Any, prefix_len: int, state: Any) -> None:
+        original(cache, req, prefix_len, state)
         forced = child.specs[req.rid]["forced"]
         if forced is None:
-            return original(cache, req, prefix_len, budget)
-        prompt = admission.as_tokens(req.full_untruncated_fill_ids)
+            return
+        prompt = scheduler.as_tokens(req.full_untruncated_fill_ids)
         (run,) = cache.fuzzy.match(DONOR, prompt, max_depth=0)
         assert (run.src_start, run.dst_start, run.length) == (0, 0, len(prompt))
-        compute = [Range(max(a, prefix_len), b) for a, b in forced if b > prefix_len]
-        copies = [run.cut(a, b) for a, b in complement(compute, start=prefix_len, stop=len(prompt))]
-        whole = run.cut(prefix_len, len(prompt))
-        return (
-            ReusePlan(len(prompt), prefix_len, (whole,), tuple(copies), tuple(compute)),
-            None,
+        rows = Rows((max(a, prefix_len), b) for a, b in forced if b > prefix_len)
+        state.decline = None
+        state.plan = ReusePlan.computing(
+            rows,
+            prompt_len=len(prompt),
+            prefix_len=prefix_len,
+            runs=[run.cut(prefix_len, len(prompt))],
         )
 
-    admission._plan = plan
+    scheduler._plan = plan
 
 
 def check(child: Any) -> dict[str, int]:
@@ -39,7 +41,7 @@ def check(child: Any) -> dict[str, int]:
     return {
         "protected": cache.protected_size(),
         "pins": cache.fuzzy.num_pins,
-        "adopted": len(cache._adopted),
+        "adopted": cache.retainer.num_kept,
         "resident": cache.fuzzy.num_tokens,
         "evictable": cache.evictable_size(),
         "available": child.scheduler.token_to_kv_pool_allocator.available_size(),
@@ -65,17 +67,17 @@ def tagged_sizes(child: Any) -> list[tuple[int, int]]:
 def plain_keys_of_depth(child: Any) -> set[int]:
     """Depths found in the plain branch; it must hold exact KV only."""
     return {
-        node.kvshare[0].depth
+        node.kvshare.segment.depth
         for node in child.cache.root_node.children.values()
         if not hasattr(node.key.extra_key, "depth")
     }
 
 
-def seams(child: Any) -> dict[str, bool]:
+def hook_points(child: Any) -> dict[str, bool]:
     """Which functions of SGLang are wrapped by anything of ours at this moment."""
-    from kvshare_sglang import hooks
+    from kvshare_sglang.runtime import hooks
 
-    return {seam.target: hooks._applied(seam) for seam in hooks.SEAMS}
+    return {point.target: hooks.applied(point) for point in hooks.WRAPPED}
 
 
 def cache_class(child: Any) -> str:
@@ -93,7 +95,7 @@ def break_lookup(child: Any) -> None:
 
 def break_copy(child: Any) -> None:
     """Make every copy raise half way, with garbage written."""
-    from kvshare_sglang import copying
+    from kvshare_sglang.runtime import copying
 
     def broken(runner: Any, rows: Any, **kw: Any) -> None:
         runner.token_to_kv_pool.get_key_buffer(0)[rows.dst_slots] = 1e3
@@ -104,45 +106,45 @@ def break_copy(child: Any) -> None:
 
 def break_choice(child: Any) -> None:
     """Make every look at attention raise, at a check layer and on a trace."""
-    from kvshare_sglang import check, tracing
+    from kvshare_sglang.runtime import attention_trace, dhd
 
     def broken(*args: Any, **kw: Any) -> Any:
         raise RuntimeError("planted")
 
-    check.attention_paid = tracing.attention_paid = broken
+    dhd.attention_mass = attention_trace.attention_mass = broken
 
 
 def break_refresh(child: Any) -> None:
     """Make every refresh raise before it writes."""
-    from kvshare_sglang import refresh
+    from kvshare_sglang.runtime import decode
 
     def broken(*args: Any, **kw: Any) -> Any:
         raise RuntimeError("planted")
 
-    refresh.follow = broken
+    decode.follow = broken
 
 
 def break_watch(child: Any) -> None:
     """Make every look at a decode step raise."""
-    from kvshare_sglang import refresh
+    from kvshare_sglang.runtime import decode
 
     def broken(*args: Any, **kw: Any) -> Any:
         raise RuntimeError("planted")
 
-    refresh.attention_paid = broken
+    decode.attention_mass = broken
 
 
 def count_yields(child: Any) -> None:
     """Count how often sources were really given back."""
-    cache = child.cache
-    original, child.num_yields = cache.yield_sources, 0
+    sources = child.cache.sources
+    original, child.num_yields = sources.give_back, 0
 
     def counted() -> bool:
         gave: bool = original()
         child.num_yields += gave
         return gave
 
-    cache.yield_sources = counted
+    sources.give_back = counted
 
 
 def yields(child: Any) -> int:
@@ -159,7 +161,7 @@ def yield_once_between(child: Any, low: int, high: int) -> None:
         state = getattr(scheduler.chunked_req, "kvshare", None)
         reusing = state is not None and state.plan is not None
         if reusing and low <= state.done < high and not child.num_yields:
-            child.cache.yield_sources()
+            child.cache.sources.give_back()
         return original(*args, **kw)
 
     scheduler.get_next_batch_to_run = get_next
@@ -196,9 +198,9 @@ def no_pinning() -> None:
 def stretches_as_on_a_gpu() -> None:
     """Bound the stretches of rows by --max-running-requests, as attention on a GPU does; the CPU's
     own attention takes any number."""
-    from kvshare_sglang import attend
+    from kvshare_sglang.runtime import batch
 
-    attend.on_cpu = lambda runner: False
+    batch.on_cpu = lambda runner: False
 
 
 # ---- planted faults: each must make a named test fail ------------------------------------------
@@ -228,9 +230,9 @@ def mutate_copy_early() -> None:
     """KV is copied when the request is admitted, before the batch has its slots."""
     import torch
 
-    from kvshare_sglang import admission, copying
+    from kvshare_sglang.runtime import copying, scheduler, support
 
-    attach = admission._attach
+    attach = scheduler._attach
     empty = torch.empty(0, dtype=torch.int64)
     rows_of = copying.rows_of
     copying.rows_of = lambda *args: copying.Copy(empty, empty, empty, empty)
@@ -240,34 +242,33 @@ def mutate_copy_early() -> None:
         if state.plan is None:
             return
         row = cache.req_to_token_pool.req_to_token[0].long()
-        runner = early.runner
         rows = rows_of(state, state.plan.copies, Range(0, len(row)), row)
-        copying.copy_kv(runner, rows)
+        copying.copy_kv(early.runner, rows)
 
-    admission._attach = early
-    check_model = copying.check_model
+    scheduler._attach = early
+    check_model = support.check_model
 
     def note_runner(runner: Any, ctx: Any = None) -> None:
         early.runner = runner
         check_model(runner, ctx)
 
-    copying.check_model = note_runner
+    support.check_model = note_runner
 
 
 def mutate_sources_not_locked() -> None:
     """Sources are read but neither pinned nor locked."""
-    from kvshare_sglang.cache import FuzzyRadixCache
+    from kvshare_sglang.runtime.cache.sources import Sources
 
-    original = FuzzyRadixCache.lock_sources
+    original = Sources.lock
 
-    def lock(cache: Any, state: Any) -> None:
-        original(cache, state)
-        cache.unlock_sources(state)
+    def lock(sources: Any, state: Any) -> None:
+        original(sources, state)
+        sources.unlock(state)
 
-    FuzzyRadixCache.lock_sources = lock
+    Sources.lock = lock
 
 
 def uses(child: Any) -> list[float]:
     """What the text of each segment's first node counts as used."""
     segments = child.cache.fuzzy._segments.values()
-    return [s.payload.nodes[0].kvshare_worth.uses for s in segments]
+    return [s.payload.nodes[0].kvshare.frequency.uses for s in segments]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Texts
-from lab import Lab, lab, request
+from lab import Lab, computed, lab, request
 
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 
@@ -44,7 +44,7 @@ def test_exact_kv_in_the_runs_gives_full_prefill_whatever_is_chosen(
             assert part["kvshare"]["declined"] is None
             # a fifth of the run and its end, which may be among the fifth
             copied = length - int(0.2 * length)
-            assert copied - 16 <= part["kvshare"]["fuzzy_tokens"] <= copied
+            assert copied - 16 <= part["kvshare"]["copied_tokens"] <= copied
             torch.testing.assert_close(part["logits"], full["logits"], **TOL)
             assert part["output"] == full["output"]
             for mine, theirs in zip(part["kv"], full["kv"], strict=True):
@@ -79,7 +79,7 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
         for mine, theirs in zip(together[rid]["kv"], alone[rid]["kv"], strict=True):
             torch.testing.assert_close(mine, theirs, **TOL)
     for rid in ("d0", "d1", "d3"):
-        assert together[rid]["kvshare"]["fuzzy_tokens"] > 0
+        assert together[rid]["kvshare"]["copied_tokens"] > 0
     assert any_lab.ask("probes:check")["pins"] == 0
 
 
@@ -91,7 +91,7 @@ def test_a_prompt_in_chunks_runs_what_structure_says(llama: Path, texts: Texts) 
         with lab(llama, kvshare=True, **settings) as it:
             it.one(source, new=1)
             found.append(it.one(prompt, new=4))
-    assert found[0]["kvshare"]["fuzzy_tokens"] > 0
+    assert found[0]["kvshare"]["copied_tokens"] > 0
     assert found[0]["kvshare"] == found[1]["kvshare"] == found[2]["kvshare"]
     assert found[0]["output"] == found[1]["output"] == found[2]["output"]
 
@@ -102,8 +102,8 @@ def assert_exact(it: Lab, prompt: list[int], reason: str) -> None:
     part = it.one(prompt, keep="kv")
     told = part["kvshare"]
     assert told["declined"] == reason
-    assert told["fuzzy_tokens"] == 0
-    assert told["computed_tokens"] == len(prompt)
+    assert told["copied_tokens"] == 0
+    assert computed(told) == len(prompt)
     assert part["output"] == full["output"]
     for mine, theirs in zip(part["kv"], full["kv"], strict=True):
         torch.testing.assert_close(mine, theirs, **TOL)

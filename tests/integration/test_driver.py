@@ -1,21 +1,18 @@
-"""The driver of ``eval_quality`` runs the rows that the server runs, and gets its logits and KV."""
+"""The plain twin runs the rows that the server runs, and gets its logits and KV."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Texts
-from lab import lab
+from lab import computed, lab
 from tiny_models import make_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from _driver import Lab as Driver
-from _driver import Model
-
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.sim.engine import Lab as Driver
+from kvshare_sglang.sim.engine import Model
 
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 
@@ -36,18 +33,14 @@ def test_the_driver_does_what_the_server_does(name: str, models: Path, texts: Te
             it.one(source, new=1)
             served = it.one(prompt, new=6, keep="kv")
             ids = np.array(prompt, np.int32)
-            plan = driver.plan(ids)
+            plan = driver.plan(ids, "window")
             told = served["kvshare"]
-            assert told["fuzzy_tokens"] == plan.copied > 100
-            assert told["computed_tokens"] == plan.computed
-            mine = driver.prefill(ids, plan, "edit-window", budget=config.budget)
-            assert all(len(rows) >= plan.computed for rows in mine.rows)
-            exact = np.concatenate([np.arange(*r) for r in plan.compute])
-            # the selector works row by row; the server merges short stretches into what it runs
-            hidden, rows = driver.model.run(ids, kv := driver.copied(ids, plan), exact)
-            assert np.array_equal(rows[0], exact)
-            torch.testing.assert_close(driver.model.logits(hidden[-1]), served["logits"], **TOL)
-            for ours, theirs in zip(kv, served["kv"], strict=True):
+            assert told["copied_tokens"] == plan.copied > 100
+            assert computed(told) == plan.computed
+            mine = driver.prefill(ids, plan, "window", budget=config.budget)
+            assert all(np.array_equal(rows, plan.compute.positions) for rows in mine.rows)
+            torch.testing.assert_close(mine.logits, served["logits"], **TOL)
+            for ours, theirs in zip(mine.kv, served["kv"], strict=True):
                 torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
             full, _ = driver.model.full(ids)
             plain = it.one(prompt, new=1, kvshare="exact")
@@ -82,15 +75,15 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
             it.one(source, new=1)
             served = it.one(prompt, new=6, keep="kv")
             ids = np.array(prompt, np.int32)
-            plan = driver.plan(ids)
+            plan = driver.plan(ids, config.select)
             mine = driver.prefill(ids, plan, config.select, budget=config.budget)
             told = served["kvshare"]
             assert told["declined"] is None
-            assert told["computed_tokens"] == len(mine.rows[-1])
+            assert computed(told) == len(mine.rows[-1])
             if config.select == "dhd":
                 every = len(prompt) - plan.prefix_len
                 passes, layers = [every] * 2, 2
-                # beside what structure says, rows stand alone or in small groups
+                # beside what structure says, rows are alone or in small groups
                 assert (np.diff(mine.rows[-1]) > 1).sum() > len(plan.runs) + 3
             else:
                 # three passes up to layer 1, then the batch's own

@@ -79,7 +79,7 @@ def test_exact_then_fuzzy_then_exact_again(both: tuple[Lab, Lab], texts: Texts) 
         for source in corpus.sources:
             ours.one(source)
         fuzzy = ours.one(prompt, keep="kv")
-        assert fuzzy["kvshare"]["fuzzy_tokens"] > 100
+        assert fuzzy["kvshare"]["copied_tokens"] > 100
         exact_len = fuzzy["kvshare"]["exact_tokens"]
         again = ours.one(prompt, kvshare="exact", keep="kv")
         # The noise of a server without kvshare: the same prompt with another split of its prefill.
@@ -184,7 +184,7 @@ def test_tenants_never_reuse_each_others_text(both: tuple[Lab, Lab], texts: Text
         ours.one(source, extra_key="a")
     assert ours.one(corpus.prompts[0], extra_key="b")["kvshare"]["declined"] == "no_match"
     assert ours.one(corpus.prompts[0])["kvshare"]["declined"] == "no_match"
-    assert ours.one(corpus.prompts[0], extra_key="a")["kvshare"]["fuzzy_tokens"] > 100
+    assert ours.one(corpus.prompts[0], extra_key="a")["kvshare"]["copied_tokens"] > 100
 
 
 def test_depth_is_recorded_and_bounded(both: tuple[Lab, Lab], texts: Texts) -> None:
@@ -197,7 +197,7 @@ def test_depth_is_recorded_and_bounded(both: tuple[Lab, Lab], texts: Texts) -> N
     assert ours.ask("probes:tagged_sizes"), "fresh text behind reused text is stored, tagged"
     assert {depth for depth, _ in ours.ask("probes:tagged_sizes")} == {1}
     two = ours.one(texts.passage(12) + fresh + newer)
-    assert two["kvshare"]["fuzzy_tokens"] > 100
+    assert two["kvshare"]["copied_tokens"] > 100
     assert two["kvshare"]["source_depth"] == 1
     # What stands behind text of depth 1 would have depth 2, and the default bound is 1.
     assert {depth for depth, _ in ours.ask("probes:tagged_sizes")} == {1}
@@ -258,7 +258,7 @@ def test_exact_answers_under_every_order_of_service(
             for rid, (which, new) in exact.items():
                 alone = plain_lab.one(corpus.prompts[which], new=new)
                 assert answers[rid]["output"] == alone["output"], rid
-            reused += sum(a["kvshare"]["fuzzy_tokens"] > 0 for a in answers.values())
+            reused += sum(a["kvshare"]["copied_tokens"] > 0 for a in answers.values())
             state = it.ask("probes:check")
             assert state["protected"] == state["pins"] == state["adopted"] == 0
         assert reused > 0

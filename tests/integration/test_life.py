@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Texts
-from lab import Lab, lab, request
+from lab import Lab, computed, lab, request
 from tiny_models import EOS
 
 TIGHT = {
@@ -94,7 +94,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
             # leaves no reason on the request.
             kind = (answer["finish"] or {"type": "abort"})["type"]
             assert kind == "length" or rid in aborted, (rid, answer["finish"])
-        reused += sum((a["kvshare"] or {}).get("fuzzy_tokens", 0) > 0 for a in answers.values())
+        reused += sum((a["kvshare"] or {}).get("copied_tokens", 0) > 0 for a in answers.values())
         assert_clean(tight)
     assert reused > 10, "the mix must really reuse"
     after = tight.ask("probes:counts")["tokens"]
@@ -132,7 +132,7 @@ def test_sources_survive_the_pressure_of_their_own_reuse(llama: Path, texts: Tex
             it.one(passage, new=2)
         prompt = texts.passage(5) + passages[0] + passages[1] + texts.passage(20)
         reused = it.one(prompt, new=2)
-        assert reused["kvshare"]["fuzzy_tokens"] > 200
+        assert reused["kvshare"]["copied_tokens"] > 200
         assert_clean(it)
         # The same with nothing that may be evicted but the sources: plain, and counted as such.
         it.flush()
@@ -192,10 +192,10 @@ def test_sources_may_be_given_back_at_any_chunk(
         answer = it.one(prompt, new=60, keep="kv")
         assert it.ask("probes:yields") == 1
         info = answer["kvshare"]
-        assert info["fuzzy_tokens"] + info["computed_tokens"] == len(prompt)
-        assert (info["declined"] == "no_room") == (info["fuzzy_tokens"] == 0) == (low < 200)
+        assert info["copied_tokens"] + computed(info) == len(prompt)
+        assert (info["declined"] == "no_room") == (info["copied_tokens"] == 0) == (low < 200)
         assert_clean(it)
-        if not info["fuzzy_tokens"]:
+        if not info["copied_tokens"]:
             fresh = it.one(prompt, new=60, kvshare="exact", extra_key="fresh")
             assert fresh["output"] == answer["output"]
 
@@ -220,7 +220,7 @@ def test_new_weights_flush_the_index_too(llama: Path, texts: Texts) -> None:
     prompt = texts.passage(9) + a
     with lab(llama, kvshare=True) as it:
         it.one(a)
-        assert it.one(prompt)["kvshare"]["fuzzy_tokens"] > 200
+        assert it.one(prompt)["kvshare"]["copied_tokens"] > 200
         assert it.ask("probes:update_weights", str(llama))
         assert it.ask("probes:check")["resident"] == 0
         assert it.one(prompt)["kvshare"]["declined"] == "no_match"
@@ -247,7 +247,7 @@ def test_a_copy_that_fails_runs_every_row(llama: Path, texts: Texts) -> None:
         answer = it.one(prompt)
         assert answer["output"] == expected
         assert answer["kvshare"]["declined"] == "fault"
-        assert answer["kvshare"]["computed_tokens"] == len(prompt)
+        assert computed(answer["kvshare"]) == len(prompt)
         assert_clean(it)
 
 
@@ -277,7 +277,7 @@ def test_hidden_states_in_a_batch_with_reuse(llama: Path, texts: Texts) -> None:
             ]
         )
         assert batch["mine"]["kvshare"]["declined"] == "hidden_states"
-        assert batch["reuse"]["kvshare"]["computed_tokens"] == 304
+        assert computed(batch["reuse"]["kvshare"]) == 304
         got = batch["mine"]["hidden_states"]
         assert [len(part) for part in got] == [len(part) for part in alone]
         for ours, theirs in zip(got, alone, strict=True):
@@ -302,7 +302,7 @@ def test_prompt_logprobs_and_plain_requests_share_a_batch_with_reuse(
             ]
         ]
     )
-    assert answers["reuse"]["kvshare"]["fuzzy_tokens"] > 200
+    assert answers["reuse"]["kvshare"]["copied_tokens"] > 200
     assert answers["both"]["kvshare"]["declined"] == "prompt_logprobs"
     ours = [x for x in answers["logprobs"]["input_logprobs"] if x is not None]
     theirs = [x for x in alone["input_logprobs"] if x is not None]

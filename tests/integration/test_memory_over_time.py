@@ -15,7 +15,7 @@ def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, te
     history = texts.passage(20) + document + texts.passage(40)
     first = kv_lab.one(history, new=24)
     assert first["kvshare"]["source_depth"] == 0
-    fresh = len(history) - first["kvshare"]["fuzzy_tokens"]
+    fresh = len(history) - first["kvshare"]["copied_tokens"]
     for _ in range(3):
         # Each turn sends all that was said before, and some more.
         history = history + first["output"] + texts.passage(30)
@@ -24,7 +24,7 @@ def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, te
         # Its own earlier turns, at their own positions, are what they would be without a turn
         # between: depth 1, however long the conversation gets, and nearly nothing to compute.
         assert report["source_depth"] <= 1
-        reused = report["exact_tokens"] + report["fuzzy_tokens"]
+        reused = report["exact_tokens"] + report["copied_tokens"]
         assert reused >= len(history) - 30 - 24 - fresh // 2, report
         depths = {depth for depth, _ in kv_lab.ask("probes:tagged_sizes")}
         assert depths == {1}
@@ -39,11 +39,11 @@ def test_text_that_paid_stays_when_memory_gets_short(
         paid = texts.passage(300)
         it.one(paid)
         for _ in range(2):
-            assert it.one(texts.passage(9) + paid, new=1)["kvshare"]["fuzzy_tokens"] > 200
+            assert it.one(texts.passage(9) + paid, new=1)["kvshare"]["copied_tokens"] > 200
         for _ in range(5):  # none of it is ever asked for again
             it.one(texts.passage(300), new=1)
         last = it.one(texts.passage(9) + paid, new=1)["kvshare"]
-        assert (last["fuzzy_tokens"] > 200) == stays, last
+        assert (last["copied_tokens"] > 200) == stays, last
 
 
 def test_a_request_that_waits_for_memory_makes_its_sources_no_dearer(
@@ -59,7 +59,7 @@ def test_a_request_that_waits_for_memory_makes_its_sources_no_dearer(
             request("waits", texts.passage(9) + source + texts.passage(200), new=4),
         ]
         answers = it.play(script)
-        assert answers["waits"]["kvshare"]["fuzzy_tokens"] > 200, answers["waits"]["kvshare"]
+        assert answers["waits"]["kvshare"]["copied_tokens"] > 200, answers["waits"]["kvshare"]
         assert 0 < max(it.ask("probes:uses")) <= 1.0
 
 
@@ -89,5 +89,5 @@ def test_long_fresh_text_is_stored_in_a_chain_of_pieces(llama: Path, texts: Text
         assert 3000 / 256 <= len(sizes) <= 3000 / 64
         it.ask("probes:check")
         found = it.one(texts.passage(20) + fresh[1000:2000], new=1)["kvshare"]
-        assert found["fuzzy_tokens"] > 800
+        assert found["copied_tokens"] > 800
         assert found["source_depth"] == 1

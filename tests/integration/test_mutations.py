@@ -18,7 +18,7 @@ def layer0_oracle(it, texts: Texts) -> None:
     it.one(prompt, extra_key="donor")
     moved = texts.passage(20) + prompt[60:330] + texts.passage(40)
     reused = it.one(moved, extra_key="donor", keep="kv")
-    assert reused["kvshare"]["fuzzy_tokens"] > 200
+    assert reused["kvshare"]["copied_tokens"] > 200
     fresh = it.one(moved, extra_key="other", kvshare="exact", keep="kv")
     for mine, theirs in zip(reused["kv"], fresh["kv"], strict=True):
         torch.testing.assert_close(mine[0], theirs[0], atol=2e-4, rtol=1e-4)
@@ -32,7 +32,7 @@ def exact_oracle(it, texts: Texts) -> None:
     it.flush()
     for source in corpus.sources:
         it.one(source)
-    assert it.one(prompt)["kvshare"]["fuzzy_tokens"] > 100
+    assert it.one(prompt)["kvshare"]["copied_tokens"] > 100
     assert it.one(prompt, kvshare="exact")["output"] == alone["output"]
     assert it.ask("probes:plain_keys_of_depth") <= {0}
     it.ask("probes:check")
@@ -92,4 +92,6 @@ def test_rid_is_kept(llama: Path) -> None:
     with lab(llama) as it:
         assert set(it.play([[request("a", [5, 6]), request("b", [7])]])) == {"a", "b"}
         assert it.ask("probes:cache_class") != "FuzzyRadixCache"
-        assert not any(it.ask("probes:seams").values()), "without --kvshare nothing is touched"
+        assert not any(it.ask("probes:hook_points").values()), (
+            "without --kvshare nothing is touched"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Texts
-from lab import Lab, LabError, lab, request
+from lab import Lab, LabError, computed, lab, request
 from tiny_models import make_adapter, make_model
 
 TOL = {"atol": 2e-3, "rtol": 1e-3}  # fp32, logits of about +-30; another order of sums
@@ -58,9 +58,9 @@ def assert_like_full(full: dict, part: dict) -> None:
 def assert_rows(part: dict, rows: list[tuple[int, int]], *, start: int = 0, chunk: int = 0) -> None:
     """The rows that ran are those forced; each chunk but the last may add its last token."""
     forced = sum(b - max(a, start) for a, b in rows if b > start)
-    more = part["kvshare"]["computed_tokens"] - forced
+    more = computed(part["kvshare"]) - forced
     assert 0 <= more <= (rows[-1][1] // chunk if chunk else 0)
-    assert part["kvshare"]["fuzzy_tokens"] == rows[-1][1] - start - forced - more > 0
+    assert part["kvshare"]["copied_tokens"] == rows[-1][1] - start - forced - more > 0
 
 
 def test_random_rows_alone(any_lab: Lab, texts: Texts) -> None:
@@ -91,7 +91,7 @@ def test_batches_that_mix_partial_and_plain_requests(any_lab: Lab, texts: Texts)
         assert answers[f"r{i}"]["output"] == full[f"full{i}"]["output"][:6]
     for name in ("r0", "r2", "r4", "late0"):
         assert answers[name]["kvshare"]["declined"] is None
-        assert answers[name]["kvshare"]["fuzzy_tokens"] > 0
+        assert answers[name]["kvshare"]["copied_tokens"] > 0
     assert answers["late0"]["output"] == full["full2"]["output"][:6]
     assert answers["late1"]["output"] == full["full1"]["output"][:6]
     state = any_lab.ask("probes:check")
@@ -121,7 +121,7 @@ def test_every_served_architecture(name: str, models: Path, texts: Texts) -> Non
         # with what was computed fresh.
         moved = texts.passage(20) + prompt[60:330] + texts.passage(40)
         reused = it.one(moved, extra_key="donor", keep="kv")
-        assert reused["kvshare"]["fuzzy_tokens"] > 200
+        assert reused["kvshare"]["copied_tokens"] > 200
         fresh = it.one(moved, extra_key="other", kvshare="exact", keep="kv")
         for mine, theirs in zip(reused["kv"], fresh["kv"], strict=True):
             torch.testing.assert_close(mine[0], theirs[0], atol=2e-4, rtol=1e-4)
@@ -136,7 +136,7 @@ def test_budget_one_gives_the_logits_of_full_prefill(kv_lab: Lab, texts: Texts) 
     full = kv_lab.one(prompt, extra_key="other", kvshare="exact")
     torch.testing.assert_close(part["logits"], full["logits"], **TOL)
     assert part["output"] == full["output"]
-    assert part["kvshare"]["fuzzy_tokens"] == 0
+    assert part["kvshare"]["copied_tokens"] == 0
 
 
 def test_reported_rows_are_the_rows_of_every_layer(kv_lab: Lab, texts: Texts) -> None:
@@ -144,9 +144,9 @@ def test_reported_rows_are_the_rows_of_every_layer(kv_lab: Lab, texts: Texts) ->
     kv_lab.flush()
     kv_lab.one(a + b)
     part = kv_lab.one(b + texts.passage(9) + a, new=1)
-    assert part["kvshare"]["fuzzy_tokens"] > 300
-    rows = part["kvshare"]["computed_tokens"]
-    assert rows == 509 - part["kvshare"]["fuzzy_tokens"]
+    assert part["kvshare"]["copied_tokens"] > 300
+    rows = computed(part["kvshare"])
+    assert rows == 509 - part["kvshare"]["copied_tokens"]
     assert kv_lab.ask("probes:layer_rows")[-1] == [rows] * 4
 
 

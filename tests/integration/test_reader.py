@@ -34,7 +34,7 @@ def answers(it: Lab, prompt: eval_quality.Prompt) -> dict[str, list[int]]:
     ):
         it.flush()
         got = it.play([*sources, ("idle",), request("it", ids, new=new, **options)])["it"]
-        assert (got["kvshare"]["fuzzy_tokens"] > 0) == (way != "full")
+        assert (got["kvshare"]["copied_tokens"] > 0) == (way != "full")
         out[way] = got["output"]
     return out
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Texts
-from lab import Lab, lab, request
+from lab import Lab, computed, lab, request
 from test_check import moved
 from tiny_models import make_model
 
@@ -40,8 +40,8 @@ def test_refreshing_every_row_gives_the_kv_of_full_prefill(
         full = it.one(prompt, kvshare="exact", extra_key="other", new=1, keep="kv")
         part = it.one(prompt, new=8, keep="kv")
         told = part["kvshare"]
-        assert told["refreshed_tokens"] == told["fuzzy_tokens"] == 300
-        assert it.ask("probes:counts")["tokens"]["refreshed"] == told["fuzzy_tokens"]
+        assert told["refreshed_tokens"] == told["copied_tokens"] == 300
+        assert it.ask("probes:counts")["tokens"]["refreshed"] == told["copied_tokens"]
         for mine, theirs in zip(part["kv"], full["kv"], strict=True):
             torch.testing.assert_close(mine[:, :320], theirs[:, :320], **TOL)
 
@@ -117,7 +117,7 @@ def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: T
         prompt = texts.passage(300)
         it.one(prompt + texts.passage(32), extra_key="donor", new=1)
         part = it.one(prompt, forced=[(0, 20), (290, 300)], new=30)
-        assert part["kvshare"]["fuzzy_tokens"] > 200
+        assert part["kvshare"]["copied_tokens"] > 200
         assert part["kvshare"]["refreshed_tokens"] == 3 * 8
 
 
@@ -138,8 +138,8 @@ def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
             part = it.one(prompt, forced=[(0, 20), (length - 5, length)], extra_key=f"{i}", new=12)
             told = part["kvshare"]
             assert told["declined"] is None
-            assert told["fuzzy_tokens"] + told["computed_tokens"] == length
-            if told["fuzzy_tokens"] >= 24:
+            assert told["copied_tokens"] + computed(told) == length
+            if told["copied_tokens"] >= 24:
                 assert told["refreshed_tokens"] >= 8
             again = it.one(prompt, extra_key=f"{i}", kvshare="exact", new=1, keep="kv")
             fresh = it.one(prompt, extra_key=f"other{i}", kvshare="exact", new=1, keep="kv")

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import Texts
+from lab import computed
 from server import ARGS, Server, environment, refuse, serve
 from tiny_models import add_tokenizer, make_model
 
-from kvshare_sglang import compat, hooks
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
+from kvshare_sglang.runtime import hooks, versions
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def test_moved_text_is_reused_and_reported(server: Server, texts: Texts) -> None
     answer = server.generate(b + texts.passage(6) + a + texts.passage(10))
     seen = info(answer)
     assert seen["declined"] is None
-    assert seen["fuzzy_tokens"] > 350
+    assert seen["copied_tokens"] > 350
     assert seen["source_depth"] == 0
     assert seen["exact_tokens"] == answer["meta_info"]["cached_tokens"] == 0
-    total = seen["exact_tokens"] + seen["fuzzy_tokens"] + seen["computed_tokens"]
+    total = seen["exact_tokens"] + seen["copied_tokens"] + computed(seen)
     assert total == answer["meta_info"]["prompt_tokens"]
     assert "KVShare batch, #reuse-seq: 1" in server.log.read_text()
     page = requests.get(server.url + "/metrics", timeout=30).text
@@ -67,7 +68,7 @@ def test_request_options_pass_through_every_endpoint(server: Server) -> None:
     server.generate("import os\n" + text)
     exact = server.generate("#!python\n" + text, custom={"kvshare": "exact"})
     assert info(exact)["declined"] == "exact_requested"
-    assert info(server.generate("# moved\n" + text))["fuzzy_tokens"] > 64
+    assert info(server.generate("# moved\n" + text))["copied_tokens"] > 64
     before = tokens_copied(server)
     body = {"model": "x", "max_tokens": 4, "temperature": 0}
     chat = {**body, "messages": [{"role": "user", "content": text + "once"}]}
@@ -103,7 +104,7 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     server.generate(a)
     prompt = texts.passage(5) + a + texts.passage(12)
     whole = server.generate(prompt, new=24)
-    assert info(whole)["fuzzy_tokens"] > 200
+    assert info(whole)["copied_tokens"] > 200
     sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     other = texts.passage(7) + a + texts.passage(12)
     reply = server.post(
@@ -113,7 +114,7 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     assert events[-1] == b"[DONE]"
     last = json.loads(events[-2])
     assert len(last["output_ids"]) == 24
-    assert info(last)["fuzzy_tokens"] > 200
+    assert info(last)["copied_tokens"] > 200
     many = server.generate(texts.passage(9) + a, sampling={"n": 3, "max_new_tokens": 6})
     assert len(many) == 3
     assert len({tuple(answer["output_ids"]) for answer in many}) == 1, "greedy samples agree"
@@ -195,7 +196,7 @@ def test_a_random_mix_leaves_a_healthy_server(server: Server, texts: Texts) -> N
             else:
                 extra = {"extra_key": "tenant"} if rng.random() < 0.3 else {}
                 answer = server.generate(prompt, new=rng.randrange(1, 30), **extra)
-                reused += info(answer)["fuzzy_tokens"] > 0
+                reused += info(answer)["copied_tokens"] > 0
                 assert answer["meta_info"]["finish_reason"]["type"] == "length"
         return reused
 
@@ -259,10 +260,10 @@ import os
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from kvshare_sglang import hooks
-print("MISSING", len(hooks.missing()), "OF", len(hooks.SEAMS))
+from kvshare_sglang.runtime import hooks
+print("MISSING", len(hooks.missing()), "OF", len(hooks.WRAPPED))
 """
-    count = len(hooks.SEAMS)
+    count = len(hooks.WRAPPED)
     for launcher, missing in (("garbage", count), ("1", count), (str(os.getpid()), 0)):
         env = {**environment(), "KVSHARE_LAUNCHER": launcher}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -327,23 +328,23 @@ if __name__ == "__main__":
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in done.stdout
-    assert "KVSHARE [{'exact_tokens': 0, 'fuzzy_tokens': 2" in done.stdout
+    assert "KVSHARE [{'exact_tokens': 0, 'copied_tokens': 2" in done.stdout
     assert "PLAIN None" in done.stdout
 
 
 def test_a_version_outside_the_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ((0, 5, 16), (0, 5, 24), (0, 6, 0)):
-        monkeypatch.setattr(compat, "sglang_version", lambda version=version: version)
+        monkeypatch.setattr(versions, "sglang_version", lambda version=version: version)
         with pytest.raises(UnsupportedError, match=r"\.".join(map(str, version))):
-            compat.check_version()
-    monkeypatch.setenv(compat.TRY, "0.6.0")
-    compat.check_version()  # let in by name, and no other
-    monkeypatch.setattr(compat, "sglang_version", lambda: (0, 6, 1))
+            versions.check_version()
+    monkeypatch.setenv(versions.TRY, "0.6.0")
+    versions.check_version()  # let in by name, and no other
+    monkeypatch.setattr(versions, "sglang_version", lambda: (0, 6, 1))
     with pytest.raises(UnsupportedError, match=r"SGLang 0\.6\.1"):
-        compat.check_version()
+        versions.check_version()
 
 
-@pytest.mark.parametrize("version", ["0.5.17", "0.5.21", *os.environ.get(compat.TRY, "").split()])
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.21", *os.environ.get(versions.TRY, "").split()])
 def test_another_version_starts_reuses_and_stays_exact(
     version: str, model: Path, tmp_path: Path, texts: Texts
 ) -> None:
@@ -362,7 +363,7 @@ def test_another_version_starts_reuses_and_stays_exact(
         it.post("/flush_cache")
         it.generate(a + b)
         reused = it.generate(prompt)
-        assert info(reused)["fuzzy_tokens"] > 350
+        assert info(reused)["copied_tokens"] > 350
         exact = it.generate(prompt, custom={"kvshare": "exact"})
         assert exact["output_ids"] == expected
         assert "memory leak" not in it.log.read_text()

@@ -17,7 +17,7 @@ from kvshare_sglang.radix_fuzzy import segments
 from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.radix_fuzzy.types import Join, Run, check_runs
+from kvshare_sglang.plan import Join, Run, check_runs
 
 MAX_DEPTH = 2
 
@@ -697,23 +697,23 @@ def test_comparing_costs_what_is_equal_and_not_what_could_have_been(equal):
 
 def test_chunks_are_unknown_until_a_live_segment_stores_them():
     tree = FuzzyTree()
-    (stretch,) = tree.unknown_chunks(None, TEXT, depth=1)
+    (stretch,) = tree.new_chunks(None, TEXT, depth=1)
     assert [stretch[0].start, stretch[-1].stop] == [0, len(TEXT)]
     middle = stretch[2]
     home = tree.insert(None, TEXT[middle.start : middle.stop], depth=1)
     tree.remember_chunk(middle, home)
-    left, right = tree.unknown_chunks(None, TEXT, depth=1)
+    left, right = tree.new_chunks(None, TEXT, depth=1)
     assert [*left, middle, *right] == stretch
-    assert tree.unknown_chunks(None, TEXT, depth=0) == [stretch]
-    assert len(tree.unknown_chunks("b", TEXT, depth=1)) == 1
+    assert tree.new_chunks(None, TEXT, depth=0) == [stretch]
+    assert len(tree.new_chunks("b", TEXT, depth=1)) == 1
     tree.trim(home.id, 0)
-    assert tree.unknown_chunks(None, TEXT, depth=1) == [stretch]
+    assert tree.new_chunks(None, TEXT, depth=1) == [stretch]
 
 
 def test_chunks_that_repeat_in_one_text_are_given_once():
     tree = FuzzyTree()
     text = np.tile(TEXT[:600], 5)
-    keys = [c.key for part in tree.unknown_chunks(None, text, depth=1) for c in part]
+    keys = [c.key for part in tree.new_chunks(None, text, depth=1) for c in part]
     assert len(keys) == len(set(keys)) < 12
 
 
@@ -742,7 +742,7 @@ def test_what_is_gone_costs_nothing():
 def test_an_id_that_is_used_again_brings_nothing_back():
     tree = FuzzyTree()
     old = tree.insert("a", TEXT[:200])
-    for chunk in [c for stretch in tree.unknown_chunks("a", TEXT[:200], depth=0) for c in stretch]:
+    for chunk in [c for stretch in tree.new_chunks("a", TEXT[:200], depth=0) for c in stretch]:
         tree.remember_chunk(chunk, old)
     tree.trim(old.id, 0)
     tree._index.compact()
@@ -750,7 +750,7 @@ def test_an_id_that_is_used_again_brings_nothing_back():
     assert new.id == old.id
     tree.check()
     assert tree.match("a", TEXT[:200]) == tree.match("b", TEXT[:200]) == ()
-    assert tree.unknown_chunks("a", TEXT[:200], depth=0)
+    assert tree.new_chunks("a", TEXT[:200], depth=0)
     (run,) = tree.match("b", TEXT[600:900])
     assert run.length == 300
 

@@ -1,0 +1,50 @@
+"""How far copied K or V is from what the model computes, and who looks at it. Torch."""
+
+import torch
+
+
+def deviation(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """``|fresh - cached| / |fresh|`` of each row, fp32 [n]; both are [n, heads, dim].
+
+    KVShare's measure of what reuse got wrong in a row (arXiv 2503.16525, section 4).
+    """
+    if fresh.shape != cached.shape:
+        raise ValueError(f"shapes differ: {tuple(fresh.shape)} and {tuple(cached.shape)}")
+    fresh, cached = fresh.float().flatten(1), cached.float().flatten(1)
+    return (fresh - cached).norm(dim=1) / fresh.norm(dim=1).clamp_min(1e-12)
+
+
+_AT_ONCE = 1 << 23  # attention weights in memory at a time, fp32
+
+
+def attention_mass(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    strongest_head: bool = False,
+) -> torch.Tensor:
+    """Mean weight that rows ``q`` [m, q_heads, dim] at ``positions`` [m] give to each key.
+
+    ``keys`` [kv, kv_heads, dim] stand at positions 0 to kv - 1; a row sees keys up to its own.
+    Mean over heads too, or the weight of the head that gives most. fp32 [kv]; bounded memory.
+    """
+    m, kv_heads = len(q), keys.shape[1]
+    group = q.shape[1] // kv_heads
+    mass = torch.zeros(len(keys), device=q.device)
+    by_head = keys.permute(1, 2, 0).to(q.dtype)  # [kv_heads, dim, kv]
+    at = torch.arange(len(keys), device=q.device)
+    size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
+    for first in range(0, m, size):
+        # Scaled before the product, which may be in fp16; heads that share keys are stacked as
+        # rows, so that no key is repeated in memory.
+        rows = q[first : first + size] * scaling
+        num = len(rows)
+        rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        weights = torch.bmm(rows, by_head).float().view(kv_heads, group, num, -1)
+        hidden = at[None] > positions[first : first + size, None]
+        weights = weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))
+        mass += over.sum(0)
+    return mass / m

@@ -1,0 +1,44 @@
+"""What is evicted first: what was used least, with age (LFU with aging). Pure.
+
+SGLang's LRU lets a flood of new text push out what many requests reuse. Here each stretch counts
+its uses (a prefix hit is one, a copy the share of the stretch that was copied). The count halves
+each time the cache has taken in as many tokens as it holds, and what was used about equally often
+goes by recency. No clock but tokens: the same requests give the same evictions.
+"""
+
+import math
+from typing import NamedTuple
+
+
+class Frequency(NamedTuple):
+    """Uses of a stretch of text as of ``at``, in fills: tokens that the cache has taken in, in
+    units of its capacity."""
+
+    uses: float = 0.0
+    at: float = 0.0
+
+
+NEW = Frequency()
+
+
+def touched(frequency: Frequency, amount: float, *, now: float) -> Frequency:
+    """After one more use; ``amount`` is the share of the text that was used."""
+    return Frequency(aged(frequency, now=now) + amount, now)
+
+
+def aged(frequency: Frequency, *, now: float) -> float:
+    """Uses that still count.
+
+    >>> aged(Frequency(4.0, at=1.0), now=3.0)
+    1.0
+    """
+    return frequency.uses * math.exp2(frequency.at - now)
+
+
+def rank(frequency: Frequency, *, now: float) -> int:
+    """What is evicted first has the smallest rank; two ranks for each doubling of uses.
+
+    >>> [rank(Frequency(uses), now=0.0) for uses in (0, 0.3, 1, 3, 15)]
+    [0, 0, 2, 4, 8]
+    """
+    return int(2 * math.log2(1 + aged(frequency, now=now)))

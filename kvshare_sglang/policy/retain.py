@@ -1,0 +1,39 @@
+"""What a request that reused leaves in the cache, beside its exact part. Pure.
+
+Text that it computed after reused text may be a source too, if it is not built on reuse too often.
+Copies are left to their sources.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvshare_sglang.plan import Range, ReusePlan
+
+
+class Stretch(NamedTuple):
+    """New text at prompt ``[start, stop)`` whose KV builds on ``depth`` levels of reuse."""
+
+    start: int
+    stop: int
+    depth: int
+
+
+def fresh_stretches(plan: ReusePlan, length: int, *, max_depth: int) -> list[Stretch]:
+    """New text after the exact part of a request of ``length`` tokens, output included."""
+    out = []
+    for start, stop in plan.reused_rows.complement(plan.exact_len, length).ranges:
+        before = [run.depth_after for run in plan.runs if run.dst_stop <= start]
+        if before and (depth := max(before)) <= max_depth:
+            out.append(Stretch(start, stop, depth))
+    return out
+
+
+def page_borders(start: int, chunks: Sequence[Range], *, page: int) -> tuple[int, list[int]]:
+    """Where chunks of a stretch at ``start`` begin and end in whole pages: the first position,
+    and the end of each chunk, which may be equal to the one before.
+
+    >>> page_borders(10, [Range(0, 20), Range(20, 25)], page=16)
+    (16, [16, 32])
+    """
+    first = -(-(start + chunks[0].start) // page) * page
+    return first, [(start + chunk.stop) // page * page for chunk in chunks]

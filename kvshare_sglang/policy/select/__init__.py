@@ -1,0 +1,1 @@
+"""Selectors: which reused rows of a request run again. Pure."""

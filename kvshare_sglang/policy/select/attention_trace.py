@@ -1,0 +1,134 @@
+"""The default choice: which reused rows an answer rests on, followed back from the question. Pure.
+
+The question's rows attend to the rows that answer it; those attend to what they were concluded
+from; and so on. A row that is computed again is right only if what it rests on is right too, so
+the rows of all steps run together, in order of position.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvshare_sglang.plan import ReusePlan, Rows, Run
+from kvshare_sglang.policy.select.base import (
+    Sees,
+    budget_rows,
+    copy_all,
+    query_rows,
+    required_rows,
+    rows_after_edits,
+)
+
+# One share of the row budget per backward step. The first step finds most rows, and what it
+# misses the later ones miss too, so it gets half.
+SHARES = (0.5, 0.25, 0.25)
+# Rows after each edit, and the share of all rows that may go there: the rest of a statement whose
+# beginning was edited. More of them take from the steps what those need.
+AFTER_EDIT, AFTER_EDITS = 4, 0.25
+
+
+class AttentionTrace(NamedTuple):
+    """``seam``: so many tokens at the end of the prompt always run."""
+
+    seam: int
+    name: str = "trace"
+    sees: Sees = Sees.ATTENTION
+
+    def plan(
+        self, runs: Sequence[Run], *, prompt_len: int, prefix_len: int, budget: float
+    ) -> ReusePlan:
+        return copy_all(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=self.seam)
+
+    def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
+        count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
+        rows = required_rows(plan, suffix=self.seam).num + count
+        return min(rows, plan.prompt_len - plan.prefix_len)
+
+    def trace(self, plan: ReusePlan, *, budget: float, shares: Sequence[float] = SHARES) -> "Trace":
+        """A trace from the question back over as many rows as the budget buys. The first of them
+        follow edits: nothing attends to rows that meant another thing there."""
+        required = required_rows(plan, suffix=self.seam)
+        candidates = plan.reused_rows - required
+        count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
+        after = rows_after_edits(plan, each=AFTER_EDIT, limit=int(AFTER_EDITS * count)) - required
+        rows = required | after
+        query = rows.clip(query_rows(plan, suffix=self.seam).start, plan.prompt_len)
+        return Trace(
+            candidates.mask(plan.prompt_len),
+            rows=rows,
+            query=query,
+            count=count,
+            at_first=after,
+            shares=shares,
+        )
+
+    def rows(self, plan: ReusePlan, trace: "Trace") -> Rows:
+        """The rows that run once a trace of the plan is done."""
+        return required_rows(plan, suffix=self.seam) | trace.chosen
+
+
+class Trace:
+    """Steps back from some rows, each a small pass through the lower layers.
+
+    Until ``done``: run ``rows`` up to the probe layer, and ``feed`` the attention that ``query``,
+    the last of them, pay to the prompt there. At the end ``chosen`` holds ``count`` of the
+    candidates (bool [prompt_len]): those ``at_first``, and of the rest ``shares[i]`` from step
+    ``i``.
+    """
+
+    def __init__(
+        self,
+        candidates: np.ndarray,
+        *,
+        rows: Rows,
+        query: Rows,
+        count: int,
+        at_first: Rows | None = None,
+        shares: Sequence[float] = SHARES,
+    ) -> None:
+        self._candidates = candidates.copy()
+        self._left = count
+        self._shares = list(shares)
+        self._chosen = np.zeros(len(candidates), bool)
+        self.rows, self.query = rows, query
+        if at_first is not None:
+            self._take(at_first)
+
+    @property
+    def length(self) -> int:
+        """Of the prompt, in tokens."""
+        return len(self._candidates)
+
+    @property
+    def done(self) -> bool:
+        return not self._shares or self._left <= 0 or not self._candidates.any()
+
+    @property
+    def chosen(self) -> Rows:
+        return Rows.where(self._chosen)
+
+    def feed(self, mass: np.ndarray) -> None:
+        """``mass`` [prompt_len]: attention of the query rows to each position. O(n log n)."""
+        count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
+        where = np.flatnonzero(self._candidates)
+        best = np.sort(where[np.argsort(-mass[where], kind="stable")[:count]])
+        rows = Rows.at(best)
+        self._take(rows)
+        self._shares.pop(0)
+        self.rows = self.query = rows
+
+    def _take(self, rows: Rows) -> None:
+        self._candidates[rows.positions] = False
+        self._chosen[rows.positions] = True
+        self._left -= rows.num
+
+
+def probe_layer(layers: int, depth: float) -> int:
+    """Number of the layer at ``depth`` in [0, 1] of a model.
+
+    >>> probe_layer(12, 0.25)
+    3
+    """
+    return round(depth * (layers - 1))

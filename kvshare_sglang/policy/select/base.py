@@ -1,0 +1,127 @@
+"""What every selector answers: which reused rows run again, and how many at most. Pure.
+
+New text, edits and the end of the prompt always run; a selector chooses among the rows that reuse
+found. Some choose by structure when the request is planned; others must first see something of the
+forward pass, and say beforehand how many rows they will choose at most.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from kvshare_sglang.plan import Join, ReusePlan, Rows, Run, check_runs
+
+MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it saves
+MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
+NEW = 2  # a new row before copies buys as many rows as so many copies do
+QUERY = 64  # of so many rows the attention is looked at, the last ones
+
+
+class Sees(StrEnum):
+    """What a selector must see of the forward pass before it chooses."""
+
+    NOTHING = "nothing"
+    ATTENTION = "attention"  # what some rows pay to the prompt at a probe layer, step by step
+    SCORES = "scores"  # how far copied rows are off at a check layer
+
+
+class RowScores(NamedTuple):
+    """What a check layer saw of the reused rows; all arrays [n], in order of position.
+
+    ``keys`` and ``values`` are relative deviations ``|fresh - cached| / |fresh|``; ``attention``
+    is the mean weight that the query rows give to the row, over heads.
+    """
+
+    positions: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    attention: np.ndarray
+
+
+class Selector(Protocol):
+    """One way to choose rows. ``name`` is the value of ``--kvshare-select``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sees(self) -> Sees: ...
+
+    def plan(
+        self, runs: Sequence[Run], *, prompt_len: int, prefix_len: int, budget: float
+    ) -> ReusePlan:
+        """The plan for ``runs``, which ascend and are disjoint in ``[prefix_len, prompt_len)``.
+
+        Final where the selector sees nothing; else it copies all that may be copied, and the rows
+        that are chosen later run too. Raises ValueError on runs out of order.
+        """
+        ...
+
+    def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
+        """How many rows run at most, new text included; exact where the selector sees nothing."""
+        ...
+
+
+class SelectionRequest(NamedTuple):
+    """What a selector that sees scores is asked."""
+
+    plan: ReusePlan
+    budget: float  # share in [0, 1], see ``budget_rows``
+    scores: RowScores
+    seed: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """How many reused rows may run."""
+        return budget_rows(self.plan.runs, prefix_len=self.plan.prefix_len, budget=self.budget)
+
+
+def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
+    """How many reused rows a budget buys: that share of the reused rows, and of ``NEW`` times the
+    new ones before the last of them. The more new text is there, the more copies may be off; a
+    question after them changes none. The one definition for every selector.
+
+    >>> budget_rows([Run(1, 0, 10, 90)], prefix_len=0, budget=0.1)
+    11
+    """
+    if not runs:
+        return 0
+    reused = sum(run.length for run in runs)
+    new = runs[-1].dst_stop - prefix_len - reused
+    return min(reused, int(budget * (reused + NEW * new)))
+
+
+def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:
+    """The plan that copies all it can: every run of ``MIN_COPY`` tokens or more before the last
+    ``max(suffix, 1)`` tokens, which choose the next token and always run."""
+    check_runs(runs, start=prefix_len, stop=prompt_len)
+    limit = prompt_len - max(suffix, 1)
+    useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
+    copies = [run.cut(run.dst_start, min(run.dst_stop, limit)) for run in useful]
+    return ReusePlan(prompt_len, prefix_len, tuple(useful), tuple(copies))
+
+
+def required_rows(plan: ReusePlan, *, suffix: int) -> Rows:
+    """Rows that no selector may leave out: new text, and the last ``suffix`` tokens."""
+    start = max(plan.prompt_len - max(suffix, 1), plan.prefix_len)
+    return plan.fresh_rows | Rows([(start, plan.prompt_len)])
+
+
+def query_rows(plan: ReusePlan, *, suffix: int) -> Rows:
+    """The rows whose attention says which reused rows matter: the last of those after all runs,
+    and at least the end of the prompt."""
+    after = min(plan.runs[-1].dst_stop, plan.prompt_len - max(suffix, 1))
+    return Rows([(max(after, plan.prompt_len - QUERY, plan.prefix_len), plan.prompt_len)])
+
+
+def rows_after_edits(plan: ReusePlan, *, each: int, limit: int) -> Rows:
+    """Up to ``each`` rows at the start of every run that follows an edit. If that exceeds
+    ``limit``, the limit is shared evenly; earlier runs get the remainder."""
+    runs = [run for run in plan.runs if run.join is Join.EDIT]
+    share, more = divmod(limit, max(len(runs), 1))
+    lengths = [min(each, run.length, share + (i < more)) for i, run in enumerate(runs)]
+    return Rows(
+        (run.dst_start, run.dst_start + n) for run, n in zip(runs, lengths, strict=True) if n
+    )

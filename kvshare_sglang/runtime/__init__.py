@@ -1,0 +1,1 @@
+"""kvshare inside SGLang: the only room that imports it. Files in the order of a request's life."""

@@ -1,0 +1,212 @@
+"""Keep some tokens of a prefill batch: requests stay, tokens shrink; and views of a batch.
+
+``BatchReuse`` is the one thing that a ForwardBatch carries for us.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from kvshare_sglang.plan import ReusePlan, Rows, merge_ranges
+from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime.request import RequestReuse
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+_COUNTS = ("global_num_token_non_padded", "num_token_non_padded")
+
+
+class StopForward(Exception):
+    """Ends a forward pass at the layer that it was for."""
+
+
+class Stop:
+    """What an observer returns to end the pass in its layer."""
+
+
+STOP = Stop()
+
+
+class LayerView(NamedTuple):
+    """What an observer sees of its layer: ``q`` [rows, q_heads, dim], ``k`` and ``v``
+    [rows, kv_heads, dim], all of the batch's rows, rotated; ``keys(i, n)``: K [n, kv_heads, dim]
+    of the first n tokens of request i, this batch's rows included. ``k``, ``v`` are None in
+    decode."""
+
+    layer: "RadixAttention"
+    q: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    keys: Callable[[int, int], torch.Tensor]
+    scaling: float
+
+
+class LayerObserver(Protocol):
+    """Looks at the attention of one layer of a forward pass."""
+
+    layer: int
+
+    def observe(self, view: LayerView) -> Sequence[Rows] | Stop | None:
+        """None: go on. Rows, by request: only these go on to the next layers. STOP: the pass
+        ends here. Must not raise."""
+        ...
+
+
+class Stage(Protocol):
+    """Runs a batch in more than one pass; ``forward`` runs one."""
+
+    def run(
+        self, fb: "ForwardBatch", runner: "ModelRunner", forward: Callable[[Any], Any]
+    ) -> Any: ...
+
+
+@dataclass(slots=True)
+class BatchReuse:
+    """``rows``: what runs, by request, ascending, the last token included; None where SGLang's
+    own batch runs. ``observer``: sees one layer. ``stage``: passes before or after. ``kept``: of
+    the batch's tokens, those that an observer let go on."""
+
+    rows: list[Rows] | None = None
+    observer: LayerObserver | None = None
+    stage: Stage | None = None
+    kept: torch.Tensor | None = None
+
+
+class BatchedRequest(NamedTuple):
+    """A request whose whole rest is in a prefill batch: the ``number``-th of it, its tokens after
+    the prefix from the batch's token ``base`` on."""
+
+    number: int
+    base: int
+    state: RequestReuse
+    plan: ReusePlan
+
+
+def on_cpu(runner: "ModelRunner") -> bool:
+    return str(runner.device) == "cpu"
+
+
+def to_device(host: torch.Tensor, device: Any) -> torch.Tensor:
+    """To the batch's device without waiting for it: only pinned memory is copied asynchronously."""
+    if torch.device(device).type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def few_enough(rows: Sequence[Rows], runner: "ModelRunner") -> list[Rows]:
+    """The rows in no more ranges than the attention backend has room for."""
+    if on_cpu(runner):
+        return list(rows)
+    return merge_ranges(rows, limit=max(runner.max_running_requests, len(rows)))
+
+
+def cut_tokens(
+    fb: "ForwardBatch", have: Sequence[Rows], rows: Sequence[Rows], runner: "ModelRunner"
+) -> torch.Tensor:
+    """Of a batch that runs ``have`` keep only the tokens of ``rows``; requests, and their last
+    tokens, stay. Changes ``fb``. Returns what was kept, as indices into the batch's tokens."""
+    keep, counts, base = [], [], 0
+    for old, new in zip(have, rows, strict=True):
+        keep.append(base + torch.from_numpy(new.places_in(old)))
+        counts.append(new.num)
+        base += old.num
+    device = fb.input_ids.device
+    picked = to_device(torch.cat(keep), device)
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(fb, name, getattr(fb, name)[picked])
+    if fb.extend_logprob_start_lens_cpu is not None:
+        # A request with fewer rows asks for no prompt logprobs; the others keep their start.
+        fb.extend_logprob_start_lens_cpu = [
+            start if count == length else count
+            for start, count, length in zip(
+                fb.extend_logprob_start_lens_cpu, counts, fb.extend_seq_lens_cpu, strict=True
+            )
+        ]
+    fb.extend_seq_lens_cpu = counts
+    fb.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
+    fb.extend_start_loc = _starts(fb.extend_seq_lens)
+    fb.extend_num_tokens = len(picked)
+    versions.set_num_tokens(fb, len(picked))
+    if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
+        # Its segments were laid out for all tokens when the batch was built.
+        runner.lora_manager.prepare_lora_batch(fb)
+    return picked
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each request's tokens start, in the dtype of ``lengths``."""
+    return torch.cumsum(lengths, 0, dtype=lengths.dtype) - lengths
+
+
+def _as_requests(fb: Any, numbers: list[int], counts: list[int], stops: list[int]) -> Any:
+    """A view of the batch as other requests: the i-th runs the ``counts[i]`` rows that end at
+    position ``stops[i]``, over the KV of the batch's request ``numbers[i]``."""
+    view = copy.copy(fb)
+    device = fb.input_ids.device
+    owner = torch.tensor(numbers)
+    view.batch_size = len(numbers)
+    view.req_pool_indices = fb.req_pool_indices[to_device(owner, device)]
+    if getattr(fb, "req_pool_indices_cpu", None) is not None:
+        view.req_pool_indices_cpu = fb.req_pool_indices_cpu[owner]
+    view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
+    view.seq_lens = to_device(view.seq_lens_cpu.to(fb.seq_lens.dtype), device)
+    view.seq_lens_sum = sum(stops)
+    starts = [stop - count for stop, count in zip(stops, counts, strict=True)]
+    view.extend_prefix_lens_cpu = starts
+    view.extend_prefix_lens = to_device(torch.tensor(starts, dtype=torch.int32), device)
+    view.extend_seq_lens_cpu = counts
+    view.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
+    view.extend_start_loc = _starts(view.extend_seq_lens)
+    return view
+
+
+def runs_as_rows(fb: "ForwardBatch", rows: Sequence[Rows]) -> Any:
+    """A view of the batch in which every contiguous range of rows is a request of its own."""
+    flat = [(i, r) for i, one in enumerate(rows) for r in one.ranges]
+    return _as_requests(
+        fb, [i for i, _ in flat], [r.num for _, r in flat], [r.stop for _, r in flat]
+    )
+
+
+class Part(NamedTuple):
+    """Some tokens of one request of a batch: the request's ``number`` in it, the ``rows``, and on
+    the device their ids and slots [rows.num]."""
+
+    number: int
+    rows: Rows
+    ids: torch.Tensor
+    slots: torch.Tensor
+
+
+def sub_batch(fb: "ForwardBatch", parts: Sequence[Part], observer: LayerObserver | None) -> Any:
+    """A prefill batch of its own that runs just these tokens, in place, over the KV there is."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    counts = [part.rows.num for part in parts]
+    at = torch.cat([torch.from_numpy(part.rows.positions) for part in parts])
+    stops = [part.rows.stop for part in parts]
+    view = _as_requests(fb, [part.number for part in parts], counts, stops)
+    view.forward_mode = ForwardMode.EXTEND
+    view.input_ids = torch.cat([part.ids for part in parts])
+    view.out_cache_loc = torch.cat([part.slots for part in parts])
+    view.positions = to_device(at, fb.input_ids.device).to(fb.positions.dtype)
+    view.orig_seq_lens = view.seq_lens
+    view.extend_num_tokens = sum(counts)
+    view.extend_logprob_start_lens_cpu = counts
+    view.return_logprob = False
+    view.top_logprobs_nums = view.token_ids_logprobs = None
+    if fb.rids is not None:
+        view.rids = [fb.rids[part.number] for part in parts]
+    # Meant for all tokens of the batch, or shared with it and written in place.
+    for name in ("replace_embeds", "replace_positions", *_COUNTS):
+        if hasattr(view, name):
+            setattr(view, name, None)
+    versions.set_num_tokens(view, sum(counts))
+    view.kvshare = BatchReuse(rows=[part.rows for part in parts], observer=observer)
+    return view

@@ -1,0 +1,175 @@
+"""FuzzyRadixCache: SGLang's RadixCache with a fuzzy index over all that it holds.
+
+The plain branch of the tree holds exact KV only. A request that reused anything is exact up to
+``exact_len``: only that much of it enters the plain branch. Of the rest, stretches of fresh text
+are stored under *tagged* keys, which no prefix walk can follow because the tag is an object that
+no request can name; only the fuzzy index leads there. Copies are never stored: their sources are.
+
+This class only says where SGLang's tree changes; the parts in this folder say what follows.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.plan import Rows
+from kvshare_sglang.policy.select.base import Selector
+from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
+from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
+from kvshare_sglang.runtime.cache.index_sync import IndexSync
+from kvshare_sglang.runtime.cache.retain import Retainer
+from kvshare_sglang.runtime.cache.sources import Sources
+from kvshare_sglang.runtime.report import Fallback, Report
+from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+@dataclasses.dataclass(frozen=True)
+class Choosing:
+    """Who chooses rows on this server: the selector asked for, the one that serves every prompt,
+    and why the first serves none here, if so."""
+
+    asked: Selector
+    structural: Selector
+    unserved: Fallback | None = None
+
+
+class FuzzyRadixCache(RadixCache):
+    """What SGLang builds for ``--radix-cache-backend kvshare``."""
+
+    def __init__(
+        self, params: Any, *, config: KVShareConfig, report: Report, choosing: Choosing
+    ) -> None:
+        self.config, self.report, self.choosing = config, report, choosing
+        self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
+        self.usage = Usage(params.token_to_kv_pool_allocator.size)
+        self.sync = IndexSync(self.fuzzy)
+        self.sources = Sources(self, self.usage)
+        self.retainer = Retainer(self)
+        super().__init__(params)
+        if config.eviction == "frequency":
+            self.eviction_strategy = ByFrequency(self.usage)
+
+    # ---- the fuzzy tree follows every change of the exact one -----------------------------
+
+    def reset(self) -> None:
+        super().reset()
+        self.sources.forget()
+        self.retainer.clear()
+        self.fuzzy.clear()
+
+    def _insert_helper(
+        self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any
+    ) -> Any:
+        prefix_len, last_node = result = super()._insert_helper(node, key, value, *args, **kw)
+        if prefix_len < len(key):
+            self.sync.added(last_node, self.root_node)
+            self.usage.took_in(len(last_node.key))
+        return result
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        upper = super()._split_node(key, child, split_len)
+        self.sync.split(upper, child, split_len)
+        return upper
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        super()._delete_leaf(node)
+        self.sync.removed(node)
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Where all that may be evicted is not enough, sources are given back and evicted too:
+        SGLang is about to allocate, and raises when it falls short."""
+        result = super().evict(params)
+        short = params.num_tokens - result.num_tokens_evicted
+        if short > 0 and self.sources.give_back():
+            more = super().evict(dataclasses.replace(params, num_tokens=short))
+            result.num_tokens_evicted += more.num_tokens_evicted
+        return result
+
+    # ---- what a request leaves, in the words of each SGLang version -----------------------
+
+    def checkpoint(self, req: "Req", *, up_to: int, **kw: Any) -> None:
+        """0.5.22 and later: for a request that continues, and for one that has ended."""
+        if (state := self._reusing(req)) is None:
+            super().checkpoint(req, up_to=up_to, **kw)
+        elif req.finished():
+            versions.kv_row(req).cache_protected_len = self.retainer.store(req, state, up_to)
+        else:
+            self.retainer.keep_exact_part(req, state, chunked=False)
+
+    def cache_unfinished_req(self, req: "Req", chunked: bool = False, **kw: Any) -> None:
+        """Up to 0.5.21: for a request that continues."""
+        if (state := self._reusing(req)) is None:
+            super().cache_unfinished_req(req, chunked=chunked, **kw)
+        else:
+            self.retainer.keep_exact_part(req, state, chunked=chunked)
+
+    def insert_req(self, req: "Req", *, up_to: int, **kw: Any) -> None:
+        """0.5.18 to 0.5.21: for one that has ended; the caller frees the rest."""
+        if (state := self._reusing(req)) is None:
+            super().insert_req(req, up_to=up_to, **kw)
+        else:
+            versions.kv_row(req).cache_protected_len = self.retainer.store(req, state, up_to)
+
+    def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
+        """Give back slots, except those that the tree took over a moment ago."""
+        kept = self.retainer.kept_of(kv.req_pool_idx)
+        if kept:
+            left = Rows(r for r in ranges if r[0] < r[1]) - kept
+            ranges = [(start, stop) for start, stop in left.ranges]
+        super().free_kv_row(kv, ranges)
+
+    def on_release(self, req: "Req", **kw: Any) -> None:
+        """0.5.18 and later: the row is freed."""
+        super().on_release(req, **kw)
+        self.release(req)
+
+    def cache_finished_req(self, req: "Req", is_insert: bool = True, **kw: Any) -> None:
+        """0.5.17: for one that has ended; frees the rest itself."""
+        state = self._reusing(req)
+        if state is None:
+            super().cache_finished_req(req, is_insert=is_insert, **kw)
+        else:
+            up_to = kw["kv_len_to_handle"]
+            row = versions.kv_row(req)
+            start = row.cache_protected_len
+            if is_insert:
+                start = self.retainer.store(req, state, up_to)
+            kv_indices = self.req_to_token_pool.req_to_token[row.req_pool_idx, :up_to]
+            left = self.retainer.kept_of(row.req_pool_idx).complement(start, up_to)
+            self.token_to_kv_pool_allocator.free_segments(
+                [(kv_indices[a:b], a) for a, b in left.ranges]
+            )
+            if req.last_node is not None:
+                self.dec_lock_ref(req.last_node)
+        self.release(req)
+
+    def release(self, req: "Req") -> None:
+        """Forget a request that finished, was aborted or retracted, or is planned anew."""
+        state: RequestReuse | None = getattr(req, "kvshare", None)
+        if state is not None:
+            self.sources.unlock(state)
+            req.kvshare = None
+        self.retainer.forget(versions.kv_row(req).req_pool_idx)
+
+    def _reusing(self, req: "Req") -> RequestReuse | None:
+        return None if self.disable else reuse_of(req)
+
+    def check(self) -> None:
+        """Restate how the two trees agree; AssertionError on the first that does not hold."""
+        self.sync.check(self.root_node)
+
+
+def prometheus_labels(server_args: Any) -> Mapping[str, str] | None:
+    """The labels of SGLang's own metrics, if it has any."""
+    if not server_args.enable_metrics:
+        return None
+    return {"model_name": str(server_args.served_model_name or server_args.model_path)}

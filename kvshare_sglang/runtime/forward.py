@@ -1,0 +1,67 @@
+"""Where a batch meets us: when SGLang has built it, and when it runs."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvshare_sglang.runtime import attention, decode, prefill
+from kvshare_sglang.runtime.batch import BatchReuse
+from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def hook_init_attention_backends(result: Any, runner: "ModelRunner", *args: Any, **kw: Any) -> None:
+    """AFTER ``ModelRunner.init_attention_backends``: wrap what SGLang built."""
+    attention.wrap(runner.attn_backend, runner)
+
+
+def hook_init_new(
+    original: Callable[..., Any],
+    cls: type,
+    batch: "ScheduleBatch",
+    runner: "ModelRunner",
+    **kw: Any,
+) -> Any:
+    """AROUND ``ForwardBatch.init_new``: the batch is built, its inputs are on the device, and we
+    are on the forward stream, after every forward that wrote what we copy."""
+    fb = original(cls, batch, runner, **kw)
+    cache = getattr(batch, "tree_cache", None)
+    if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
+        fb.kvshare = prefill.narrow(fb, batch, runner, cache)
+    elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
+        fb.kvshare = decode.watch(fb, batch, runner, cache)
+    return fb
+
+
+def hook_forward(
+    original: Callable[..., Any], runner: "ModelRunner", fb: "ForwardBatch", *args: Any, **kw: Any
+) -> Any:
+    """AROUND ``ModelRunner.forward``: SGLang rebuilds the batch inside and drops what are no
+    fields, so what it carries is on the backend, for this call only."""
+    backend = runner.attn_backend.kvshare
+
+    def forward(part: Any) -> Any:
+        backend.batch = getattr(part, "kvshare", None)
+        try:
+            return original(runner, part, *args, **kw)
+        finally:
+            backend.batch = None
+
+    reuse: BatchReuse | None = getattr(fb, "kvshare", None)
+    if reuse is not None and reuse.stage is not None:
+        return reuse.stage.run(fb, runner, forward)
+    return forward(fb)
+
+
+def hook_can_run_graph(
+    original: Callable[..., Any], graphs: Any, fb: "ForwardBatch", *args: Any, **kw: Any
+) -> bool:
+    """AROUND ``can_run_graph`` of both graph runners: a captured prefill runs every row, and a
+    captured decode step calls no Python that could observe its attention."""
+    reuse: BatchReuse | None = getattr(fb, "kvshare", None)
+    if reuse is not None and (reuse.rows is not None or reuse.observer is not None):
+        return False
+    return bool(original(graphs, fb, *args, **kw))

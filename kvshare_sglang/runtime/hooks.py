@@ -1,0 +1,220 @@
+"""Every touch on SGLang, by version, and the check that each is really there.
+
+``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
+backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what hangs on its
+objects, one attribute each. ``FIELDS``: fields of its batches that we read or cut.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any, NamedTuple
+
+from kvshare_sglang.errors import SeamError
+from kvshare_sglang.runtime import versions
+
+ALWAYS = ((0, 0, 0), (9, 9, 9))
+UP_TO_0_5_17 = ((0, 0, 0), (0, 5, 17))
+FROM_0_5_18 = ((0, 5, 18), (9, 9, 9))
+FROM_0_5_18_TO_21 = ((0, 5, 18), (0, 5, 21))
+UP_TO_0_5_21 = ((0, 0, 0), (0, 5, 21))
+FROM_0_5_22 = ((0, 5, 22), (9, 9, 9))
+
+
+class HookPoint(NamedTuple):
+    """A function of SGLang that ``ours`` (``module:function``) wraps."""
+
+    target: str
+    kind: str  # a name of sglang's HookType
+    ours: str
+    why: str
+
+
+class Override(NamedTuple):
+    """A method of SGLang's class ``owner`` that a class of ours defines anew."""
+
+    owner: str
+    name: str
+    versions: tuple[tuple[int, ...], tuple[int, ...]] = ALWAYS
+
+
+class Attribute(NamedTuple):
+    """What an object of SGLang's carries for us; ``holds`` is its type."""
+
+    owner: str
+    name: str
+    holds: str
+
+
+_SRT = "sglang.srt"
+# In every process, kvshare on or off: they add flags and change nothing else.
+FLAGS = (
+    HookPoint(
+        f"{_SRT}.server_args.ServerArgs.add_cli_args",
+        "AROUND",
+        "kvshare_sglang.runtime.launch:hook_add_cli_args",
+        "the flags",
+    ),
+    HookPoint(
+        f"{_SRT}.server_args.ServerArgs.from_cli_args",
+        "AROUND",
+        "kvshare_sglang.runtime.launch:hook_from_cli_args",
+        "their values",
+    ),
+)
+# Only with --kvshare.
+WRAPPED = (
+    HookPoint(
+        f"{_SRT}.sampling.sampling_params.SamplingParams.verify",
+        "AFTER",
+        "kvshare_sglang.runtime.scheduler:hook_verify",
+        "refuse bad request options",
+    ),
+    HookPoint(
+        f"{_SRT}.managers.scheduler.validate_input_length",
+        "AFTER",
+        "kvshare_sglang.runtime.scheduler:hook_validate_input_length",
+        "refuse a prompt of no tokens",
+    ),
+    HookPoint(
+        f"{_SRT}.managers.schedule_policy.PrefillAdder.add_one_req",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_add_one_req",
+        "match a request, lock its sources, admit it",
+    ),
+    HookPoint(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "AROUND",
+        "kvshare_sglang.runtime.forward:hook_init_new",
+        "copy KV and keep only the rows to compute",
+    ),
+    HookPoint(
+        f"{_SRT}.model_executor.model_runner.ModelRunner.init_attention_backends",
+        "AFTER",
+        "kvshare_sglang.runtime.forward:hook_init_attention_backends",
+        "let attention serve some rows of a batch",
+    ),
+    HookPoint(
+        f"{_SRT}.model_executor.model_runner.ModelRunner.forward",
+        "AROUND",
+        "kvshare_sglang.runtime.forward:hook_forward",
+        "hand the rows to attention; passes before and after",
+    ),
+    HookPoint(
+        f"{_SRT}.model_executor.runner.prefill_cuda_graph_runner"
+        ".PrefillCudaGraphRunner.can_run_graph",
+        "AROUND",
+        "kvshare_sglang.runtime.forward:hook_can_run_graph",
+        "no graph replay for a partial batch",
+    ),
+    HookPoint(
+        f"{_SRT}.model_executor.runner.decode_cuda_graph_runner"
+        ".DecodeCudaGraphRunner.can_run_graph",
+        "AROUND",
+        "kvshare_sglang.runtime.forward:hook_can_run_graph",
+        "no graph replay where attention is observed",
+    ),
+)
+_RADIX = f"{_SRT}.mem_cache.radix_cache.RadixCache"
+_BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
+OVERRIDDEN = (
+    *(
+        Override(_RADIX, name)
+        for name in ("reset", "_insert_helper", "_split_node", "_delete_leaf", "evict")
+    ),
+    Override(_RADIX, "cache_finished_req", UP_TO_0_5_17),
+    Override(_RADIX, "cache_unfinished_req", UP_TO_0_5_21),
+    Override(_RADIX, "insert_req", FROM_0_5_18_TO_21),
+    Override(_RADIX, "checkpoint", FROM_0_5_22),
+    Override(_RADIX, "free_kv_row", FROM_0_5_18),
+    Override(_RADIX, "on_release", FROM_0_5_18),
+    *(
+        Override(_BACKEND, name)
+        for name in ("init_forward_metadata", "forward_extend", "forward_decode")
+    ),
+)
+ATTRIBUTES = (
+    Attribute(f"{_SRT}.managers.schedule_batch.Req", "kvshare", "RequestReuse"),
+    Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
+    Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
+    Attribute(_BACKEND, "kvshare", "BackendReuse"),
+    Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
+)
+# What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
+FIELDS = (
+    *("input_ids", "positions", "out_cache_loc", "req_pool_indices", "seq_lens", "seq_lens_cpu"),
+    *("extend_num_tokens", "extend_seq_lens", "extend_seq_lens_cpu", "extend_prefix_lens"),
+    *("extend_prefix_lens_cpu", "extend_start_loc", "extend_logprob_start_lens_cpu"),
+    *("batch_size", "forward_mode", "orig_seq_lens", "return_logprob", "rids", "input_embeds"),
+)
+_BATCH = f"{_SRT}.model_executor.forward_batch_info.ForwardBatch"
+
+
+def register(points: tuple[HookPoint, ...]) -> None:
+    """Wrap the functions; safe to call again."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for point in points:
+        known = [hook for _, hook, _ in HookRegistry._hooks.get(point.target, ())]
+        ours = _resolve(point.ours)
+        if ours not in known:
+            HookRegistry.register(point.target, ours, HookType[point.kind])
+    HookRegistry.apply_hooks()
+
+
+def check() -> None:
+    """Raise SeamError naming every touch that is not there at this moment."""
+    if gone := missing():
+        raise SeamError(gone)
+
+
+def missing() -> list[str]:
+    """Touches of this SGLang's version that are not there: functions that ours do not wrap,
+    methods and fields that are gone, attributes whose names SGLang took."""
+    have = versions.sglang_version()
+    gone = [point.target for point in WRAPPED if not applied(point)]
+    gone += [
+        f"{one.owner}.{one.name}"
+        for one in OVERRIDDEN
+        if one.versions[0] <= have <= one.versions[1] and _find(one.owner, one.name) is None
+    ]
+    gone += [
+        f"{one.owner}.{one.name} (SGLang has one of its own)"
+        for one in ATTRIBUTES
+        if _find(one.owner, one.name) is not None
+    ]
+    batch = _find(*_BATCH.rsplit(".", 1))
+    bases = batch.__mro__ if batch else ()
+    names = {name for base in bases for name in inspect.get_annotations(base)}
+    return gone + [f"{_BATCH}.{name}" for name in FIELDS if name not in names]
+
+
+def applied(point: HookPoint) -> bool:
+    """Whether the live function has ours in its chain of wrappers.
+
+    SGLang's registry logs and goes on when a target is gone, so we look at the function itself.
+    """
+    found = _find(*point.target.rsplit(".", 1))
+    if found is None:
+        return False
+    ours = _resolve(point.ours)
+    found = getattr(found, "__func__", found)
+    while found is not None:
+        cells = getattr(found, "__closure__", None) or ()
+        if any(cell.cell_contents is ours for cell in cells):
+            return True
+        found = getattr(found, "__wrapped__", None)
+    return False
+
+
+def _find(owner: str, name: str) -> Any:
+    """The attribute of a module or class, or None."""
+    try:
+        return getattr(pkgutil.resolve_name(owner), name, None)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _resolve(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,132 @@
+"""What the user sees: the record of a request, counters, log lines, Prometheus metrics.
+
+Four words for prompt tokens, the same everywhere: ``exact`` (prefix hit), ``copied``,
+``recomputed`` (found, but computed again), ``fresh`` (new text). They add up to the prompt.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from kvshare_sglang.policy.admit import Decline
+
+logger = logging.getLogger("kvshare_sglang")
+
+
+class Fallback(StrEnum):
+    """Why another selector than the one asked for chose the rows; the value is a label."""
+
+    CHUNKED = "chunked"  # the prompt comes in several chunks, the selector needs it whole
+    LORA = "lora"  # a server with LoRA adapters lays its segments out per token
+    FP8_CACHE = "fp8_cache"  # copied and fresh KV cannot be compared in 8 bits
+    CHECK_LAYER = "check_layer"  # the check layer is the last one: nothing would be narrowed
+
+
+class Report:
+    """Counts tokens by kind and declines by reason; mirrors them to Prometheus if asked to."""
+
+    def __init__(self, *, prometheus_labels: Mapping[str, str] | None = None) -> None:
+        self.tokens: Counter[str] = Counter()
+        self.declines: Counter[str] = Counter()
+        self.fallbacks: Counter[tuple[str, str, str]] = Counter()
+        self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
+
+    def count(self, **tokens: int) -> None:
+        """Tokens by kind."""
+        self.tokens.update(tokens)
+        if self._metrics is not None:
+            self._metrics.count(tokens)
+
+    def declined(self, reason: Decline) -> None:
+        """One request takes the exact path, or what is left of it does."""
+        self.declines[reason.value] += 1
+        if self._metrics is not None:
+            self._metrics.declined.labels(reason=reason.value).inc()
+
+    def fell_back(self, *, asked: str, ran: str, reason: Fallback) -> None:
+        """For one request another selector chooses than the one asked for."""
+        self.fallbacks[asked, ran, reason.value] += 1
+        if self._metrics is not None:
+            self._metrics.fell_back.labels(asked=asked, ran=ran, reason=reason.value).inc()
+
+    def refreshed(self, *, requests: int, rows: int) -> None:
+        """Rows of decoding requests ran once more."""
+        self.count(refreshed=rows)
+        logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
+
+    def looked_up(self, seconds: float) -> None:
+        if self._metrics is not None:
+            self._metrics.lookup.observe(seconds)
+
+    def copied(
+        self,
+        seconds: float,
+        *,
+        requests: int,
+        copied: int,
+        rows: int,
+        all_rows: int,
+        selectors: Mapping[str, int],
+    ) -> None:
+        """One prefill batch had KV copied into it; ``seconds`` on the host, ``selectors``: who
+        chose the rows, with the reason where it was not the one asked for, and for how many."""
+        logger.info(
+            "KVShare batch, #reuse-seq: %d, #copied-token: %d, #row: %d of %d, select: %s, "
+            "copy: %.1f ms",
+            requests,
+            copied,
+            rows,
+            all_rows,
+            ", ".join(f"{name} {num}" for name, num in selectors.items()),
+            seconds * 1e3,
+        )
+        if self._metrics is not None:
+            self._metrics.copy.observe(seconds)
+
+
+class _Bound:
+    """A Prometheus metric with the server's labels filled in."""
+
+    def __init__(self, metric: Any, labels: dict[str, str]) -> None:
+        self._metric, self._labels = metric, labels
+
+    def labels(self, **more: str) -> Any:
+        return self._metric.labels(**self._labels, **more)
+
+
+class _Metrics:
+    """Counters and histograms on SGLang's own ``/metrics`` page."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        # Imported late: SGLang sets the multiprocess directory before anything may import this.
+        from prometheus_client import Counter as PromCounter
+        from prometheus_client import Histogram
+
+        buckets = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+
+        def counter(name: str, text: str, *more: str) -> _Bound:
+            return _Bound(PromCounter(f"sglang:kvshare_{name}", text, [*labels, *more]), labels)
+
+        def seconds(name: str, text: str) -> Any:
+            metric = Histogram(f"sglang:kvshare_{name}", text, list(labels), buckets=buckets)
+            return metric.labels(**labels)
+
+        self._tokens = counter("tokens", "Prompt tokens by what was done with them.", "kind")
+        self.declined = counter(
+            "declined_requests", "Requests that took the exact path, by reason.", "reason"
+        )
+        self.fell_back = counter(
+            "selector_fallbacks",
+            "Requests whose rows another selector chose than the one asked for.",
+            *("asked", "ran", "reason"),
+        )
+        self.lookup = seconds("lookup_seconds", "Time to find and plan reuse for one request.")
+        self.copy = seconds(
+            "copy_seconds", "Host time to copy and re-rotate KV for one prefill batch."
+        )
+
+    def count(self, tokens: Mapping[str, int]) -> None:
+        for kind, count in tokens.items():
+            self._tokens.labels(kind=kind).inc(count)

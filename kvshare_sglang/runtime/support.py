@@ -1,0 +1,183 @@
+"""What is served: one table for servers, models and requests. The README's list is made from it.
+
+A server setting that is not served is *refused* at start, with what to drop; a request that is not
+served is *declined*: it takes the exact path, and says why; where only the selector asked for is
+not served, another one chooses, and the answer says which and why.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import UnsupportedError
+from kvshare_sglang.policy.admit import RequestView
+from kvshare_sglang.policy.select.attention_trace import AttentionTrace
+from kvshare_sglang.policy.select.base import Selector
+from kvshare_sglang.policy.select.dhd import Dhd
+from kvshare_sglang.policy.select.window import Window
+from kvshare_sglang.runtime.cache.radix import Choosing
+from kvshare_sglang.runtime.report import Fallback
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
+
+BACKEND = "kvshare"  # our name among --radix-cache-backend
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+
+
+class Setting(NamedTuple):
+    """A field of SGLang's ServerArgs: with these values it is served, or with these it is not."""
+
+    name: str
+    what: str
+    served: tuple[Any, ...] = (False,)
+    refused: tuple[Any, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def serves(self, value: Any) -> bool:
+        if self.refused:
+            return value not in self.refused
+        return value in self.served or (value is None and None not in self.served)
+
+
+ONE = (1,)
+NONE = (None,)
+KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "float32", "fp8_e4m3", "fp8_e5m2")
+SETTINGS = (
+    Setting("tp_size", "tensor parallelism", ONE),
+    Setting("dp_size", "data parallelism", ONE),
+    Setting("pp_size", "pipeline parallelism", ONE),
+    Setting("ep_size", "expert parallelism", ONE),
+    Setting("attn_cp_size", "context parallelism", ONE),
+    Setting("dcp_size", "decode context parallelism", ONE),
+    Setting("attn_dp_size", "attention data parallelism", ONE),
+    Setting("nnodes", "several nodes", ONE),
+    Setting("enable_kv_cache_sharding", "KV cache sharding"),
+    Setting("disaggregation_mode", "disaggregation", ("null", None)),
+    Setting("enable_hierarchical_cache", "HiCache"),
+    Setting("hicache_storage_backend", "HiCache storage", NONE),
+    Setting("enable_lmcache", "LMCache"),
+    Setting("enable_flexkv", "FlexKV"),
+    Setting("enable_unified_cache_external_linker", "external cache storage"),
+    Setting("enable_hisparse", "HiSparse"),
+    Setting("enable_unified_memory", "unified memory"),
+    Setting("kv_events_config", "KV events", NONE),
+    Setting("speculative_algorithm", "speculative decoding", NONE),
+    Setting("dllm_algorithm", "diffusion models", NONE),
+    Setting("enable_streaming_session", "streaming sessions"),
+    Setting("enable_session_radix_cache", "session radix caches"),
+    Setting("enable_deterministic_inference", "deterministic mode"),
+    Setting("enable_pdmux", "PD multiplexing"),
+    Setting("enable_two_batch_overlap", "two-batch overlap"),
+    Setting("strip_thinking_cache", "stripped thinking caches"),
+    Setting("enable_beam_search", "beam search"),
+    Setting("enable_return_aux_hidden_states", "auxiliary hidden states"),
+    Setting("enable_nvidia_megakernel", "megakernels"),
+    Setting("enable_amd_monokernel", "megakernels"),
+    Setting("disable_radix_cache", "a disabled radix cache"),
+    Setting("is_embedding", "embedding models"),
+    Setting("kv_cache_dtype", "this KV cache dtype", KV_DTYPES),
+    Setting("radix_cache_backend", "another cache backend", (None, BACKEND)),
+    Setting("radix_eviction_policy", "T-LRU eviction", refused=("tlru",)),
+)
+
+
+def check_settings(server_args: "ServerArgs") -> None:
+    """Raise UnsupportedError for the first setting that is not served; fields that this SGLang
+    does not have are."""
+    for setting in SETTINGS:
+        if not hasattr(server_args, setting.name):
+            continue
+        value = getattr(server_args, setting.name)
+        if not setting.serves(value):
+            raise UnsupportedError(setting.what, f"{setting.flag} (got {value!r})")
+
+
+def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
+    """Raise UnsupportedError unless the model is one whose K can be re-rotated."""
+    arch = (runner.model_config.hf_config.architectures or ["unknown"])[0]
+    if arch not in ARCHITECTURES:
+        raise UnsupportedError(f"the architecture {arch}", "--kvshare or the model")
+    sliding = getattr(runner, "sliding_window_size", None)
+    if (ctx is not None and (ctx.is_hybrid_swa or ctx.is_hybrid_ssm)) or sliding not in (None, -1):
+        raise UnsupportedError("sliding-window and Mamba models", "--kvshare or the model")
+    layers = runner.model.model.layers
+    rotary = {id(layer.self_attn.rotary_emb) for layer in layers}
+    table = getattr(layers[0].self_attn.rotary_emb, "cos_sin_cache", None)
+    if len(rotary) != 1 or not isinstance(table, torch.Tensor):
+        raise UnsupportedError("models without one RoPE table", "--kvshare or the model")
+    # Copies address K and V as [slot, head, dim].
+    if getattr(runner.token_to_kv_pool, "kv_cache_layout", "nhd") != "nhd":
+        raise UnsupportedError("a KV cache with heads before tokens", "SGLANG_USE_HND_KVCACHE")
+
+
+def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
+    """Who chooses rows on this server."""
+    structural = Window(config.seam, config.window)
+    selectors: dict[str, Selector] = {
+        "window": structural,
+        "trace": AttentionTrace(config.seam),
+        "dhd": Dhd(config.seam, config.window, config.tau),
+    }
+    unserved = None
+    if config.select != "window":
+        if getattr(runner, "lora_manager", None) is not None:
+            unserved = Fallback.LORA
+        elif runner.token_to_kv_pool.get_key_buffer(0).dtype.itemsize == 1:
+            unserved = Fallback.FP8_CACHE
+    if config.select == "dhd" and config.check_layer + 1 >= len(runner.model.model.layers):
+        unserved = Fallback.CHECK_LAYER
+    return Choosing(selectors[config.select], structural, unserved)
+
+
+def view_of(req: "Req", mode: str) -> RequestView:
+    """What admission may see of a request."""
+    prompt_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
+    inputs = (
+        req.multimodal_inputs,
+        req.input_embeds,
+        getattr(req, "positional_embed_overrides", None),
+    )
+    return RequestView(
+        mode=mode,
+        lora=req.lora_id is not None,
+        prompt_logprobs=bool(prompt_logprobs),
+        hidden_states=bool(req.return_hidden_states),
+        prefill_only=bool(req.is_prefill_only),
+        multimodal=any(value is not None for value in inputs),
+        session=getattr(req, "session", None) is not None,
+        beam_search=getattr(req, "beam_group", None) is not None,
+    )
+
+
+def needs_every_row(fb: Any, batch: Any) -> bool:
+    """Whether any request of a batch has per-token inputs or outputs (hidden states, embeddings,
+    images): cutting tokens would misalign them."""
+    return (
+        any(req.return_hidden_states for req in batch.reqs)
+        or fb.input_embeds is not None
+        or getattr(fb, "replace_embeds", None) is not None
+        or any(mm is not None for mm in fb.mm_inputs or ())
+    )
+
+
+def as_markdown() -> str:
+    """The README's table of limits."""
+    refused = ", ".join(dict.fromkeys(setting.what for setting in SETTINGS))
+    declined = ", ".join(name.replace("_", " ") for name in RequestView._fields if name != "mode")
+    rows = (
+        ("models", "served", ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
+         + " (dense, one RoPE table with its scalings); others are refused at start"),
+        ("server settings", "refused at start, with the flag to drop", refused),
+        ("requests", "take the exact path, counted by reason", declined),
+        ("selectors", "`window` chooses instead, named in the answer",
+         "prompts in several chunks, LoRA servers, fp8 KV caches"),
+    )  # fmt: skip
+    lines = ["| what | how | which |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])

@@ -1,0 +1,116 @@
+"""All that differs between the SGLang versions we serve.
+
+0.5.17 keeps a request's KV row on the request itself and lets the cache free it
+(``cache_finished_req``). From 0.5.18 on the row is ``req.kv`` and the scheduler frees it
+(``insert_req``, ``free_kv_row``). From 0.5.22 on one call, ``checkpoint``, stores what a request
+leaves, a request holds a lock object, and it keeps the length of its prefix, not the slots.
+"""
+
+import os
+from importlib import metadata
+from typing import Any
+
+from kvshare_sglang.errors import UnsupportedError
+
+OLDEST = (0, 5, 17)
+NEWEST = (0, 5, 23)
+TRY = "KVSHARE_TRY_SGLANG"
+
+
+def sglang_version() -> tuple[int, ...]:
+    """Version of the SGLang that is imported, as numbers."""
+    import sglang
+
+    text = getattr(sglang, "__version__", None) or metadata.version("sglang")
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def check_version() -> None:
+    """Raise UnsupportedError for an SGLang outside the supported range.
+
+    ``KVSHARE_TRY_SGLANG`` names one version that is let in all the same, to be tried: see
+    scripts/next_sglang.sh.
+    """
+    have = sglang_version()
+    if not OLDEST <= have <= NEWEST and os.environ.get(TRY) != ".".join(map(str, have)):
+        lo, hi, mine = (".".join(map(str, v)) for v in (OLDEST, NEWEST, have))
+        raise UnsupportedError(f"SGLang {mine}", f"it for a version in [{lo}, {hi}]")
+
+
+def kv_row(req: Any) -> Any:
+    """What holds ``req_pool_idx`` and ``cache_protected_len`` of a request."""
+    return req.kv if hasattr(req.kv, "cache_protected_len") else req
+
+
+def namespace(key: Any) -> tuple[Any, Any]:
+    """What a key (RadixKey or Req) must share with a source: extra_key and cache_salt."""
+    return key.extra_key, getattr(key, "cache_salt", None)
+
+
+def make_key(token_ids: Any, like: Any, *, extra_key: Any = None) -> Any:
+    """A RadixKey in the namespace of ``like`` (a request), or under ``extra_key``."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    if extra_key is not None:
+        return RadixKey(token_ids, extra_key)
+    extra, salt = namespace(like)
+    return RadixKey(token_ids, extra, cache_salt=salt) if salt else RadixKey(token_ids, extra)
+
+
+def was_cut(adder: Any, req: Any) -> bool:
+    """Whether a request that was admitted a moment ago gets only a part of its prompt now."""
+    return adder.new_chunked_req is req
+
+
+def set_num_tokens(fb: Any, num: int) -> None:
+    """Tell a ForwardBatch how many tokens it has; 0.5.17 keeps the counts under shorter names."""
+    prefix = "global_" if hasattr(fb, "global_num_token_non_padded_cpu") else ""
+    setattr(fb, f"{prefix}num_token_non_padded_cpu", num)
+    on_device = getattr(fb, f"{prefix}num_token_non_padded", None)
+    if on_device is not None:
+        on_device.fill_(num)
+
+
+# ---- requests and caches, before and from 0.5.22 on -------------------------------------------
+
+
+def prefix_len(req: Any) -> int:
+    """How many tokens of a request were found in the tree."""
+    return req.prefix_len if hasattr(req, "prefix_len") else len(req.prefix_indices)
+
+
+def insert_params(key: Any, value: Any, req: Any, *, chunked: bool) -> Any:
+    """InsertParams for what ``req`` leaves in the tree; its own tokens count as no new hit."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+
+    row = kv_row(req)
+    if hasattr(row, "cache_inserted_len"):
+        hits = {"inserted_len": row.cache_inserted_len}
+        row.cache_inserted_len = max(row.cache_inserted_len, len(key))
+    else:
+        hits = {"chunked": chunked}
+    return InsertParams(key=key, value=value, priority=getattr(req, "priority", 0) or 0, **hits)
+
+
+def path_slots(cache: Any, match: Any) -> Any:
+    """The slots [n] of a match; valid until the next eviction unless its path is locked."""
+    if hasattr(match, "device_indices"):
+        return match.device_indices
+    return cache.path_device_indices(match.last_device_node)
+
+
+def move_lock(cache: Any, req: Any, node: Any, slots: Any) -> None:
+    """Lock ``node`` for a request in place of its last node; ``slots`` [n] are those of all its
+    tokens so far, which a request keeps up to 0.5.21."""
+    if hasattr(req, "lock"):
+        cache.unlock(req.lock)
+        req.lock = cache.lock(node)
+    else:
+        cache.dec_lock_ref(req.last_node)
+        cache.inc_lock_ref(node)
+        req.prefix_indices = slots
+    req.last_node = node

@@ -1,0 +1,144 @@
+"""Traces choose what is attended to, step by step, within their budget."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wishes import SEAM, copied_whole, wishes
+
+from kvshare_sglang.plan import Join, Run, merge_ranges
+from kvshare_sglang.policy.refresh import Watch
+from kvshare_sglang.policy.select.attention_trace import (
+    AFTER_EDIT,
+    AFTER_EDITS,
+    SHARES,
+    AttentionTrace,
+    probe_layer,
+)
+from kvshare_sglang.policy.select.base import budget_rows, required_rows, rows_after_edits
+
+SELECTOR = AttentionTrace(SEAM)
+
+
+def bought(wish):
+    return budget_rows(wish.plan.runs, prefix_len=wish.plan.prefix_len, budget=wish.budget)
+
+
+def trace_of(wish, **options):
+    return SELECTOR.trace(wish.plan, budget=wish.budget, **options)
+
+
+def finished(trace, rng):
+    """Feed noise to the end; the query rows of each step."""
+    queries = []
+    while not trace.done:
+        queries.append(trace.query)
+        assert not trace.query - trace.rows
+        trace.feed(rng.random(trace.length))
+    return queries
+
+
+@given(wishes(), st.lists(st.floats(0.1, 1), min_size=1, max_size=4), st.integers(0, 100))
+def test_a_trace_spends_its_budget_on_reused_rows(wish, shares, seed):
+    plan = wish.plan
+    trace = trace_of(wish, shares=shares)
+    free = plan.reused_rows - required_rows(plan, suffix=SEAM)
+    queries = finished(trace, np.random.default_rng(seed))
+    assert not trace.chosen - free
+    assert trace.chosen.num == min(free.num, bought(wish))
+    assert len(queries) <= len(shares)
+    if queries:
+        assert queries[0].stop == plan.prompt_len  # the question asks first
+
+
+@given(wishes(), st.integers(0, 100))
+def test_no_more_rows_run_than_admission_was_told(wish, seed):
+    trace = trace_of(wish)
+    finished(trace, np.random.default_rng(seed))
+    rows = required_rows(wish.plan, suffix=SEAM) | trace.chosen
+    most = SELECTOR.most_rows(wish.plan, budget=wish.budget)
+    assert wish.plan.recompute(rows).computed <= most <= wish.plan.prompt_len
+
+
+@given(wishes(), st.integers(0, 100))
+def test_each_step_takes_what_the_one_before_attends_to_most(wish, seed):
+    rng = np.random.default_rng(seed)
+    trace = trace_of(wish)
+    free = wish.plan.reused_rows - required_rows(wish.plan, suffix=SEAM)
+    while not trace.done:
+        mass, before = rng.random(trace.length), trace.chosen
+        trace.feed(mass)
+        taken, left = trace.rows, free - trace.chosen
+        assert trace.chosen - before == taken
+        if left and taken:
+            assert mass[taken.positions].min() >= mass[left.positions].max()
+
+
+@given(wishes())
+def test_each_step_has_its_share_and_rows_after_edits_come_first(wish):
+    trace = trace_of(wish)
+    first, count = trace.chosen, bought(wish)
+    assert first.num <= AFTER_EDITS * count
+    starts = {run.dst_start for run in wish.plan.runs if run.join is Join.EDIT}
+    for stretch in first.ranges:
+        assert stretch.start in starts
+        assert stretch.num <= AFTER_EDIT
+    assert not first - trace.rows  # the question sees them as they are now
+    left, found = count - first.num, []
+    while not trace.done:
+        before = trace.chosen.num
+        trace.feed(np.ones(trace.length))
+        found.append(trace.chosen.num - before)
+    free = wish.plan.reused_rows - required_rows(wish.plan, suffix=SEAM)
+    if trace.chosen == free:
+        return  # it took all there was
+    wanted = np.cumsum(SHARES) / sum(SHARES) * left
+    assert np.abs(np.cumsum(found) - wanted[: len(found)]).max(initial=0) < len(SHARES)
+
+
+def test_few_edits_have_all_their_rows_and_many_share():
+    runs = (Run(1, 40, 40, 100, join=Join.EDIT), Run(2, 0, 140, 160))
+    plan = copied_whole(runs, prefix_len=30, prompt_len=310)
+    chosen = AttentionTrace(8).trace(plan, budget=0.1).chosen
+    assert chosen.positions.tolist() == [40, 41, 42, 43]
+    both = copied_whole((runs[0], runs[1]._replace(join=Join.EDIT)), prefix_len=30, prompt_len=310)
+    few = AttentionTrace(8).trace(both, budget=0.1).chosen
+    assert few.positions.tolist() == [40, 41, 42, 43, 140, 141, 142]  # a quarter of 28 rows
+
+
+@given(wishes(), st.integers(0, 6), st.integers(0, 30))
+def test_rows_after_edits_use_up_their_limit(wish, each, limit):
+    edits = [run for run in wish.plan.runs if run.join is Join.EDIT]
+    rows = rows_after_edits(wish.plan, each=each, limit=limit)
+    assert rows.num == min(limit, each * len(edits))  # a run is longer than any window here
+    shares = [rows.clip(run.dst_start, run.dst_stop).num for run in edits]
+    assert max(shares, default=0) - min(shares, default=0) <= 1
+
+
+@pytest.mark.parametrize("window", [0, 4, 16, 32, 64])
+def test_a_run_after_an_edit_is_traced_whatever_the_window(window):
+    """The window belongs to another selector; it once hid runs from the trace."""
+    from kvshare_sglang.policy.select.window import Window
+
+    runs = (Run(1, 0, 0, 200), Run(1, 202, 202, 60, join=Join.EDIT))
+    asked = {"prompt_len": 300, "prefix_len": 0, "budget": 0.15}
+    assert AttentionTrace(16).plan(runs, **asked).runs == runs
+    assert (len(Window(16, window).plan(runs, **asked).runs) == 2) == (window <= 16)
+
+
+@given(wishes(), st.integers(1, 40), st.integers(0, 1000))
+def test_what_is_watched_was_copied_however_few_ranges_the_backend_takes(wish, limit, seed):
+    """A trace chooses rows; the backend merges them; what it runs beside them is not watched."""
+    trace = trace_of(wish)
+    finished(trace, np.random.default_rng(seed))
+    rows = required_rows(wish.plan, suffix=SEAM) | trace.chosen
+    (rows,) = merge_ranges([rows], limit=limit)
+    plan = wish.plan.recompute(rows)
+    watched = np.flatnonzero(Watch.of_plan(plan).open)
+    assert watched.tolist() == (wish.plan.reused_rows - rows).positions.tolist()
+    assert not len(watched) or watched[0] >= plan.exact_len
+
+
+@pytest.mark.parametrize(("layers", "depth", "layer"), [(12, 0.0, 0), (12, 1.0, 11), (32, 0.25, 8)])
+def test_the_probe_layer_lies_at_its_depth(layers, depth, layer):
+    assert probe_layer(layers, depth) == layer

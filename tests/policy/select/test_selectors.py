@@ -1,0 +1,151 @@
+"""Every selector keeps to its budget, never leaves out what must run, chooses what it says."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wishes import SEAM, WINDOW, copied_whole, runs_in_a_prompt, wishes
+
+from kvshare_sglang.plan import Join, Rows, Run
+from kvshare_sglang.policy.select.attention_trace import AttentionTrace
+from kvshare_sglang.policy.select.base import (
+    RowScores,
+    Sees,
+    SelectionRequest,
+    budget_rows,
+    required_rows,
+)
+from kvshare_sglang.policy.select.baselines import SCORES, baseline
+from kvshare_sglang.policy.select.dhd import DILATION, Dhd
+from kvshare_sglang.policy.select.window import Window
+
+BASELINES = ("full", "copy", "epic", "random", *SCORES)
+ALL = [
+    Window(SEAM, WINDOW),
+    AttentionTrace(SEAM),
+    Dhd(SEAM, WINDOW),
+    *(baseline(name, seam=SEAM, seed=1) for name in BASELINES),
+]
+SCORED = [selector for selector in ALL if selector.sees is Sees.SCORES]
+
+
+def rows_of(selector, wish):
+    """The rows that run in the end, for selectors that choose by structure or by scores."""
+    plan = wish.plan
+    if selector.sees is Sees.SCORES:
+        return selector.select(wish).compute
+    asked = {"prompt_len": plan.prompt_len, "prefix_len": plan.prefix_len}
+    return selector.plan(plan.runs, **asked, budget=wish.budget).compute
+
+
+def chosen(selector, wish):
+    return rows_of(selector, wish) - required_rows(wish.plan, suffix=SEAM)
+
+
+@given(runs_in_a_prompt(), st.floats(0, 1))
+def test_a_plan_holds_whatever_selector_made_it(case, budget):
+    runs, prefix_len, prompt_len = case
+    for selector in ALL:
+        plan = selector.plan(runs, prompt_len=prompt_len, prefix_len=prefix_len, budget=budget)
+        most = selector.most_rows(plan, budget=budget)
+        assert not plan.fresh_rows - plan.compute, selector.name
+        assert plan.compute.stop == prompt_len, selector.name
+        assert plan.compute.clip(prompt_len - SEAM, prompt_len).num == min(
+            SEAM, prompt_len - prefix_len
+        )
+        if selector.sees is Sees.NOTHING:
+            assert most == plan.computed, selector.name
+            bought = budget_rows(plan.runs, prefix_len=prefix_len, budget=budget)
+            extra = plan.compute - required_rows(plan, suffix=SEAM)
+            assert selector.name == "full" or extra.num <= bought, selector.name
+        else:
+            assert plan.computed <= most <= prompt_len - prefix_len + budget, selector.name
+
+
+@given(wishes(), st.sampled_from(SCORED))
+def test_a_selector_that_sees_scores_keeps_to_what_it_said(wish, selector):
+    plan = selector.select(wish)
+    required = required_rows(wish.plan, suffix=SEAM)
+    assert not required - plan.compute
+    assert (plan.compute - required).num <= wish.num_rows
+    assert plan.computed <= selector.most_rows(wish.plan, budget=wish.budget)
+
+
+@given(wishes())
+def test_the_ends_of_the_scale(wish):
+    every = wish.plan.reused_rows - required_rows(wish.plan, suffix=SEAM)
+    assert chosen(baseline("full", seam=SEAM), wish) == every
+    assert chosen(baseline("copy", seam=SEAM), wish) == Rows()
+    for selector in ALL:
+        if selector.name not in ("copy", "trace"):
+            assert chosen(selector, wish._replace(budget=1.0)) == every, selector.name
+
+
+@given(wishes(), st.sampled_from(sorted(SCORES)))
+def test_a_scoring_baseline_takes_the_largest_scores(wish, name):
+    score = {"cacheblend": "keys", "attention": "attention", "deviation": "values"}[name]
+    values = getattr(wish.scores, score)
+    best = np.sort(values)[::-1][: wish.num_rows]
+    expected = Rows.at(wish.scores.positions[np.isin(values, best)])
+    expected -= required_rows(wish.plan, suffix=SEAM)
+    assert chosen(baseline(name, seam=SEAM), wish) == expected
+
+
+@given(wishes())
+def test_dhd_takes_windows_and_seams_before_any_score(wish):
+    heads = {Join.SEAM: SEAM, Join.EDIT: WINDOW, Join.SAME: 0}
+    need = Rows(
+        (run.dst_start, run.dst_start + heads[run.join])
+        for run in wish.plan.runs
+        if heads[run.join]
+    )
+    if need.num <= wish.num_rows:
+        assert not need - rows_of(Dhd(SEAM, WINDOW), wish)
+
+
+def test_dhd_takes_neighbours_along():
+    run = Run(1, 0, 10, 200, join=Join.SAME)
+    plan = copied_whole((run,), prefix_len=10, prompt_len=230)
+    score = np.zeros(200)
+    score[100] = 1.0
+    scores = RowScores(plan.reused_rows.positions, score, score, score + 1)
+    wish = SelectionRequest(plan, (2 * DILATION + 1) / 200, scores)
+    rows = chosen(Dhd(SEAM, WINDOW), wish)
+    assert rows == Rows([(110 - DILATION, 111 + DILATION)])
+
+
+@given(wishes(), st.floats(0, 1))
+def test_runs_that_are_too_far_off_run_whole(wish, tau):
+    plan = Dhd(SEAM, WINDOW, tau).select(wish)
+    base = 0
+    for run in wish.plan.runs:
+        far = wish.scores.values[base : base + run.length].mean()
+        base += run.length
+        assert (far <= tau) or not any(
+            run.dst_start <= copy.dst_start < run.dst_stop for copy in plan.copies
+        )
+
+
+def test_an_unknown_selector_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"the selector must be one of full, .*, got 'best'"):
+        baseline("best", seam=SEAM)
+
+
+def test_one_budget_buys_the_same_whatever_the_selector():
+    few, many, after = (
+        copied_whole((Run(1, 0, at, 200),), prefix_len=0, prompt_len=at + 200 + tail)
+        for at, tail in ((0, 20), (100, 20), (0, 120))
+    )
+    bought = [budget_rows(plan.runs, prefix_len=0, budget=0.1) for plan in (few, many, after)]
+    assert bought == [20, 40, 20]  # new text among what is reused buys more, a question none
+    for selector in (Window(8, 4), AttentionTrace(8), Dhd(8, 4)):
+        most = [
+            selector.most_rows(
+                selector.plan(plan.runs, prompt_len=plan.prompt_len, prefix_len=0, budget=0.1),
+                budget=0.1,
+            )
+            for plan in (few, many, after)
+        ]
+        assert most == [20 + 20, 100 + 40 + 20, 20 + 120], selector.name
+    assert budget_rows(many.runs, prefix_len=0, budget=0.0) == 0
+    assert budget_rows(many.runs, prefix_len=0, budget=1.0) == 200
