@@ -49,9 +49,13 @@ def check(child: Any) -> dict[str, int]:
     }
 
 
-def counts(child: Any) -> dict[str, dict[str, int]]:
+def counts(child: Any) -> dict[str, Any]:
     report = child.cache.report
-    return {"tokens": dict(report.tokens), "declines": dict(report.declines)}
+    return {
+        "tokens": dict(report.tokens),
+        "declines": dict(report.declines),
+        "fallbacks": dict(report.fallbacks),
+    }
 
 
 def layer_rows(child: Any) -> list[list[int]]:

@@ -83,17 +83,62 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
     assert any_lab.ask("probes:check")["pins"] == 0
 
 
-def test_a_prompt_in_chunks_runs_what_structure_says(llama: Path, texts: Texts) -> None:
+def test_a_prompt_in_chunks_is_chosen_by_structure_and_says_so(llama: Path, texts: Texts) -> None:
     source, prompt = moved(texts, 150)
     found = []
     for select in ("dhd", "trace", "window"):
         settings = {"chunked_prefill_size": 128, "kvshare_select": select}
         with lab(llama, kvshare=True, **settings) as it:
             it.one(source, new=1)
-            found.append(it.one(prompt, new=4))
+            answer = it.one(prompt, new=4)
+            told, count = answer["kvshare"], it.ask("probes:counts")["fallbacks"]
+        assert told["select"] == "window"
+        reason = None if select == "window" else "chunked"
+        assert told.pop("select_reason") == reason
+        assert count == ({(select, "window", "chunked"): 1} if reason else {})
+        found.append(answer)
     assert found[0]["kvshare"]["copied_tokens"] > 0
     assert found[0]["kvshare"] == found[1]["kvshare"] == found[2]["kvshare"]
     assert found[0]["output"] == found[1]["output"] == found[2]["output"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "select", "reason"),
+    [
+        ({"kvshare_select": "trace"}, "trace", None),
+        # An option of dhd; at the last layer or above it once switched the trace off.
+        ({"kvshare_select": "trace", "kvshare_check_layer": 200}, "trace", None),
+        ({"kvshare_select": "dhd"}, "dhd", None),
+        ({"kvshare_select": "dhd", "kvshare_check_layer": 3}, "window", "check_layer"),
+        ({"kvshare_select": "trace", "kvshare_window": 0}, "trace", None),
+    ],
+)
+def test_who_chose_the_rows_is_told(
+    llama: Path, texts: Texts, settings: dict, select: str, reason: str | None
+) -> None:
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, **settings) as it:
+        it.one(source, new=1)
+        told = it.one(prompt, new=4)["kvshare"]
+        assert (told["select"], told["select_reason"]) == (select, reason)
+        assert told["copied_tokens"] > 100
+        assert bool(it.ask("probes:counts")["fallbacks"]) == (reason is not None)
+        exact = it.one(prompt, new=4, kvshare="exact", extra_key="x")["kvshare"]
+        assert (exact["select"], exact["select_reason"]) == (None, None)
+
+
+def test_a_window_hides_no_run_from_a_trace(llama: Path, texts: Texts) -> None:
+    """A run of 60 tokens after an edit: at window 32, the default, it was dropped once."""
+    a, b = texts.passage(200), texts.passage(60)
+    prompt = a + texts.passage(2) + b + texts.passage(25)
+    found = {}
+    for window in (4, 16, 32, 64):
+        with lab(llama, kvshare=True, kvshare_select="trace", kvshare_window=window) as it:
+            it.one(texts.passage(9) + a + [5, 6] + b, new=1)
+            found[window] = it.one(texts.passage(3) + prompt, new=4)
+    told = {window: answer["kvshare"]["copied_tokens"] for window, answer in found.items()}
+    assert len(set(told.values())) == 1, told
+    assert next(iter(told.values())) > 200
 
 
 def assert_exact(it: Lab, prompt: list[int], reason: str) -> None:
