@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_sglang.radix_fuzzy.reuse import head_lengths
-from kvshare_sglang.radix_fuzzy.types import Join, Range, ReusePlan, clip, complement
+from kvshare_sglang.radix_fuzzy.types import Join, Range, ReusePlan, Run, complement
 
 Floats = np.ndarray  # float32 or float64
 ASKING = 64  # of so many rows the attention is looked at, the last ones
@@ -115,15 +115,23 @@ def without_far_runs(wish: Wish, *, limit: float) -> Wish:
 
 def replanned(plan: ReusePlan, compute: list[Range]) -> ReusePlan:
     """The plan with these rows computed and all else of its runs copied; runs of which nothing
-    is copied go."""
-    left = tuple(complement(compute, start=plan.prefix_len, stop=plan.prompt_len))
-    parts = [
-        [run.cut(*r) for r in clip(left, start=run.dst_start, stop=run.dst_stop)]
-        for run in plan.runs
-    ]
-    runs = tuple(run for run, cut in zip(plan.runs, parts, strict=True) if cut)
-    copies = tuple(copy for cut in parts for copy in cut)
-    return plan._replace(runs=runs, copies=copies, compute=tuple(compute))
+    is copied go. O(runs + ranges): a trace leaves thousands of gaps."""
+    gaps = complement(compute, start=plan.prefix_len, stop=plan.prompt_len)
+    runs: list[Run] = []
+    copies: list[Run] = []
+    at = 0  # the first gap that reaches past the start of the run
+    for run in plan.runs:
+        before = len(copies)
+        while at < len(gaps) and gaps[at].start < run.dst_stop:
+            start, stop = max(gaps[at].start, run.dst_start), min(gaps[at].stop, run.dst_stop)
+            if start < stop:
+                copies.append(run.cut(start, stop))
+            if gaps[at].stop > run.dst_stop:
+                break  # the rest of the gap may lie in the next run
+            at += 1
+        if len(copies) > before:
+            runs.append(run)
+    return plan._replace(runs=tuple(runs), copies=tuple(copies), compute=tuple(compute))
 
 
 def as_ranges(rows: np.ndarray) -> list[Range]:
