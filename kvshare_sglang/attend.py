@@ -229,8 +229,8 @@ def wrap_backend(backend: Any, runner: Any) -> None:
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
             keys_of=lambda i, n: keys[table[owners[i], :n].long()],
             scaling=layer.scaling,
+            few_enough=lambda rows: few_enough(rows, runner),
         )
-        rows = few_enough(rows, runner)
         pending.on_done(rows)
         pending.keep = cut_tokens(fb, pending.rows, rows, runner)
         backend.kvshare_rows = rows

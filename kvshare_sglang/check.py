@@ -19,6 +19,7 @@ from kvshare_sglang.kernels.deviation import attention_paid, deviation
 from kvshare_sglang.policy import rows as policy
 from kvshare_sglang.policy.gate import Decline
 from kvshare_sglang.policy.refresh import Watch
+from kvshare_sglang.policy.rows import replanned
 from kvshare_sglang.radix_fuzzy.types import Range, ReusePlan
 from kvshare_sglang.report import Report
 from kvshare_sglang.request import RequestReuse, turn_exact
@@ -75,18 +76,25 @@ def choose(
     *,
     keys_of: Callable[[int, int], torch.Tensor],
     scaling: float,
+    few_enough: Callable[[list[list[Range]]], list[list[Range]]],
 ) -> list[list[Range]]:
     """The rows of each request that go on; sets the plans of the jobs to what is then copied.
 
     ``q`` [rows, q_heads, dim], ``k``, ``v`` [rows, kv_heads, dim]: the layer's, rotated.
     ``keys_of(i, n)``: the layer's K of the first n tokens of request i, fresh ones included.
+    ``few_enough`` merges rows into as few stretches as the backend takes.
     Whatever goes wrong, every row goes on: then the request is computed in full.
     """
     rows = list(pending.rows)
     try:
         checks = _look(pending, q, k, v, keys_of, scaling)
+        plans = []
         for job, found in zip(pending.jobs, checks, strict=True):
-            rows[job.number] = _choose_one(job, found, pending.config, pending.report)
+            plan, rows[job.number] = _choose_one(job, found, pending.config)
+            plans.append(plan)
+        rows = few_enough(rows)
+        for job, plan in zip(pending.jobs, plans, strict=True):
+            _settle(job.state, replanned(plan, rows[job.number]), pending)
     except Exception:
         logger.exception("KVShare's check failed; the batch goes on with all its rows")
         for job in pending.jobs:
@@ -131,22 +139,22 @@ def _look(
 
 
 def _choose_one(
-    job: Job, found: policy.Check, config: KVShareConfig, report: Report
-) -> list[Range]:
+    job: Job, found: policy.Check, config: KVShareConfig
+) -> tuple[ReusePlan, list[Range]]:
+    """The plan without the runs that are too far off, and the rows of the request that go on."""
     wish = policy.Wish(job.plan, job.state.budget, config.seam, config.window, found)
     wish = policy.without_far_runs(wish, limit=config.tau)
-    ranges = policy.compute("dhd", wish)
-    plan = policy.replanned(wish.plan, ranges)
+    return wish.plan, policy.compute("dhd", wish)
+
+
+def _settle(state: RequestReuse, plan: ReusePlan, pending: Pending) -> None:
+    """Note what is copied in the end."""
     if not plan.copies:
-        turn_exact(job.state, Decline.DEVIATION, report)
-        return [Range(plan.prefix_len, plan.prompt_len)]
-    job.state.plan = plan
-    if config.refresh_every:
-        open_rows = np.zeros(plan.prompt_len, bool)
-        for run in plan.copies:
-            open_rows[run.dst_start : run.dst_stop] = True
-        job.state.watch = Watch(open_rows)
-    return ranges
+        turn_exact(state, Decline.DEVIATION, pending.report)
+        return
+    state.plan = plan
+    if pending.config.refresh_every:
+        state.watch = Watch.of_plan(plan)
 
 
 # ---- the model behind the check --------------------------------------------------------------

@@ -90,8 +90,10 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
     except Enough:
         pass
     fb.kvshare_look = None
+    wanted = [one for one in wanted if _owns_its_copies(one[1])]
     try:
-        _refresh(pending, wanted, fb, runner, forward)
+        if wanted:
+            _refresh(pending, wanted, fb, runner, forward)
     except Exception:
         # Rows that were written by then are no worse than those that were copied.
         logger.exception("KVShare's refresh failed; decoding goes on without")
@@ -117,8 +119,6 @@ def _refresh(
         watch: Watch = req.kvshare.watch
         row = compat.kv_row(req)
         tokens = _tokens(req)
-        # Copies stand behind the exact part, which alone the tree may share with others.
-        assert np.flatnonzero(watch.open)[0] >= row.cache_protected_len
 
         def part(
             at: np.ndarray, i: int = i, tokens: np.ndarray = tokens, own: int = row.req_pool_idx
@@ -147,6 +147,21 @@ def _refresh(
         )
         state.info["refreshed_tokens"] = state.info.get("refreshed_tokens", 0) + len(at)
     pending.report.refreshed(requests=len(wanted), rows=sum(map(len, flat)))
+
+
+def _owns_its_copies(req: Any) -> bool:
+    """Whether all rows that a refresh may write stand behind the exact part, which alone the tree
+    may share with others. Always so; if not, the watch ends and nothing is written."""
+    first = int(np.flatnonzero(req.kvshare.watch.open)[0])
+    shared = compat.kv_row(req).cache_protected_len
+    if first >= shared:
+        return True
+    logger.error(
+        "KVShare watches row %d, which is shared: all before %d are; it watches no longer",
+        first, shared,
+    )  # fmt: skip
+    req.kvshare.watch = None
+    return False
 
 
 def _tokens(req: Any) -> np.ndarray:

@@ -76,10 +76,11 @@ def run(pending: Pending, fb: Any, runner: Any, forward: Callable[[Any], Any]) -
         for job in pending.jobs:
             turn_exact(job.state, Decline.FAULT, pending.report)
     else:
-        for job, trace in zip(pending.jobs, traces, strict=True):
+        # Of the rows as merged for the backend: what ran beside those chosen was not copied.
+        for job in pending.jobs:
             job.state.plan = replanned(job.plan, rows[job.number])
             if config.refresh_every:
-                job.state.watch = Watch(trace.open_rows)
+                job.state.watch = Watch.of_plan(job.state.plan)
     pending.on_done(rows)
     if rows != pending.rows:
         attend.cut_tokens(fb, pending.rows, rows, runner)

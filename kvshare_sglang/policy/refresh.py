@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvshare_sglang.radix_fuzzy.types import ReusePlan
+
 IDLE = 3  # refreshes in a row that changed nothing end the watch
 
 
@@ -18,6 +20,15 @@ class Watch:
     open: np.ndarray
     wait: int = 0
     idle: int = 0
+
+    @classmethod
+    def of_plan(cls, plan: ReusePlan) -> "Watch":
+        """What the plan copies, no more: a row that ran for any reason is as good as it gets, and
+        one before the first copy is shared with the tree, where nothing may be written."""
+        copied = np.zeros(plan.prompt_len, bool)
+        for run in plan.copies:
+            copied[run.dst_start : run.dst_stop] = True
+        return cls(copied)
 
     @property
     def over(self) -> bool:

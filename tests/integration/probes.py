@@ -193,6 +193,14 @@ def no_pinning() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
 
 
+def stretches_as_on_a_gpu() -> None:
+    """Bound the stretches of rows by --max-running-requests, as attention on a GPU does; the CPU's
+    own attention takes any number."""
+    from kvshare_sglang import attend
+
+    attend.on_cpu = lambda runner: False
+
+
 # ---- planted faults: each must make a named test fail ------------------------------------------
 
 

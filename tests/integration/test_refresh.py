@@ -121,6 +121,33 @@ def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: T
         assert part["kvshare"]["refreshed_tokens"] == 3 * 8
 
 
+@pytest.mark.parametrize("select", ["dhd", "trace"])
+@pytest.mark.parametrize("limit", [2, 3, 8, 24])
+def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
+    llama: Path, texts: Texts, select: str, limit: int
+) -> None:
+    """Merging may run rows before the first copy: these are exact, and the tree shares them."""
+    settings = {**EAGER, "kvshare_refresh_rows": 8, "mutation": "probes:stretches_as_on_a_gpu"}
+    with lab(
+        llama, kvshare=True, kvshare_select=select, max_running_requests=limit, **settings
+    ) as it:
+        it.ask("probes:force_plans")
+        for i, length in enumerate((160, 300)):
+            prompt = texts.passage(length)
+            it.one(prompt + texts.passage(32), extra_key="donor", new=1)
+            part = it.one(prompt, forced=[(0, 20), (length - 5, length)], extra_key=f"{i}", new=12)
+            told = part["kvshare"]
+            assert told["declined"] is None
+            assert told["fuzzy_tokens"] + told["computed_tokens"] == length
+            if told["fuzzy_tokens"] >= 24:
+                assert told["refreshed_tokens"] >= 8
+            again = it.one(prompt, extra_key=f"{i}", kvshare="exact", new=1, keep="kv")
+            fresh = it.one(prompt, extra_key=f"other{i}", kvshare="exact", new=1, keep="kv")
+            for mine, theirs in zip(again["kv"], fresh["kv"], strict=True):
+                torch.testing.assert_close(mine, theirs, **TOL)
+        assert it.ask("probes:check")["pins"] == 0
+
+
 @pytest.mark.parametrize("what", ["refresh", "watch"])
 def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts, what: str) -> None:
     source, prompt = moved(texts, 150)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.rows import (
     CHECKED,
     DILATION,
@@ -16,10 +17,12 @@ from kvshare_sglang.policy.rows import (
     as_ranges,
     compute,
     must_run,
+    replanned,
     reused_positions,
 )
-from kvshare_sglang.radix_fuzzy.reuse import plan_reuse
-from kvshare_sglang.radix_fuzzy.types import Join, Run
+from kvshare_sglang.policy.trace import Trace
+from kvshare_sglang.radix_fuzzy.reuse import plan_reuse, thin_out
+from kvshare_sglang.radix_fuzzy.types import Join, Range, Run, clip, complement
 
 SEAM, WINDOW = 8, 16
 
@@ -117,3 +120,41 @@ def test_ranges_hold_the_rows_and_no_two_touch(rows):
     ranges = as_ranges(np.array(sorted(rows), np.int64))
     assert sorted(i for r in ranges for i in range(*r)) == sorted(rows)
     assert all(a.stop < b.start for a, b in pairwise(ranges))
+
+
+def replanned_by_definition(plan, compute):
+    """Every gap cut to every run: slow, hard to get wrong."""
+    left = tuple(complement(compute, start=plan.prefix_len, stop=plan.prompt_len))
+    parts = [
+        [run.cut(*r) for r in clip(left, start=run.dst_start, stop=run.dst_stop)]
+        for run in plan.runs
+    ]
+    runs = tuple(run for run, cut in zip(plan.runs, parts, strict=True) if cut)
+    copies = tuple(copy for cut in parts for copy in cut)
+    return plan._replace(runs=runs, copies=copies, compute=tuple(compute))
+
+
+@given(wishes(), st.data())
+def test_a_new_plan_is_what_its_definition_says(wish, data):
+    plan = wish.plan
+    inside = st.integers(plan.prefix_len, plan.prompt_len)
+    cuts = sorted(data.draw(st.sets(inside, max_size=80)))
+    rows = [Range(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
+    assert replanned(plan, rows) == replanned_by_definition(plan, rows)
+
+
+@given(wishes(), st.integers(1, 40), st.integers(0, 1000))
+def test_what_is_watched_was_copied_however_few_stretches_the_backend_takes(wish, limit, seed):
+    """A trace chooses rows; the backend merges them; what it runs beside them is not watched."""
+    rng = np.random.default_rng(seed)
+    trace = Trace.of_plan(wish.plan, budget=wish.budget, seam=SEAM)
+    while not trace.done:
+        trace.feed(rng.random(trace.length))
+    must = must_run(wish.plan, suffix=SEAM)
+    (rows,) = thin_out([as_ranges(np.union1d(must, trace.chosen))], limit=limit)
+    plan = replanned(wish.plan, rows)
+    watched = np.flatnonzero(Watch.of_plan(plan).open)
+    ran = np.concatenate([np.arange(*r) for r in rows])
+    assert np.array_equal(watched, np.setdiff1d(reused_positions(wish.plan), ran))
+    assert np.isin(watched, np.flatnonzero(trace.open_rows)).all()
+    assert not len(watched) or watched[0] >= plan.exact_len
