@@ -121,8 +121,7 @@ def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: T
         assert part["kvshare"]["refreshed_tokens"] == 3 * 8
 
 
-@pytest.mark.parametrize("select", ["dhd", "trace"])
-@pytest.mark.parametrize("limit", [2, 3, 8, 24])
+@pytest.mark.parametrize(("select", "limit"), [("dhd", 3), ("trace", 3), ("trace", 24)])
 def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
     llama: Path, texts: Texts, select: str, limit: int
 ) -> None:
