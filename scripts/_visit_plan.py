@@ -64,8 +64,7 @@ def stages(device: str, backends: list[str], *, gpu_gib: float) -> list[list[Sta
         return [Stage(step, limit_s, b, page) for b in backends for page in pages]
 
     return [
-        [Stage("env", 60)],
-        [Stage("kernels", 60), Stage("install", 90)],
+        [Stage("env", 60), Stage("kernels", 60), Stage("install", 90)],
         # The first server of a backend waits for its kernels to compile.
         [Stage("smoke", 200, backend) for backend in backends],
         *([Stage("ttft", 210, first, what=what)] for what in arms),

@@ -121,7 +121,9 @@ class Visit:
         try:
             found: dict[str, Any] = json.loads((self.scratch / f"{stage.name}.json").read_text())
         except (OSError, ValueError):
-            return {"ok": stage.step == "install"}
+            if stage.step == "install":  # a kit's own script
+                return {"ok": True}
+            return {"ok": False, "error": f"it left no result; see {stage.name}.log"}
         return found
 
     def stop(self) -> None:

@@ -28,7 +28,8 @@ class Place:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
-        self.env = {**env.base(args.device, scratch), "KIT_SITE": str(scratch / "site")}
+        kit = {"KIT_SITE": str(scratch / "site"), "PYTHON": sys.executable}
+        self.env = {**env.base(args.device, scratch), **kit}
         self.lacks, self._plugin = env.probe(self.env)
         self._lock = threading.Lock()
 

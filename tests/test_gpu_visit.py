@@ -135,6 +135,29 @@ def test_a_kit_sets_what_it_likes_and_the_rest_stays(tmp_path):
     assert (env["A"], env["B"], env["PYTHONPATH"], env["HOME"]) == ("1", "/h/two", "/x:/y", "/h")
 
 
+def test_a_machine_without_sglang_goes_on_in_what_the_kit_installed(tmp_path, monkeypatch):
+    kit, scratch, out = tmp_path / "kit", tmp_path / "scratch", tmp_path / "out"
+    for folder in (kit, scratch, out):
+        folder.mkdir()
+    (kit / "install.sh").write_text('echo "export FROM_KIT=$(basename $1)" > "$KIT_SITE.env"\n')
+    monkeypatch.setattr(
+        _visit_env, "probe", lambda env: ([] if "FROM_KIT" in env else ["sglang", "zmq"], False)
+    )
+    args = gpu_visit.parse(["run", str(out), "--kit", str(kit), "--device", "cpu"])
+    place = gpu_visit.Place(args, scratch)
+    install, smoke, kernels = Stage("install", 20), Stage("smoke", 20, "x"), Stage("kernels", 20)
+    assert gpu_visit.wanted(install, args, place)
+    assert place.why_not(smoke) == "this Python lacks: sglang, zmq"
+    assert place.why_not(kernels) is None
+    how = How(place.command, place.environment, place.why_not)
+    Visit(out, scratch, how, seconds=60, jobs=1).run([[install]])
+    assert place.why_not(smoke) is None
+    assert place.environment()["FROM_KIT"] == "kit"
+    assert place.environment()["PYTHONPATH"].startswith(str(scratch / "metadata"))
+    (scratch / "smoke_x.json").write_text('{"ok": false, "error": "RuntimeError: no"}')
+    assert place.why_not(Stage("ttft", 20, "x")) == "no server with x started"
+
+
 # ---- results -------------------------------------------------------------------------------------
 
 
