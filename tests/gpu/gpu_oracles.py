@@ -203,8 +203,8 @@ class Texts:
         """Ascending, disjoint ranges in ``[start, length)``; the last token is among them."""
         cuts = sorted(self.rng.sample(range(start, length), 8))
         ranges = list(zip(cuts[::2], cuts[1::2], strict=True))
-        ranges = [r for r in ranges if r[1] < length - 1]
-        return [*ranges, (length - self.rng.randrange(1, 9), length)]
+        last = (length - self.rng.randrange(1, 9), length)
+        return [*(r for r in ranges if r[1] < last[0]), last]
 
 
 def assert_idle(checks: Checks, it: Lab, name: str) -> None:

@@ -147,7 +147,7 @@ def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
         assert it.ask("probes:check")["pins"] == 0
 
 
-@pytest.mark.parametrize("what", ["refresh", "watch"])
+@pytest.mark.parametrize("what", ["refresh", "watch", "watched"])
 def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts, what: str) -> None:
     source, prompt = moved(texts, 150)
     with lab(llama, kvshare=True, kvshare_select="trace", **EAGER) as it:
