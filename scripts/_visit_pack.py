@@ -54,6 +54,7 @@ def check_size(items: list[Item], *, limit: float) -> int:
     total = sum(item.size for item in items)
     if total > limit:
         largest = sorted(items, key=lambda item: -item.size)[:5]
+        largest = [item for item in largest if item.size > total / 100]
         names = ", ".join(f"{item.target} ({_mib(item.size)})" for item in largest)
         raise PackError(f"{_mib(total)} would travel, the limit is {_mib(limit)}; largest: {names}")
     return total

@@ -46,14 +46,21 @@ class Place:
         """Why a stage cannot run, or is of no use after those before it."""
         if not stage.needs_sglang:
             return None
+        if error := self._error_of("env"):
+            return error
         with self._lock:
             self._take_in()
         if self.lacks:
             return f"this Python lacks: {', '.join(self.lacks)}"
-        smoke = self.scratch / f"smoke_{stage.backend}.json"
-        if stage.needs_smoke and smoke.is_file() and "error" in json.loads(smoke.read_text()):
+        if stage.needs_smoke and self._error_of(f"smoke_{stage.backend}"):
             return f"no server with {stage.backend} started"
         return None
+
+    def _error_of(self, stage: str) -> str | None:
+        """What broke a stage, if it has run and broke; a law that does not hold is no error."""
+        path = self.scratch / f"{stage}.json"
+        error: str | None = json.loads(path.read_text()).get("error") if path.is_file() else None
+        return error
 
     def _take_in(self) -> None:
         """Go on in a kit's environment, once it is there; give SGLang the plug-in's entry point."""

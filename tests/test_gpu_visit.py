@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 
 import _visit_env
 import _visit_pack
@@ -21,6 +22,7 @@ from _visit_pack import PackError, pack
 from _visit_plan import STEPS, Stage, stages
 from _visit_results import tail, write_archive
 from _visit_run import How, Visit, marked
+from gpu_probes import summed_up
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -184,6 +186,14 @@ def test_a_log_keeps_its_start_and_its_end(tmp_path):
     assert cut.endswith(b"end")
     assert b"4808 bytes left out" in cut
     assert tail(log, 6000) == log.read_bytes()
+
+
+def test_a_profile_counts_what_overlaps_once():
+    spans = [("b", 100.0, 200.0), ("a", 0.0, 50.0), ("a", 30.0, 40.0), ("b", 150.0, 260.0)]
+    found = summed_up(spans, most=1)
+    assert (found["span_ms"], found["busy_ms"], found["gaps_ms"]) == (0.26, 0.21, 0.05)
+    assert found["kernels"] == 4
+    assert found["longest"] == [{"name": "b", "ms": 0.21, "calls": 2}]
 
 
 # ---- the run -------------------------------------------------------------------------------------

@@ -73,10 +73,12 @@ def stop_profile(child: Any) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     child.profile.stop()
-    events = [e for e in child.profile.events() if e.time_range.elapsed_us() > 0]
-    cuda = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    used = cuda or [e for e in events if e.cpu_parent is None]
-    return summed_up([(e.name, e.time_range.start, e.time_range.end) for e in used])
+    cuda = [e for e in child.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # Scopes that SGLang names cover whole batches, on the GPU's timeline too.
+    kernels = [e for e in cuda if not getattr(e, "is_user_annotation", False)]
+    used = kernels or [e for e in child.profile.events() if e.name.startswith("aten::")]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in used]
+    return summed_up([span for span in spans if not span[0].startswith("scheduler.")])
 
 
 def summed_up(spans: list[tuple[str, float, float]], *, most: int = 15) -> dict[str, Any]:
