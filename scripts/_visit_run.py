@@ -4,6 +4,7 @@ Nothing that a stage does stops another: one that fails, hangs or crashes is end
 the standard library alone.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -64,7 +65,15 @@ class Visit:
             self._note(None, {})
 
     def do(self, stage: Stage) -> None:
-        """Run a stage to its end, or to the end of its time."""
+        """Run a stage to its end, or to the end of its time. Whatever goes wrong is told."""
+        try:
+            self._do(stage)
+        except Exception as error:  # of ours: a kit's broken environment, a full disk
+            self._note(
+                stage, {"verdict": "FAILED", "why": f"{type(error).__name__}: {error}"[:800]}
+            )
+
+    def _do(self, stage: Stage) -> None:
         why = "no time left" if self._stopping or self.left_s < NO_TIME_S else self.how.lacks(stage)
         if why is not None:
             self._note(stage, {"verdict": "skipped", "why": why})
@@ -131,6 +140,9 @@ class Visit:
         with self._lock:
             self._stopping = True
             live = list(self._live)
+        for process in live:  # all at once, so that their time to end runs side by side
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         for process in live:
             end_group(process, None)
 

@@ -216,15 +216,21 @@ def visit_of(folder: Path, *, hang_s: float = 3, **more) -> tuple[Visit, list[li
     out, scratch = folder / "out", folder / "scratch"
     out.mkdir(exist_ok=True)
     scratch.mkdir(exist_ok=True)
+
+    def why_not(stage):
+        if stage.step == "broken":
+            raise RuntimeError("planted")
+        return "not here" if stage.step == "absent" else None
+
     there = f"import os; os.chdir({str(scratch)!r}); "
     how = How(
         lambda stage: [sys.executable, "-c", there + WORK[stage.step]],
         lambda: dict(os.environ),
-        lambda stage: "not here" if stage.step == "absent" else None,
+        why_not,
     )  # fmt: skip
     groups = [
         [Stage("good", 20), Stage("false", 20)],
-        [Stage("crash", 20), Stage("absent", 20)],
+        [Stage("crash", 20), Stage("absent", 20), Stage("broken", 20)],
         [Stage("hang", hang_s)],
         [Stage("last", 20)],
     ]
@@ -245,12 +251,13 @@ def test_a_stage_that_fails_crashes_or_hangs_stops_no_other(tmp_path):
     found = told(tmp_path)
     assert {name: stage["verdict"] for name, stage in found["stages"].items()} == {
         "good": "ok", "false": "FAILED", "crash": "FAILED", "absent": "skipped",
-        "hang": "FAILED", "last": "ok",
+        "broken": "FAILED", "hang": "FAILED", "last": "ok",
     }  # fmt: skip
     why = {name: stage.get("why") for name, stage in found["stages"].items()}
     assert why["false"] == "law: 3"
     assert "code -9" in why["crash"]
     assert why["absent"] == "not here"
+    assert why["broken"] == "RuntimeError: planted"
     assert why["hang"] == "stopped after 3 s"
     assert found["figures"] == {"good": {"x": 1}, "hang": {"half": 2}}
     assert not found["ok"]
