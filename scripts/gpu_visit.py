@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def wanted(stage: Stage, args: argparse.Namespace, place: Place) -> bool:
-    if stage.step == "install" and (args.kit is None or "sglang" not in place.lacks):
+    if stage.step == "install" and (args.kit is None or not place.lacks):
         return False
     return args.steps is None or stage.step in args.steps
 

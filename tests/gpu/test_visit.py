@@ -1,7 +1,9 @@
 """A whole visit, rehearsed without a GPU: the real SGLang, the real bench, small shapes."""
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "scripts" / "gpu_visit.sh", "run", tmp_path, "--device", "cpu", "--steps", steps],
         capture_output=True, text=True, check=False, timeout=400,
+        env={**os.environ, "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())
