@@ -30,9 +30,10 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
             "dtype": "bfloat16", "sampling_backend": "pytorch", "mem_fraction_static": 0.85,
             "max_running_requests": 2048, "max_prefill_tokens": size,
             "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_prefill": [256, 1024, 4096],
-            "env": {"SGLANG_USE_CPU_ENGINE": "0"},
+            "disable_overlap_schedule": False, "env": {"SGLANG_USE_CPU_ENGINE": "0"},
         }  # fmt: skip
     with lab(model.path, **settings) as it:
+        it.ask("gpu_probes:prepare")
         for turn in range(2):
             it.flush()
             case = moved_case(np.random.default_rng(turn), size, vocab, reused=0.98)
