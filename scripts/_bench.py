@@ -161,6 +161,9 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """The commit that is checked out, with ``+`` behind it if files differ from it."""
+    packed = ROOT / "commit.txt"  # where scripts/gpu_visit.sh pack laid the files out
+    if packed.is_file():
+        return packed.read_text().strip()
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
     return (head + ("+" if changed else "")) or None

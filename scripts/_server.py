@@ -60,8 +60,9 @@ class ServerSpec:
 
     @property
     def max_running(self) -> int:
-        """On a GPU it also bounds into how many stretches the rows of a batch may fall."""
-        return 8 if self.device == "cpu" else 64
+        """On a GPU it also bounds into how many stretches the rows of a batch may fall: those of a
+        trace stand alone, some hundreds to thousands in a long prompt."""
+        return 8 if self.device == "cpu" else 2048
 
     def command(self, port: int) -> list[str]:
         numbers = {

@@ -1,8 +1,9 @@
-"""Measure the time to the first token in three arms, in alternation in one run.
+"""Measure the time to the first token in several arms, in alternation in one run.
 
 ``plain`` is SGLang with its default cache in its own best setting, ``allrows`` is our attention
-with every row computed, ``kvshare`` reuses. In each prompt 90% of the tokens stand elsewhere in
-the cache, in another order. Nothing is compared across runs: every ratio is of one prompt.
+with every row computed, ``kvshare`` reuses; ``window`` and ``trace`` reuse with that selection. In
+each prompt most tokens stand elsewhere in the cache, in another order. Nothing is compared across
+runs: every ratio is of one prompt. The result is rewritten after each length.
 """
 
 import argparse
@@ -16,22 +17,19 @@ from typing import Any, NamedTuple
 import _bench
 import _models
 import numpy as np
-from _mirror import Mirror, peeked_flops, prefill_flops, row_positions
+from _mirror import Mirror
 from _server import ScriptError, Server, ServerSpec, default_device, run_main, serve
-from _text import read_prompts
+from _ttft_cases import Case, moved_case, random_tokens, request_cases
+from _ttft_work import Work, work_of
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.policy.rows import must_run, reused_positions
-from kvshare_sglang.policy.trace import SHARES, Trace, probe_layer, rows_of
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.radix_fuzzy.types import ReusePlan
 
-PASSAGE = 500  # tokens
-REUSED_SHARE = 0.9
 CHUNKS = (512, 2048, 8192)
 MISS_LENGTHS = (256, 512)
-ARMS = ("plain", "allrows", "kvshare")
+ARMS = ("plain", "allrows", "kvshare", "window", "trace")
+DECODED = 64  # tokens, where time per output token is asked for
 
 
 class Setting(NamedTuple):
@@ -41,23 +39,15 @@ class Setting(NamedTuple):
     threads: int
 
 
-class Case(NamedTuple):
-    """Prompts to cache first, and the prompt that is timed."""
-
-    sources: list[Tokens]
-    prompt: Tokens
-
-
 class Sample(NamedTuple):
-    """One prompt in all arms, with the work that kvshare did."""
+    """One prompt in all arms, with the work of each that reuses."""
 
     prompt_tokens: int
     ttft_s: dict[str, float]
-    computed_share: float
-    recomputed_share: float
-    computed_tokens: int
-    copied_tokens: int
-    declined: str | None
+    work: dict[str, Work]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "work": {arm: w._asdict() for arm, w in self.work.items()}}
 
 
 class Bench(NamedTuple):
@@ -68,59 +58,28 @@ class Bench(NamedTuple):
     ours: Setting
     args: argparse.Namespace
 
+    @property
+    def vocab(self) -> int:
+        return min(self.model.vocab_size, 4096)
 
-# ---- prompts ---------------------------------------------------------------------------------
-
-
-def random_tokens(rng: np.random.Generator, count: int, vocab: int) -> Tokens:
-    """Ids without the special ones. No eight in a row are met twice, as far as chance goes."""
-    return rng.integers(8, vocab, count).astype(np.int32)
-
-
-def moved_case(rng: np.random.Generator, size: int, vocab: int) -> Case:
-    """A prompt of passages that stand in other prompts, in an order without old neighbours.
-
-    Half of the fresh text stands between the passages, the other half behind them.
-    """
-    reused = round(REUSED_SHARE * size)
-    count = max(2, round(reused / PASSAGE))
-    passages = np.array_split(random_tokens(rng, reused, vocab), count)
-    order = np.arange(count)
-    while any(order[1:] == order[:-1] + 1):
-        order = rng.permutation(count)
-    between = (size - reused) // 2 // count
-    prompt = [part for i in order for part in (random_tokens(rng, between, vocab), passages[i])]
-    prompt.append(random_tokens(rng, size - reused - between * count, vocab))
-    sources = [
-        np.concatenate([random_tokens(rng, 64, vocab), *passages[i : i + 4]])
-        for i in range(0, count, 4)
-    ]
-    return Case(sources, np.concatenate(prompt))
+    def config_of(self, arm: str) -> KVShareConfig | None:
+        """Of an arm that reuses; None of the others."""
+        if arm in ("plain", "twin", "allrows"):
+            return None
+        select = self.config.select if arm == "kvshare" else arm
+        return dataclasses.replace(self.config, select=select)
 
 
-def request_cases(bench: Bench, path: Path) -> Iterator[Case]:
-    """Real requests: the last of every ``history + 1`` is timed, those before it are cached."""
-    step = bench.args.history + 1
-    tokenizer = bench.model.tokenizer()
-    prompts = read_prompts(path, limit=step * bench.args.repeats)
-    ids = [np.asarray(tokenizer.encode(text).ids, np.int32) for text in prompts]
-    longest = bench.model.max_len - 8
-    for first in range(0, len(ids) - bench.args.history, step):
-        group = [tokens[:longest] for tokens in ids[first : first + step]]
-        if sum(map(len, group)) < bench.args.max_total_tokens:
-            yield Case(group[:-1], group[-1])
-
-
-# ---- the three arms --------------------------------------------------------------------------
+# ---- the arms --------------------------------------------------------------------------------
 
 
 def server_spec(bench: Bench, name: str, setting: Setting) -> ServerSpec:
     args = bench.args
     flags: tuple[str, ...] = ()
     env: dict[str, str] = {}
-    if name in ("allrows", "kvshare"):
-        chosen = ("--kvshare-select", bench.config.select)
-        flags = ("--kvshare", "--kvshare-budget", str(bench.config.budget), *chosen)
+    if name not in ("plain", "twin"):
+        select = (bench.config_of(name) or bench.config).select
+        flags = ("--kvshare", "--kvshare-budget", str(args.budget), "--kvshare-select", select)
     if name == "allrows":
         env = {"KVSHARE_MEASURE_ALL_ROWS": "1"}
     if args.dummy_weights:
@@ -161,123 +120,156 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
     mirror = Mirror()
     for tokens in case.sources:
         mirror.add(tokens)
-    plan = mirror.plan(case.prompt, bench.config)
-    info = answers["kvshare"].kvshare
-    rows = expected_rows(plan, info, servers[-1].spec, bench.config)
-    full = np.arange(plan.prefix_len, plan.prompt_len)
-    config = bench.model.config
-    flops = prefill_flops(config, rows) + traced_flops(config, plan, bench.config)
-    return Sample(
-        prompt_tokens=len(case.prompt),
-        ttft_s={name: answer.ttft_s for name, answer in answers.items()},
-        computed_share=flops / prefill_flops(config, full),
-        recomputed_share=_share(info["recomputed_tokens"], info["fuzzy_tokens"]),
-        computed_tokens=info["computed_tokens"],
-        copied_tokens=info["fuzzy_tokens"],
-        declined=info["declined"],
-    )
-
-
-def expected_rows(
-    plan: ReusePlan, info: dict[str, Any], spec: ServerSpec, config: KVShareConfig
-) -> np.ndarray:
-    """Positions of the rows that the server ran. Raises ScriptError if it ran other numbers.
-
-    A trace goes by attention: the rows that it adds are taken to stand evenly."""
-    if config.select == "trace" and plan.runs:
-        must = must_run(plan, suffix=config.seam)
-        left = np.setdiff1d(reused_positions(plan), must)
-        count = min(len(left), rows_of(plan, config.budget))
-        rows = np.union1d(must, left[np.linspace(0, len(left) - 1, count).astype(int)])
-    else:
-        max_rows = None if spec.device == "cpu" else spec.max_running
-        rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
-    told = {name: info[name] for name in ("exact_tokens", "fuzzy_tokens", "computed_tokens")}
-    want = {
-        "exact_tokens": plan.prefix_len,
-        "fuzzy_tokens": plan.prompt_len - plan.prefix_len - len(rows),
-        "computed_tokens": len(rows),
-    }
-    if told != want:
-        raise ScriptError(f"the server says {told}, the planner alone {want}: {info}")
-    return rows
-
-
-def traced_flops(config: dict[str, Any], plan: ReusePlan, kvshare: KVShareConfig) -> float:
-    """FLOPs of the passes of a trace: the rows that must run and those behind edits, then all
-    steps' but the last's."""
-    if kvshare.select != "trace" or not plan.runs:
-        return 0.0
-    layer = probe_layer(config["num_hidden_layers"], kvshare.probe_at)
-    trace = Trace.of_plan(plan, budget=kvshare.budget, seam=kvshare.seam)
-    left = rows_of(plan, kvshare.budget) - len(trace.chosen)
-    followed = int(left * sum(SHARES[:-1]) / sum(SHARES))
-    rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, followed)
-    return sum(peeked_flops(config, part, at_layer=layer) for part in (trace.rows, rows))
-
-
-def _share(part: int, rest: int) -> float:
-    return part / (part + rest) if part + rest else 0.0
+    work = {}
+    for server in servers:
+        name = server.spec.name
+        if config := bench.config_of(name):
+            plan = mirror.plan(case.prompt, config)
+            info = answers[name].kvshare
+            work[name] = work_of(bench.model.config, plan, info, server.spec, config)
+    ttft_s = {name: answer.ttft_s for name, answer in answers.items()}
+    return Sample(len(case.prompt), ttft_s, work)
 
 
 # ---- rows of the result ----------------------------------------------------------------------
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """One row of the JSON. Ratios are paired; ``iqr`` is that of ``ratio_allrows``."""
-    ratios = {
-        arm: _bench.spread([s.ttft_s[arm] / s.ttft_s["kvshare"] for s in samples])
-        for arm in ("plain", "allrows")
-    }
-    computed = _bench.median([s.computed_share for s in samples])
-    return {
+def summary(arm: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """One row of the JSON: an arm that reuses, against those that do not. Ratios are paired."""
+    work = [sample.work[arm] for sample in samples]
+    row: dict[str, Any] = {
+        "arm": arm,
         "prompt_tokens": round(_bench.median([s.prompt_tokens for s in samples])),
-        **{f"ttft_{arm}_p50_s": _bench.median([s.ttft_s[arm] for s in samples]) for arm in ARMS},
-        "ratio_plain": ratios["plain"].p50,
-        "ratio_allrows": ratios["allrows"].p50,
-        "iqr": ratios["allrows"].iqr,
+        "ttft_p50_s": _bench.median([s.ttft_s[arm] for s in samples]),
+    }
+    for other in (name for name in samples[0].ttft_s if name in ("plain", "allrows")):
+        ratios = _bench.spread([s.ttft_s[other] / s.ttft_s[arm] for s in samples])
+        row[f"ttft_{other}_p50_s"] = _bench.median([s.ttft_s[other] for s in samples])
+        row[f"ratio_{other}"] = ratios.p50
+        row["iqr"] = ratios.iqr  # of the last, which is allrows where it runs
+    computed = _bench.median([w.computed_share for w in work])
+    return row | {
         "computed_share": computed,
-        "recomputed_share": _bench.median([s.recomputed_share for s in samples]),
+        "recomputed_share": _bench.median([w.recomputed_share for w in work]),
+        "merged_tokens": round(_bench.median([w.merged_tokens for w in work])),
         "ceiling": 1 / computed,
     }
 
 
-def measure_cases(bench: Bench, plain: dict[int, Setting]) -> dict[str, list[Sample]]:
-    """All sizes, then the request file; the samples under what was asked.
+def rows_of_result(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
+    return [
+        {"prompts": name, **summary(arm, group)}
+        for name, group in samples.items()
+        if group
+        for arm in group[0].work
+    ]
 
-    Servers are started once for each setting that plain has, by size, in ``plain``.
-    """
-    args, vocab = bench.args, min(bench.model.vocab_size, 4096)
+
+class Group(NamedTuple):
+    """Prompts of one kind, and plain's setting for them."""
+
+    cases: Callable[[], Iterator[Case]]
+    tokens: int
+    plain: Setting
+
+
+def groups_of(bench: Bench, plain: dict[int, Setting]) -> dict[str, Group]:
+    """All sizes with all shares, then the request file; by the name they have in the result."""
+    args = bench.args
     rng = np.random.default_rng(args.seed)
-    groups: dict[str, Callable[[], Iterator[Case]]] = {
-        str(size): lambda size=size: (moved_case(rng, size, vocab) for _ in range(args.repeats))
-        for size in args.sizes
-    }
-    weights = {str(size): size for size in args.sizes}
-    settings = {str(size): plain[size] for size in args.sizes}
+    groups = {}
+    for size in args.sizes:
+        for share in args.reused:
+            name = str(size) if len(args.reused) == 1 else f"{size}, {share:.0%} cached"
+            groups[name] = Group(
+                lambda size=size, share=share: (
+                    moved_case(rng, size, bench.vocab, reused=share) for _ in range(args.repeats)
+                ),
+                size,
+                plain[size],
+            )
     if args.requests:
-        groups[args.requests.name] = lambda: request_cases(bench, args.requests)
-        weights[args.requests.name] = 4096
-        settings[args.requests.name] = plain[max(args.sizes)]
-    samples: dict[str, list[Sample]] = {name: [] for name in groups}
-    for setting in dict.fromkeys(settings.values()):
-        mine = [name for name in groups if settings[name] == setting]
-        specs = [server_spec(bench, arm, setting if arm == "plain" else bench.ours) for arm in ARMS]
-        with (
-            serve(*specs) as servers,
-            _bench.Progress(sum(weights[n] for n in mine) * args.repeats, unit=" tokens") as bar,
-        ):
-            bar.say("warming up")
-            measure(bench, servers, moved_case(rng, min(args.sizes), vocab), turn=0)
-            for name in mine:
-                for turn, case in enumerate(groups[name]()):
-                    bar.say(f"{name[:16]}, repeat {turn + 1} of {args.repeats}")
-                    samples[name].append(measure(bench, servers, case, turn=turn))
-                    bar.update(weights[name])
-            bar.say("timed three arms")
-    if args.requests and not samples[args.requests.name]:
+        limit = {"repeats": args.repeats, "max_tokens": args.max_total_tokens}
+        groups[args.requests.name] = Group(
+            lambda: request_cases(args.requests, bench.model, history=args.history, **limit),
+            4096,
+            plain[max(args.sizes)],
+        )
+    return groups
+
+
+class Found(NamedTuple):
+    """What was measured so far; filled as the run goes on."""
+
+    samples: dict[str, list[Sample]]
+    miss: dict[str, Any]
+    tpot: list[dict[str, Any]]
+
+
+def measure_all(
+    bench: Bench, plain: dict[int, Setting], found: Found, save: Callable[[], Any]
+) -> None:
+    """Start servers once for each setting that plain has, and ask all that goes to them."""
+    args = bench.args
+    groups = groups_of(bench, plain)
+    found.samples.update({name: [] for name in groups})
+    for setting in dict.fromkeys(group.plain for group in groups.values()):
+        mine = {name: group for name, group in groups.items() if group.plain == setting}
+        specs = [
+            server_spec(bench, arm, setting if arm == "plain" else bench.ours) for arm in args.arms
+        ]
+        with serve(*specs) as servers:
+            measure_groups(bench, servers, mine, found, save)
+            by_arm = {server.spec.name: server for server in servers}
+            if args.tpot:
+                found.tpot[:] = measure_tpot(bench, by_arm)
+                save()
+            if args.miss_pairs and setting == bench.ours and "plain" in by_arm:
+                ours = next(server for arm, server in by_arm.items() if bench.config_of(arm))
+                found.miss.update(measure_miss(bench, by_arm["plain"], ours))
+                save()
+    if args.miss_pairs and found.miss["ttft_ratio_p50"] is None:  # plain likes another setting
+        with serve(*(server_spec(bench, n, bench.ours) for n in ("twin", "kvshare"))) as servers:
+            found.miss.update(measure_miss(bench, *servers))
+    if args.requests and not found.samples[args.requests.name]:
         raise ScriptError(f"{args.requests} holds fewer than {args.history + 1} prompts that fit")
-    return samples
+
+
+def measure_groups(
+    bench: Bench,
+    servers: list[Server],
+    groups: dict[str, Group],
+    found: Found,
+    save: Callable[[], Any],
+) -> None:
+    repeats = bench.args.repeats
+    total = sum(group.tokens for group in groups.values()) * repeats
+    with _bench.Progress(total, unit=" tokens") as bar:
+        bar.say("warming up")
+        rng = np.random.default_rng(bench.args.seed + 1)
+        size, share = min(bench.args.sizes), bench.args.reused[0]
+        measure(bench, servers, moved_case(rng, size, bench.vocab, reused=share), turn=0)
+        for name, group in groups.items():
+            for turn, case in enumerate(group.cases()):
+                bar.say(f"{name[:16]}, repeat {turn + 1} of {repeats}")
+                found.samples[name].append(measure(bench, servers, case, turn=turn))
+                bar.update(group.tokens)
+            save()
+        bar.say(f"timed {len(servers)} arms")
+
+
+def measure_tpot(bench: Bench, servers: dict[str, Server]) -> list[dict[str, Any]]:
+    """Time per output token by arm, behind prompts of the smallest size that reuse."""
+    rng = np.random.default_rng(4)
+    times: dict[str, list[float]] = {arm: [] for arm in servers}
+    for turn in range(-1, bench.args.tpot):  # the first is a warm-up
+        case = moved_case(rng, min(bench.args.sizes), bench.vocab, reused=bench.args.reused[0])
+        prime(list(servers.values()), case.sources)
+        for arm, server in servers.items():
+            got = server.ask(case.prompt.tolist(), max_new_tokens=DECODED)
+            if turn >= 0:
+                times[arm].append(1e3 * (got.total_s - got.ttft_s) / (DECODED - 1))
+    return [{"arm": arm, "tpot_p50_ms": _bench.median(ms)} for arm, ms in times.items()]
 
 
 # ---- plain's own best setting ----------------------------------------------------------------
@@ -313,7 +305,7 @@ def probe_plain(bench: Bench) -> tuple[dict[int, Setting], list[dict[str, Any]]]
 def _probe(bench: Bench, setting: Setting) -> dict[int, float]:
     """Median TTFT of plain by size."""
     rng = np.random.default_rng(1)
-    vocab = min(bench.model.vocab_size, 4096)
+    vocab = bench.vocab
     print(f"probe: plain with chunks of {setting.chunk}, {setting.threads} threads", flush=True)
     with serve(server_spec(bench, "plain", setting)) as (server,):
         server.ask(random_tokens(rng, 256, vocab).tolist())
@@ -351,7 +343,7 @@ def measure_miss(bench: Bench, without: Server, ours: Server) -> dict[str, Any]:
     Both caches hold text already, so that there is something to look through.
     """
     rng = np.random.default_rng(3)
-    vocab = min(bench.model.vocab_size, 4096)
+    vocab = bench.vocab
     pairs = bench.args.miss_pairs
     prime([without, ours], [random_tokens(rng, 1024, vocab) for _ in range(4)])
     ratios: list[float] = []
@@ -376,42 +368,47 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--json", type=Path, required=True, metavar="FILE", help="where the result goes")
+    add("--arms", default="plain,allrows,kvshare", help=f"servers, of {', '.join(ARMS)}")
     add("--requests", type=Path, metavar="FILE", help="also time prompts of a request file (jsonl)")
     add("--history", type=int, default=6, help="requests cached before each one that is timed")
     add("--sizes", default="1024,2048,4096,8192", help="prompt lengths in tokens")
+    add("--reused", default="0.9", help="shares of a prompt that stand elsewhere in the cache")
     add("--repeats", type=int, default=9, help="fresh prompts for each size")
     add("--budget", type=float, default=0.12, help="--kvshare-budget of the servers")
-    add("--select", choices=("trace", "window"), default="trace", help="--kvshare-select")
+    add("--select", choices=("trace", "window"), default="trace",
+        help="--kvshare-select of the arm kvshare")  # fmt: skip
     add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
-    add("--chunk", type=int, default=8192, help="chunked prefill size of allrows and kvshare")
-    add(
-        "--threads",
-        type=int,
-        default=min(_bench.cores(), 8),
-        help="OpenMP threads of allrows and kvshare",
-    )
+    add("--chunk", type=int, default=8192,
+        help="chunked prefill size of all arms but plain; longer prompts take window")  # fmt: skip
+    add("--threads", type=int, default=min(_bench.cores(), 8),
+        help="OpenMP threads of all arms but plain")  # fmt: skip
     add("--plain-chunk", type=int, help="chunk size of plain (default: the best of a probe)")
     add("--plain-threads", type=int, help="threads of plain (default: the best of a probe)")
-    add(
-        "--miss-pairs",
-        type=int,
-        default=120,
-        help="pairs of prompts with nothing to reuse; 0: none",
-    )
+    add("--miss-pairs", type=int, default=120,
+        help="pairs of prompts with nothing to reuse; 0: none")  # fmt: skip
+    add("--tpot", type=int, default=0, help=f"prompts to answer with {DECODED} tokens, in all arms")
     add("--max-total-tokens", type=int, default=32768, help="KV tokens of each server")
     add("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     add("--server-arg", action="append", default=[], metavar="ARG",
         help="one more argument for every server, as --server-arg=--flag")  # fmt: skip
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.arms = args.arms.split(",")
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"--arms knows {', '.join(ARMS)}; got {', '.join(sorted(unknown))}")
+    if not set(args.arms) - {"plain", "allrows"}:
+        parser.error(f"--arms must name one that reuses, got {', '.join(args.arms)}")
     try:
         args.sizes = [int(size) for size in args.sizes.split(",")]
-    except ValueError:
-        parser.error(f"--sizes must be numbers separated by commas, got {args.sizes!r}")
+        args.reused = [float(share) for share in args.reused.split(",")]
+    except ValueError as error:
+        parser.error(f"--sizes and --reused must be numbers separated by commas: {error}")
     if min(args.sizes) < 256 or 2.2 * max(args.sizes) > args.max_total_tokens:
         room = int(args.max_total_tokens / 2.2)
         parser.error(f"--sizes must be in [256, {room}] (see --max-total-tokens), got {args.sizes}")
+    if not all(0 < share < 1 for share in args.reused):
+        parser.error(f"--reused must be in (0, 1), got {args.reused}")
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     args.device = args.device or default_device()
@@ -419,17 +416,23 @@ def parse() -> argparse.Namespace:
 
 
 def show(result: dict[str, Any]) -> str:
-    head = ("tokens", "plain", "all rows", "kvshare", "vs plain", "vs all rows", "iqr",
-            "ceiling", "of ceiling", "computed", "recomputed")  # fmt: skip
+    def times(row: dict[str, Any], form: str, text: str) -> str:
+        value = row.get(form)
+        return "-" if value is None else text.format(value)
+
+    head = ("prompts", "arm", "ttft", "plain", "all rows", "vs plain", "vs all rows", "iqr",
+            "ceiling", "computed", "recomputed")  # fmt: skip
     rows = [
         (
-            str(row["prompt_tokens"]),
-            *(f"{row[f'ttft_{arm}_p50_s']:.3f} s" for arm in ARMS),
-            f"{row['ratio_plain']:.2f}x",
-            f"{row['ratio_allrows']:.2f}x",
-            f"{row['iqr']:.2f}",
+            row["prompts"],
+            row["arm"],
+            f"{row['ttft_p50_s']:.3f} s",
+            times(row, "ttft_plain_p50_s", "{:.3f} s"),
+            times(row, "ttft_allrows_p50_s", "{:.3f} s"),
+            times(row, "ratio_plain", "{:.2f}x"),
+            times(row, "ratio_allrows", "{:.2f}x"),
+            times(row, "iqr", "{:.2f}"),
             f"{row['ceiling']:.2f}x",
-            f"{row['ratio_allrows'] / row['ceiling']:.0%}",
             f"{row['computed_share']:.1%}",
             f"{row['recomputed_share']:.1%}",
         )
@@ -441,6 +444,9 @@ def show(result: dict[str, Any]) -> str:
     if miss["ttft_ratio_p50"] is not None:
         low, high = miss["ci95"]
         text += f", TTFT x{miss['ttft_ratio_p50']:.4f} (95%: {low:.4f} to {high:.4f})"
+    if result["tpot"]:
+        parts = (f"{row['arm']} {row['tpot_p50_ms']:.2f} ms" for row in result["tpot"])
+        text += f"\ntime per output token: {', '.join(parts)}"
     return text
 
 
@@ -450,38 +456,42 @@ def main() -> int:
         model = _models.open_model(args.model, dummy=args.dummy_weights)
     except FileNotFoundError as error:
         raise ScriptError(str(error)) from None
-    bench = Bench(
-        model,
-        KVShareConfig(budget=args.budget, select=args.select),
-        Setting(args.chunk, args.threads),
-        args,
-    )
+    config = KVShareConfig(budget=args.budget, select=args.select)
+    bench = Bench(model, config, Setting(args.chunk, args.threads), args)
     env = _bench.environment(
         model={"name": model.path.name, **model.config},
         device=args.device,
         seed=args.seed,
         repeats=args.repeats,
-        kvshare=dataclasses.asdict(bench.config),
-        iqr="q75 - q25 of ratio_allrows",
+        kvshare=dataclasses.asdict(config),
+        iqr="q75 - q25 of ratio_allrows, of ratio_plain where allrows did not run",
     )
     _bench.warn_if_busy()
-    miss: dict[str, Any] = {"lookup_ms_p50_8k": lookup_ms(), "ttft_ratio_p50": None, "ci95": None}
-    plain, tried = probe_plain(bench)
-    samples = measure_cases(bench, plain)
-    if args.miss_pairs:
-        with serve(*(server_spec(bench, n, bench.ours) for n in ("twin", "kvshare"))) as servers:
-            miss |= measure_miss(bench, *servers)
+    miss = {"lookup_ms_p50_8k": lookup_ms(), "ttft_ratio_p50": None, "ci95": None}
+    found = Found({}, miss, [])
+    plain, env["probe"] = probe_plain(bench)
     env["settings"] = {
         "plain": {str(size): setting._asdict() for size, setting in plain.items()},
-        **{arm: bench.ours._asdict() for arm in ("allrows", "kvshare")},
+        **{arm: bench.ours._asdict() for arm in args.arms if arm != "plain"},
     }
-    env["probe"] = tried
-    env["samples"] = {name: [s._asdict() for s in group] for name, group in samples.items()}
-    result = {"rows": [summary(group) for group in samples.values()], "miss": miss, "env": env}
-    _bench.write_json(args.json, result)
-    print(show(result))
+
+    def save() -> dict[str, Any]:
+        rows = {name: [s.to_json() for s in group] for name, group in found.samples.items()}
+        result = {
+            "rows": rows_of_result(found.samples),
+            "miss": found.miss,
+            "tpot": found.tpot,
+            "env": env | {"samples": rows},
+        }
+        _bench.write_json(args.json, result)
+        return result
+
+    measure_all(bench, plain, found, save)
+    print(show(save()))
     print(f"numbers: {args.json}")
-    declined = {s.declined for size in args.sizes for s in samples[str(size)]} - {None}
+    own = args.requests.name if args.requests else None  # such prompts may well be declined
+    made = (s for name, group in found.samples.items() for s in group if name != own)
+    declined = {w.declined for s in made for w in s.work.values()} - {None}
     if declined:
         print(f"kvshare declined prompts that it should reuse: {', '.join(sorted(declined))}")
     return 1 if declined else 0

@@ -64,3 +64,38 @@ def partial_attention(
             scores = k[:seen, h // group].double() @ q[r, h].double() * scaling
             out[r, h] = torch.softmax(scores, dim=0) @ v[:seen, h // group].double()
     return out
+
+
+def deviation(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """``|fresh - cached| / |fresh|`` of each row [n, heads, dim]; fp64 [n], 0 for rows of zeros."""
+    out = torch.zeros(len(fresh), dtype=torch.float64)
+    for n in range(len(fresh)):
+        size = float(fresh[n].double().square().sum()) ** 0.5
+        apart = float((fresh[n].double() - cached[n].double()).square().sum()) ** 0.5
+        out[n] = apart / size if size else 0.0
+    return out
+
+
+def attention_mass(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    strongest_head: bool = False,
+) -> torch.Tensor:
+    """What rows ``q`` [rows, q_heads, dim] at ``positions`` [rows] give to each of ``keys`` [kv,
+    kv_heads, dim] at 0, 1, ...: mean over rows; over heads the mean, or the largest. fp64 [kv].
+    """
+    out = torch.zeros(len(keys), dtype=torch.float64)
+    group = q.shape[1] // keys.shape[1]
+    for r in range(len(q)):
+        seen = int(positions[r]) + 1
+        weights = torch.stack(
+            [
+                torch.softmax(keys[:seen, h // group].double() @ q[r, h].double() * scaling, dim=0)
+                for h in range(q.shape[1])
+            ]
+        )
+        out[:seen] += weights.amax(0) if strongest_head else weights.mean(0)
+    return out / len(q)

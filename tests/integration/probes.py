@@ -138,6 +138,20 @@ def break_watch(child: Any) -> None:
     decode.attention_mass = broken
 
 
+def break_watched(child: Any) -> None:
+    """Make every watch hold a row that the tree shares."""
+    from kvshare_sglang.policy.refresh import Watch
+
+    original = Watch.of_plan
+
+    def wrong(plan: ReusePlan) -> Watch:
+        watch = original(plan)
+        watch.open[0] = True
+        return watch
+
+    Watch.of_plan = wrong
+
+
 def count_yields(child: Any) -> None:
     """Count how often sources were really given back."""
     sources = child.cache.sources

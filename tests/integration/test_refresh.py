@@ -121,8 +121,7 @@ def test_the_watch_ends_where_refreshed_rows_do_not_change(llama: Path, texts: T
         assert part["kvshare"]["refreshed_tokens"] == 3 * 8
 
 
-@pytest.mark.parametrize("select", ["dhd", "trace"])
-@pytest.mark.parametrize("limit", [2, 3, 8, 24])
+@pytest.mark.parametrize(("select", "limit"), [("dhd", 3), ("trace", 3), ("trace", 24)])
 def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
     llama: Path, texts: Texts, select: str, limit: int
 ) -> None:
@@ -148,7 +147,7 @@ def test_rows_merged_into_few_stretches_are_neither_copied_nor_watched(
         assert it.ask("probes:check")["pins"] == 0
 
 
-@pytest.mark.parametrize("what", ["refresh", "watch"])
+@pytest.mark.parametrize("what", ["refresh", "watch", "watched"])
 def test_a_fault_in_a_refresh_costs_the_refresh_only(llama: Path, texts: Texts, what: str) -> None:
     source, prompt = moved(texts, 150)
     with lab(llama, kvshare=True, kvshare_select="trace", **EAGER) as it:

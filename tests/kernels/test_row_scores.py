@@ -1,10 +1,10 @@
-"""Deviation and attention mass, against their definitions in plain Python."""
-
-import math
+"""Deviation and attention mass, against their definitions in fp64."""
 
 import pytest
 import torch
+from tolerances import TOL
 
+from kvshare_sglang.kernels import reference
 from kvshare_sglang.kernels.row_scores import attention_mass, deviation
 
 
@@ -12,10 +12,8 @@ def test_deviation_is_the_relative_distance():
     torch.manual_seed(0)
     fresh, cached = torch.randn(7, 2, 4), torch.randn(7, 2, 4)
     cached[3] = fresh[3]
-    for i, found in enumerate(deviation(fresh, cached).tolist()):
-        a, b = fresh[i].flatten().tolist(), cached[i].flatten().tolist()
-        apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
-        assert found == pytest.approx(apart / math.sqrt(sum(x * x for x in a)), abs=1e-6)
+    want = reference.deviation(fresh, cached)
+    torch.testing.assert_close(deviation(fresh, cached).double(), want, **TOL[torch.float32])
     assert deviation(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)).tolist() == [0]
     with pytest.raises(ValueError, match=r"shapes differ: \(7, 2, 4\) and \(6, 2, 4\)"):
         deviation(fresh, cached[:6])
@@ -28,20 +26,25 @@ def test_attention_mass_is_the_mean_softmax_over_rows_and_heads(
 ):
     monkeypatch.setattr("kvshare_sglang.kernels.row_scores._AT_ONCE", at_once)
     torch.manual_seed(1)
-    q, keys, at = torch.randn(3, 4, 8), torch.randn(9, 2, 8), [4, 6, 8]
-    expected = [0.0] * 9
-    for row, position in enumerate(at):
-        by_head = []
-        for head in range(4):
-            seen = [0.3 * float(q[row, head] @ keys[i, head // 2]) for i in range(position + 1)]
-            total = sum(math.exp(s) for s in seen)
-            by_head.append([math.exp(s) / total for s in seen])
-        for i, weights in enumerate(zip(*by_head, strict=True)):
-            expected[i] += (max(weights) if strongest_head else sum(weights) / 4) / 3
-    found = attention_mass(q, torch.tensor(at), keys, scaling=0.3, strongest_head=strongest_head)
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    q, keys, at = torch.randn(3, 4, 8), torch.randn(9, 2, 8), torch.tensor([4, 6, 8])
+    how = {"scaling": 0.3, "strongest_head": strongest_head}
+    found, want = attention_mass(q, at, keys, **how), reference.attention_mass(q, at, keys, **how)
+    torch.testing.assert_close(found.double(), want, **TOL[torch.float32])
     if not strongest_head:
         assert float(found.sum()) == pytest.approx(1)
+
+
+def test_the_references_are_right_where_the_answer_is_known():
+    """Keys alike share the attention evenly; a key that a head alone is near gets all of it."""
+    q, keys = torch.ones(1, 2, 4), torch.ones(5, 1, 4)
+    even = reference.attention_mass(q, torch.tensor([3]), keys, scaling=1.0)
+    torch.testing.assert_close(even, torch.tensor([0.25] * 4 + [0.0]).double())
+    q[0, 1] = -1
+    keys[2] = -50
+    best = reference.attention_mass(q, torch.tensor([3]), keys, scaling=1.0, strongest_head=True)
+    torch.testing.assert_close(best, torch.tensor([1 / 3, 1 / 3, 1, 1 / 3, 0]).double())
+    fresh = torch.tensor([[[3.0, 4.0]]])
+    assert reference.deviation(fresh, fresh * 0).tolist() == [1.0]
 
 
 def test_attention_mass_stays_finite_in_half_precision():
