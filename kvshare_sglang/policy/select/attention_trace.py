@@ -19,6 +19,7 @@ from kvshare_sglang.policy.select.base import (
     query_rows,
     required_rows,
     rows_after_edits,
+    rows_at_most,
 )
 
 # One share of the row budget per backward step. The first step finds most rows, and what it
@@ -42,9 +43,7 @@ class AttentionTrace(NamedTuple):
         return copy_all(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=self.seam)
 
     def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
-        count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
-        rows = required_rows(plan, suffix=self.seam).num + count
-        return min(rows, plan.prompt_len - plan.prefix_len)
+        return rows_at_most(plan, budget=budget, suffix=self.seam)
 
     def trace(self, plan: ReusePlan, *, budget: float, shares: Sequence[float] = SHARES) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them

@@ -109,6 +109,13 @@ def required_rows(plan: ReusePlan, *, suffix: int) -> Rows:
     return plan.fresh_rows | Rows([(start, plan.prompt_len)])
 
 
+def rows_at_most(plan: ReusePlan, *, budget: float, suffix: int) -> int:
+    """How many rows run at most where they are chosen later, new text included."""
+    bought = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
+    every = plan.prompt_len - plan.prefix_len
+    return min(required_rows(plan, suffix=suffix).num + bought, every)
+
+
 def query_rows(plan: ReusePlan, *, suffix: int) -> Rows:
     """The rows whose attention says which reused rows matter: the last of those after all runs,
     and at least the end of the prompt."""

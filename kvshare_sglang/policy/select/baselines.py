@@ -16,6 +16,7 @@ from kvshare_sglang.policy.select.base import (
     budget_rows,
     copy_all,
     required_rows,
+    rows_at_most,
 )
 
 
@@ -53,8 +54,7 @@ class TopRows(NamedTuple):
         return copy_all(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=self.seam)
 
     def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
-        count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
-        return required_rows(plan, suffix=self.seam).num + count
+        return rows_at_most(plan, budget=budget, suffix=self.seam)
 
     def select(self, asked: SelectionRequest) -> ReusePlan:
         chosen = self.choose(asked)

@@ -10,9 +10,9 @@ from kvshare_sglang.policy.select.base import (
     RowScores,
     Sees,
     SelectionRequest,
-    budget_rows,
     copy_all,
     required_rows,
+    rows_at_most,
 )
 from kvshare_sglang.policy.select.window import Window
 
@@ -36,9 +36,7 @@ class Dhd(NamedTuple):
 
     def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
         """In the layers after the check layer; up to it every row runs."""
-        count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
-        rows = required_rows(plan, suffix=self.seam).num + count
-        return min(rows, plan.prompt_len - plan.prefix_len)
+        return rows_at_most(plan, budget=budget, suffix=self.seam)
 
     def select(self, asked: SelectionRequest) -> ReusePlan:
         """What is copied once the scores are known; nothing of it where all runs are too far."""
