@@ -181,7 +181,7 @@ def missing() -> list[str]:
     gone += [
         f"{one.owner}.{one.name} (SGLang has one of its own)"
         for one in ATTRIBUTES
-        if _find(one.owner, one.name) is not None
+        if hasattr(_resolve_name(one.owner), one.name)
     ]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
@@ -209,8 +209,13 @@ def applied(point: HookPoint) -> bool:
 
 def _find(owner: str, name: str) -> Any:
     """The attribute of a module or class, or None."""
+    return getattr(_resolve_name(owner), name, None)
+
+
+def _resolve_name(path: str) -> Any:
+    """The module or class, or None."""
     try:
-        return getattr(pkgutil.resolve_name(owner), name, None)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return None
 

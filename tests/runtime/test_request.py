@@ -1,0 +1,113 @@
+"""One request from lookup to release: its record adds up to the prompt in every history."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import prompts_with_runs
+
+from kvshare_sglang.plan import Range, ReusePlan, Rows, Run
+from kvshare_sglang.policy.admit import Decline
+from kvshare_sglang.policy.select.base import copy_all
+from kvshare_sglang.policy.select.window import Window
+from kvshare_sglang.runtime.report import Fallback, Report
+from kvshare_sglang.runtime.request import RequestReuse, Stage
+
+RUNS = (Run(1, 0, 10, 150),)
+KINDS = ("exact_tokens", "copied_tokens", "recomputed_tokens", "fresh_tokens")
+
+
+def planned(plan: ReusePlan | None, **more: Any) -> RequestReuse:
+    selector = Window(16, 32)
+    return RequestReuse(Report(), plan=plan, selector=selector, asked="trace", **more)
+
+
+@st.composite
+def histories(draw: Any) -> tuple[ReusePlan, list[int], str, int]:
+    """A plan, chunk borders, what goes wrong and in which chunk."""
+    runs, prefix_len, prompt_len = draw(prompts_with_runs())
+    prompt_len += 20
+    plan = copy_all(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=16)
+    inner = st.integers(prefix_len + 1, prompt_len - 1)
+    cuts = sorted(draw(st.sets(inner, max_size=5))) if prompt_len - prefix_len > 2 else []
+    what = draw(st.sampled_from(("nothing", "give back", "fault", "choose")))
+    return plan, [prefix_len, *cuts, prompt_len], what, draw(st.integers(0, 5))
+
+
+@given(histories())
+def test_the_record_adds_up_to_the_prompt_whatever_happens(
+    history: tuple[ReusePlan, list[int], str, int],
+) -> None:
+    plan, borders, what, when = history
+    state = planned(plan if plan.copies else None)
+    state.admit(exact=plan.prefix_len)
+    for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        now = state.plan
+        if i == when and now is not None and what in ("give back", "fault"):
+            state.stop_copying(Decline.NO_ROOM if what == "give back" else Decline.FAULT)
+            now = state.plan
+        chunk = Range(start, stop)
+        rows = Rows([chunk])
+        if now is not None:
+            rows = now.compute.clip(start, stop) | Rows([(stop - 1, stop)])
+        state.ran(chunk, rows, now)
+        state.advance(stop)
+    assert sum(state.record[kind] for kind in KINDS) == plan.prompt_len
+    assert sum(state.report.tokens.values()) == plan.prompt_len
+    assert state.stage is (Stage.ADMITTED if state.plan is None else Stage.COPIED)
+    # No copy, no reuse: then the request is exact to its end, and says why if it had a plan.
+    if state.plan is None and plan.copies:
+        assert state.decline is not None
+        assert state.report.declines == {state.decline.value: 1}
+
+
+@given(histories())
+def test_what_was_copied_stays_inexact_when_copying_stops(
+    history: tuple[ReusePlan, list[int], str, int],
+) -> None:
+    """A request that stops copying in mid-prefill must not enter the plain branch whole."""
+    plan, borders, _, _ = history
+    if not plan.copies:
+        return
+    state = planned(plan)
+    state.admit(exact=plan.prefix_len)
+    state.advance(borders[1])
+    if state.stage is Stage.COPIED:
+        return
+    copied_before = any(copy.dst_start < borders[1] for copy in plan.copies)
+    state.stop_copying(Decline.FAULT)
+    assert (state.plan is not None) == copied_before
+    if state.plan is not None:
+        assert state.plan.exact_len == plan.exact_len
+        assert all(copy.dst_stop <= borders[1] for copy in state.plan.copies)
+
+
+def test_a_fallback_is_named_and_counted_once_where_the_request_reuses() -> None:
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    state = planned(plan)
+    state.use(Window(16, 32), plan, Fallback.CHUNKED)
+    state.admit(exact=0)
+    assert (state.record["select"], state.record["select_reason"]) == ("window", "chunked")
+    assert state.report.fallbacks == {("trace", "window", "chunked"): 1}
+    state.fall_back(Decline.NO_ROOM)
+    assert (state.record["select"], state.record["select_reason"]) == (None, None)
+    assert state.record["declined"] == "no_room"
+
+
+def test_a_declined_request_counts_its_reason_and_no_fallback() -> None:
+    state = RequestReuse(Report(), decline=Decline.NO_MATCH, fallback=Fallback.LORA)
+    state.admit(exact=5)
+    assert state.report.declines == {"no_match": 1}
+    assert not state.report.fallbacks
+    assert not state.reuses
+    state.ran(Range(5, 9), Rows([(5, 9)]), None)
+    assert [state.record[kind] for kind in KINDS] == [5, 0, 0, 4]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_only_an_admitted_plan_reuses(stage: Stage) -> None:
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    state = planned(plan)
+    state.stage = stage
+    assert state.reuses == (stage in (Stage.ADMITTED, Stage.COPIED))
