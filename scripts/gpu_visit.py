@@ -31,6 +31,7 @@ class Place:
         kit = {"KIT_SITE": str(scratch / "site"), "PYTHON": sys.executable}
         self.env = {**env.base(args.device, scratch), **kit}
         self.lacks, self._plugin = env.probe(self.env)
+        self._installed = False
         self._lock = threading.Lock()
 
     def command(self, stage: Stage) -> list[str]:
@@ -65,7 +66,8 @@ class Place:
     def _take_in(self) -> None:
         """Go on in a kit's environment, once it is there; give SGLang the plug-in's entry point."""
         site = self.scratch / "site.env"
-        if self.lacks and site.is_file():
+        if self.lacks and site.is_file() and not self._installed:
+            self._installed = True
             self.env = env.with_kit(self.env, site)
             self.lacks, self._plugin = env.probe(self.env)
         if not self.lacks and not self._plugin:
@@ -103,9 +105,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def wanted(stage: Stage, args: argparse.Namespace, place: Place) -> bool:
-    if stage.step == "install" and (args.kit is None or not place.lacks):
-        return False
-    return args.steps is None or stage.step in args.steps
+    asked = args.steps or STEPS
+    if stage.step == "install":  # not a figure of its own: whatever needs it asks for it
+        return args.kit is not None and bool(place.lacks) and bool({*asked} - {"env", "kernels"})
+    return stage.step in asked
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -154,7 +157,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.kit = ROOT / "kit"
     if args.kit is not None and not (args.kit / "install.sh").is_file():
         inner.error(f"--kit must be a folder with an install.sh, {args.kit} has none")
+    if args.kit is not None:
+        args.kit = args.kit.resolve()
     if args.scratch is not None:
+        args.scratch = args.scratch.resolve()
         args.scratch.mkdir(parents=True, exist_ok=True)
     return args
 

@@ -149,6 +149,9 @@ def test_a_machine_without_sglang_goes_on_in_what_the_kit_installed(tmp_path, mo
     place = gpu_visit.Place(args, scratch)
     install, smoke, kernels = Stage("install", 20), Stage("smoke", 20, "x"), Stage("kernels", 20)
     assert gpu_visit.wanted(install, args, place)
+    for steps, wanted in (("smoke", True), ("env,kernels", False)):
+        args.steps = steps.split(",")
+        assert gpu_visit.wanted(install, args, place) == wanted
     assert place.why_not(smoke) == "this Python lacks: sglang, zmq"
     assert place.why_not(kernels) is None
     how = How(place.command, place.environment, place.why_not)

@@ -167,11 +167,12 @@ def settings(case: Case, *, env: dict[str, str] | None = None, **more: Any) -> d
         "disable_overlap_schedule": False,
         "max_total_tokens": 8192,
     }
+    if case.backend != "torch_native":
+        # As many stretches may the rows of a batch fall into; those of a trace stand alone.
+        args["max_running_requests"] = 1024
     if case.on_gpu:
         args |= {
             "sampling_backend": "pytorch",
-            # As many stretches may the rows of a batch fall into; those of a trace stand alone.
-            "max_running_requests": 1024,
             # Other processes take memory of the same GPU meanwhile; max_total_tokens is the bound.
             "mem_fraction_static": 0.8,
             "cuda_graph_max_bs_decode": 8,
