@@ -99,9 +99,14 @@ def to_device(host: torch.Tensor, device: Any) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def takes_any_ranges(runner: "ModelRunner") -> bool:
+    """Whether partial batches run on our own attention, which has no buffers by range."""
+    return bool(runner.attn_backend.kvshare.own)
+
+
 def few_enough(rows: Sequence[Rows], runner: "ModelRunner") -> list[Rows]:
     """The rows in no more ranges than the attention backend has room for."""
-    if on_cpu(runner):
+    if takes_any_ranges(runner):
         return list(rows)
     return merge_ranges(rows, limit=max(runner.max_running_requests, len(rows)))
 

@@ -218,7 +218,7 @@ def stretches_as_on_a_gpu() -> None:
     own attention takes any number."""
     from kvshare_sglang.runtime import batch
 
-    batch.on_cpu = lambda runner: False
+    batch.takes_any_ranges = lambda runner: False
 
 
 # ---- planted faults: each must make a named test fail ------------------------------------------
