@@ -11,6 +11,7 @@ class Decline(StrEnum):
     """Why a request takes the exact path; the value is the label in logs and metrics."""
 
     EXACT_REQUESTED = "exact_requested"
+    BAD_OPTIONS = "bad_options"
     LORA = "lora"
     PROMPT_LOGPROBS = "prompt_logprobs"
     HIDDEN_STATES = "hidden_states"

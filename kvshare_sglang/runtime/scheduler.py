@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.plan import Run
 from kvshare_sglang.policy.admit import Decline, may_reuse, pays
 from kvshare_sglang.policy.options import parse_options
@@ -62,7 +63,12 @@ def hook_add_one_req(
         state = without if _admitted(adder, req) else state
     if _admitted(adder, req):
         if state.plan is not None and versions.was_cut(adder, req):
-            state = _for_chunks(cache, state)
+            try:
+                state = _for_chunks(cache, state)
+            except Exception:
+                logger.exception("KVShare could not plan request %s in chunks", req.rid)
+                cache.sources.unlock(state)
+                state = RequestReuse(cache.report, decline=Decline.FAULT)
         _attach(cache, req, state)
     else:
         req.kvshare = state
@@ -79,8 +85,13 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     if known is not None and known.stage is Stage.PLANNED and known.based_on == based_on:
         return known
     cache.release(req)
-    options = parse_options(req.sampling_params.custom_params)
     state = RequestReuse(cache.report, based_on=based_on)
+    try:
+        options = parse_options(req.sampling_params.custom_params)
+    except ConfigError as error:  # whatever process took the request let it pass
+        logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
+        state.decline = Decline.BAD_OPTIONS
+        return state
     state.decline = may_reuse(support.view_of(req, options.mode))
     if state.decline is not None:
         return state

@@ -97,6 +97,16 @@ def break_lookup(child: Any) -> None:
     child.cache.fuzzy.match = broken
 
 
+def break_structural_plans(child: Any) -> None:
+    """Make every structural plan raise: the one for a prompt in chunks, once it is admitted."""
+    from kvshare_sglang.policy.select.window import Window
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("planted")
+
+    Window.plan = broken
+
+
 def break_copy(child: Any) -> None:
     """Make every copy raise half way, with garbage written."""
     from kvshare_sglang.runtime import copying

@@ -237,6 +237,36 @@ def test_a_fault_of_ours_declines_and_is_counted(llama: Path, texts: Texts) -> N
         assert it.ask("probes:counts")["declines"]["fault"] == 1
 
 
+def test_bad_options_that_reach_the_scheduler_are_declined_and_counted(
+    llama: Path, texts: Texts
+) -> None:
+    """A process that tokenises without our hooks lets them pass; they once ended the server."""
+    a = texts.passage(300)
+    with lab(llama, kvshare=True) as it:
+        it.one(a)
+        for bad in ("exakt", {"budget": 9}, {"budgte": 1}, 5, ["exact"], {"mode": None}):
+            answer = it.one(texts.passage(9) + a, kvshare=bad)
+            assert answer["kvshare"]["declined"] == "bad_options", bad
+            assert len(answer["output"]) == 8
+        assert it.ask("probes:counts")["declines"]["bad_options"] == 6
+        assert it.one(texts.passage(9) + a)["kvshare"]["copied_tokens"] > 200
+        assert_clean(it)
+
+
+def test_a_fault_while_a_prompt_is_planned_in_chunks_costs_reuse_only(
+    llama: Path, texts: Texts
+) -> None:
+    a = texts.passage(300)
+    settings = {"chunked_prefill_size": 128, "kvshare_select": "trace"}
+    with lab(llama, kvshare=True, **settings) as it:
+        it.one(a)
+        it.ask("probes:break_structural_plans")
+        answer = it.one(texts.passage(9) + a)
+        assert answer["kvshare"]["declined"] == "fault"
+        assert len(answer["output"]) == 8
+        assert_clean(it)
+
+
 def test_a_copy_that_fails_runs_every_row(llama: Path, texts: Texts) -> None:
     a = texts.passage(300)
     prompt = texts.passage(9) + a
