@@ -2,7 +2,9 @@
 
 ``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
 backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what hangs on its
-objects, one attribute each. ``FIELDS``: fields of its batches that we read or cut.
+objects, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``: what
+else of it we call, rebind or write. Decoder layers get torch's own forward pre-hooks, once an
+observer narrows a batch (``attention.py``).
 """
 
 import importlib
@@ -36,6 +38,16 @@ class Override(NamedTuple):
     owner: str
     name: str
     versions: tuple[tuple[int, ...], tuple[int, ...]] = ALWAYS
+
+
+class Used(NamedTuple):
+    """A name of SGLang's that we call, rebind or write; ``by_init``: not on the class, but set on
+    each object."""
+
+    owner: str
+    name: str
+    why: str
+    by_init: bool = False
 
 
 class Attribute(NamedTuple):
@@ -115,6 +127,7 @@ WRAPPED = (
         "no graph replay where attention is observed",
     ),
 )
+_ROTARY = f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding"
 _RADIX = f"{_SRT}.mem_cache.radix_cache.RadixCache"
 _BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
 OVERRIDDEN = (
@@ -139,6 +152,23 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
+    Attribute(_ROTARY, "kvshare_table", "torch.Tensor"),
+)
+USED = (
+    Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
+    Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
+    Used(
+        f"{_SRT}.managers.schedule_batch.Req",
+        "customized_info",
+        "written: the answer's record",
+        by_init=True,
+    ),
+    Used(
+        f"{_SRT}.mem_cache.radix_cache.RadixCache",
+        "eviction_strategy",
+        "written: by frequency",
+        by_init=True,
+    ),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
 FIELDS = (
@@ -183,6 +213,7 @@ def missing() -> list[str]:
         for one in ATTRIBUTES
         if hasattr(_resolve_name(one.owner), one.name)
     ]
+    gone += [f"{one.owner}.{one.name}" for one in USED if not _there(one)]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
     names = {name for base in bases for name in inspect.get_annotations(base)}
@@ -210,6 +241,13 @@ def applied(point: HookPoint) -> bool:
 def _find(owner: str, name: str) -> Any:
     """The attribute of a module or class, or None."""
     return getattr(_resolve_name(owner), name, None)
+
+
+def _there(one: Used) -> bool:
+    cls = _resolve_name(one.owner)
+    if not one.by_init:
+        return hasattr(cls, one.name)
+    return cls is not None and one.name in cls.__init__.__code__.co_names
 
 
 def _resolve_name(path: str) -> Any:

@@ -1,5 +1,6 @@
 """One request from lookup to release: its record adds up to the prompt in every history."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_record_adds_up_to_the_prompt_whatever_happens(
     plan, borders, what, when = history
     state = planned(plan if plan.copies else None)
     state.admit(exact=plan.prefix_len)
-    for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(borders)):
         now = state.plan
         if i == when and now is not None and what in ("give back", "fault"):
             state.stop_copying(Decline.NO_ROOM if what == "give back" else Decline.FAULT)
