@@ -31,7 +31,7 @@ def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, te
         first = turn
 
 
-@pytest.mark.parametrize(("eviction", "stays"), [("worth", True), ("sglang", False)])
+@pytest.mark.parametrize(("eviction", "stays"), [("frequency", True), ("sglang", False)])
 def test_text_that_paid_stays_when_memory_gets_short(
     eviction: str, stays: bool, llama: Path, texts: Texts
 ) -> None:

@@ -234,7 +234,7 @@ def test_help_lists_every_option(model: Path) -> None:
         (["--disable-radix-cache"], "drop --disable-radix-cache"),
         (["--enable-hierarchical-cache"], "does not serve HiCache yet"),
         (["--speculative-algorithm", "NGRAM"], "does not serve speculative decoding yet"),
-        (["--radix-eviction-policy", "tlru"], "drop --radix-eviction-policy tlru"),
+        (["--radix-eviction-policy", "tlru"], "drop --radix-eviction-policy (got 'tlru')"),
         (["--enable-return-aux-hidden-states"], "does not serve auxiliary hidden states yet"),
         (["--enable-nvidia-megakernel"], "drop --enable-nvidia-megakernel"),
         (["--enable-amd-monokernel"], "drop --enable-amd-monokernel"),
