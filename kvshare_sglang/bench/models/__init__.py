@@ -1,11 +1,10 @@
 """Make small Llama models with random weights on the spot; nothing is downloaded.
 
-The shape comes from a JSON file under ``scripts/models`` (a Hugging Face ``config.json``), the
+The shape comes from a JSON file in this folder (a Hugging Face ``config.json``), the
 weights from a fixed seed, and the tokenizer is a byte-level BPE trained on Python's own source.
 Models are kept under ``.cache/models`` in the project's root and made only once.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -15,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ROOT / "scripts" / "models"
+from kvshare_sglang.bench.common import ROOT, ScriptError
+
+SHAPES = Path(__file__).resolve().parent
 READER = ROOT / "tests" / "data" / "reader"  # a small trained model, where the tests hold one
 
 _RECIPE = 1  # raise it when the same shape should give another model
@@ -50,14 +50,10 @@ class Model(NamedTuple):
 
 
 def load(path: Path) -> Model:
-    """A model directory that exists already. Raises FileNotFoundError without a config."""
-    return Model(path, json.loads((path / "config.json").read_text()))
-
-
-def check_directory(parser: argparse.ArgumentParser, path: Path) -> None:
-    """Refuse ``--model`` where it names no Hugging Face directory."""
+    """A model directory that exists already. Raises ScriptError without a config."""
     if not (path / "config.json").is_file():
-        parser.error(f"--model {path} holds no config.json")
+        raise ScriptError(f"--model {path} holds no config.json")
+    return Model(path, json.loads((path / "config.json").read_text()))
 
 
 def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
@@ -92,14 +88,17 @@ def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
 
 
 def open_model(name: str, *, dummy: bool = False) -> Model:
-    """A model directory, or a shape file, or the name of a shape under ``scripts/models``."""
+    """A model directory, or a shape file, or the name of a shape in this folder. Raises
+    ScriptError on anything else."""
     path = Path(name)
     if path.is_dir():
         return load(path)
     shape = path if path.is_file() else SHAPES / f"{name}.json"
     if not shape.is_file():
         known = ", ".join(sorted(p.stem for p in SHAPES.glob("*.json")))
-        raise FileNotFoundError(f"{name} is neither a model directory, a file nor one of: {known}")
+        raise ScriptError(
+            f"--model {name} is neither a model directory, a file nor one of: {known}"
+        )
     return make(shape, weights=not dummy)
 
 

@@ -7,13 +7,14 @@ places. A template is cached with its slots filled; the prompt fills them anew.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import _bench
-import _matchers
 import numpy as np
-from _life import Life
-from _tokens import Requests
 
+from kvshare_sglang.bench.common import Progress, table
+from kvshare_sglang.bench.match import baselines
+from kvshare_sglang.bench.match.requests import Requests
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.sim.life import Life
+from kvshare_sglang.sim.matcher import Matcher
 
 SHARES = {"5%": 0.05, "10%": 0.10, "20%": 0.20}
 CASES = 40
@@ -108,7 +109,7 @@ def measure(files: Sequence[Requests], *, seed: int = 0) -> dict[str, Any]:
     }
     kinds["templates"] = template
     rows: dict[str, Any] = {}
-    with _bench.Progress(len(kinds) * len(MATCHERS), unit=" groups") as bar:
+    with Progress(len(kinds) * len(MATCHERS), unit=" groups") as bar:
         for name, make in kinds.items():
             rng = np.random.default_rng(seed)
             text = Text(files, rng)
@@ -116,13 +117,13 @@ def measure(files: Sequence[Requests], *, seed: int = 0) -> dict[str, Any]:
             rows[name] = {}
             for matcher in MATCHERS:
                 bar.say(f"{name} {matcher}")
-                rows[name][matcher] = _row(cases, _matchers.MATCHERS[matcher]())
+                rows[name][matcher] = _row(cases, baselines.MATCHERS[matcher]())
                 bar.update()
         bar.say("edits measured")
     return {"twins": {name: rows[name] for name in SHARES}, "templates": rows["templates"]}
 
 
-def _row(cases: Sequence[Case], matcher: _matchers.Matcher) -> dict[str, Any]:
+def _row(cases: Sequence[Case], matcher: Matcher) -> dict[str, Any]:
     life = Life(matcher, keep_all=True)
     for case in cases:
         life.serve(None, case.cached)
@@ -157,4 +158,4 @@ def show(result: dict[str, Any]) -> str:
         for matcher, r in rows.items()
     ]  # fmt: skip
     head = ("synthetic, 4k tokens", "found", "runs/edit", "useful", "p50 ms")
-    return _bench.table(head, cells)
+    return table(head, cells)

@@ -1,5 +1,6 @@
 """Start real SGLang servers, wait for them, ask them, and stop them whatever happens."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from _bench import Progress
+
+from kvshare_sglang.bench.common import Progress, ScriptError, cores
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -27,25 +29,17 @@ _CPU = ("--attention-backend", "torch_native", "--dtype", "float32", "--disable-
 _NOISE = re.compile(r"Warning: |warnings\.warn|Ignore import error|sglang serve --model-path")
 
 
-class ScriptError(Exception):
-    """Something the user can mend; shown as one message, without a traceback."""
-
-
-def has_gpu() -> bool:
-    """Whether ``nvidia-smi`` lists a GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return False
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return "GPU" in found.stdout
-
-
-def default_device() -> str:
-    return "cuda" if has_gpu() else "cpu"
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that starts servers."""
+    add = parser.add_argument
+    add("--threads", type=int, default=min(cores(), 8), help="OpenMP threads of each server")
+    add("--server-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for every server, as --server-arg=--flag")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server to start. ``args`` are added last, so they win over what stands before."""
+    """One server to start. ``args`` are added last, so they win over what is before them."""
 
     name: str
     model: Path
@@ -60,8 +54,8 @@ class ServerSpec:
 
     @property
     def max_running(self) -> int:
-        """On a GPU it also bounds into how many stretches the rows of a batch may fall: those of a
-        trace stand alone, some hundreds to thousands in a long prompt."""
+        """On a GPU it also bounds into how many ranges the rows of a batch may fall: those of a
+        trace are alone, some hundreds to thousands in a long prompt."""
         return 8 if self.device == "cpu" else 2048
 
     def command(self, port: int) -> list[str]:
@@ -223,17 +217,6 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
                 shutil.rmtree(log_dir, ignore_errors=True)
             elif servers:
                 print(f"server logs: {log_dir}", file=sys.stderr)
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script: errors that the user can mend become one message, Ctrl-C a quiet end."""
-    try:
-        sys.exit(main() or 0)
-    except ScriptError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the servers were stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def free_port() -> int:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import _memory
 import numpy as np
-from _bench import Progress, table
-from _life import Life
-from _matchers import KVShare, Text
 
+from kvshare_sglang.bench.common import Progress, table
+from kvshare_sglang.bench.match import memory
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.sim.life import Life
+from kvshare_sglang.sim.matcher import KVShare, Text
 
 DOC = 8192
 VOCAB = 32_768
@@ -142,10 +142,10 @@ def measure(real: Sequence[Tokens], *, large: int = LARGE, seed: int = 0) -> dic
         small = Store()
         small.fill(SMALL, 10**9)
         KVShare().insert(Text(None, document(0)))
-        before = _memory.rss()
+        before = memory.rss()
         store = Store()
         following = store.fill(large, 0, bar)
-        out["bytes_per_token_filled"] = (_memory.rss() - before) / store.num_tokens
+        out["bytes_per_token_filled"] = (memory.rss() - before) / store.num_tokens
         bar.say("scale: eviction churn")
         for _ in range(large // DOC):
             while store.num_tokens + DOC > large:
@@ -157,7 +157,7 @@ def measure(real: Sequence[Tokens], *, large: int = LARGE, seed: int = 0) -> dic
             store.add(following)
             following += 1
             bar.update(DOC)
-        out["bytes_per_token"] = (_memory.rss() - before) / store.num_tokens
+        out["bytes_per_token"] = (memory.rss() - before) / store.num_tokens
         out["tokens"], out["segments"] = store.num_tokens, store.matcher.tree.num_segments
         out["insert_chain_8k"] = quantiles(np.array(store.insert_s))
         out["insert_chain_8k"]["ms_mean"] = float(np.mean(store.insert_s) * 1e3)

@@ -1,4 +1,4 @@
-"""One page of plots from the result of ``bench_match``."""
+"""One page of plots from the result of the command match."""
 
 from pathlib import Path
 from typing import Any

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _matchers import Text
+
+from kvshare_sglang.sim.matcher import Text
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -27,7 +28,7 @@ def rss() -> int:
 
 def start() -> None:
     """Import now what clean processes need, so that all of a run sees the same code."""
-    _CONTEXT.set_forkserver_preload(["_match_scale"])
+    _CONTEXT.set_forkserver_preload(["kvshare_sglang.bench.match.scale"])
     before = os.environ.get("PYTHONPATH")
     # The server that forks them looks for modules where this says, not where this process does.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

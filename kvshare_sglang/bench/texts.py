@@ -15,7 +15,7 @@ _SHORT, _LONG = 120, 1200  # characters of a paragraph that is of use
 class Corpus:
     """Paragraphs of the documentation that comes with Python, each given out once.
 
-    Behind the prose stand paragraphs of the standard library's source, so it does not run dry.
+    After the prose come paragraphs of the standard library's source, so it does not run dry.
     """
 
     def __init__(self, tokenizer: Any, *, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Request files as token ids, kept in the user's cache folder.
 
-A prompt is encoded as it stands, with whatever special tokens its tokenizer adds: the files hold
+A prompt is encoded as it is, with whatever special tokens its tokenizer adds: the files hold
 rendered prompts, as one sends them to a completions endpoint, so no chat template is put around
 them. Without a tokenizer, a byte-level BPE is trained on the files that are given.
 """

@@ -1,76 +1,23 @@
-"""The matchers that are compared, behind one small interface. Pure: NumPy, no torch, no sglang.
+"""The matchers that are compared: SGLang's prefix, published rules, the plug-in's own tree. Pure.
 
-A cache tells its matcher of each *segment*: tokens ``[start, stop)`` of a path, which hang on a
-parent segment. The cache later trims segments from their ends. A baseline keeps a view of the
-whole path; only ``kvshare`` keeps tokens of its own.
+A baseline keeps a view of the whole path; only ``kvshare`` keeps tokens of its own.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.radix_fuzzy.fingerprints import Tokens, namespace_seed
+from kvshare_sglang.bench.match.hashing import window_hashes
+from kvshare_sglang.plan import Run
+from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens, namespace_seed
 from kvshare_sglang.radix_fuzzy.index import Bools, Words
 from kvshare_sglang.radix_fuzzy.segments import common_prefix
-from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.radix_fuzzy.types import Run
+from kvshare_sglang.sim.matcher import KVShare, Matcher, Piece, Text
 
-SPAN = 16  # the shortest shared text that counts
 FIXED_LEN = 256  # chunk length of the fixed matchers: LMCache's
 
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _BITS, _LOW = np.uint64(32), np.uint64(2**32 - 1)
-
-
-class Piece(NamedTuple):
-    """``[start, stop)`` of fresh text that is worth storing, and what it is remembered by."""
-
-    start: int
-    stop: int
-    note: object = None
-
-
-class Text(NamedTuple):
-    """What was stored: ``path[start - root:]``, which hangs on segment ``parent``.
-
-    ``path`` begins at ``root``; ``before`` is what stood before it, where that is no path.
-    """
-
-    space: object
-    path: Tokens
-    root: int = 0
-    start: int = 0
-    parent: int | None = None
-    depth: int = 0
-    before: Tokens | None = None
-
-    @property
-    def fresh(self) -> Tokens:
-        return self.path[self.start - self.root :]
-
-
-class Matcher(Protocol):
-    """What the model of a cache needs. Path positions count from the start of a sequence."""
-
-    copies_tokens: bool  # whether it holds tokens of its own
-
-    def insert(self, text: Text) -> int:
-        """Learn of a text; the id of its segment."""
-
-    def trim(self, segment: int, stop: int) -> None:
-        """Forget a segment's positions from ``stop`` on."""
-
-    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
-        """Ascending, disjoint runs in ``prompt[start:]``. Changes nothing."""
-
-    def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
-        """What of fresh text to store, as stretches of neighbouring pieces."""
-
-    def remember(self, note: object, segment: int) -> None:
-        """A piece was stored as a segment."""
 
 
 class Prefix:
@@ -134,7 +81,7 @@ class Indexed(Prefix):
     def _hits(
         self, keys: Words, places: npt.NDArray[np.int64], max_depth: int
     ) -> list[tuple[int, int, int]]:
-        """``(prompt position, segment, path position)`` of each gram that stands in the cache."""
+        """``(prompt position, segment, path position)`` of each gram that is in the cache."""
         found = np.array([self._index.get(key, 0) for key in keys.tolist()], np.uint64)
         segments = (found >> _BITS).astype(np.int64)
         ok = self._alive(found) & (self._depths[segments] <= max_depth)
@@ -154,7 +101,7 @@ class Indexed(Prefix):
     def _to_store(
         self, path: Tokens, root: int, fresh: int, seed: int
     ) -> tuple[Words, npt.NDArray[np.int64]]:
-        """Keys and offsets in ``path`` of the grams to index that end behind offset ``fresh``."""
+        """Keys and offsets in ``path`` of the grams to index that end after offset ``fresh``."""
         raise NotImplementedError
 
 
@@ -252,41 +199,6 @@ class Winnow(Indexed):
         return hashes[places], places
 
 
-class KVShare:
-    """The plug-in's own tree."""
-
-    copies_tokens = True
-
-    def __init__(self, config: KVShareConfig | None = None) -> None:
-        self.tree = FuzzyTree()
-        self._tolerance = (config or KVShareConfig()).edit_tolerance
-
-    def insert(self, text: Text) -> int:
-        return self.tree.insert(
-            text.space,
-            text.fresh,
-            start=text.start,
-            parent=text.parent,
-            depth=text.depth,
-            context=0 if text.before is None else self.tree.context_of(text.before),
-        ).id
-
-    def trim(self, segment: int, stop: int) -> None:
-        self.tree.trim(segment, stop)
-
-    def match(self, space: object, prompt: Tokens, *, start: int, max_depth: int) -> Sequence[Run]:
-        return self.tree.match(
-            space, prompt, start=start, max_depth=max_depth, tolerance=self._tolerance
-        )
-
-    def pieces(self, space: object, tokens: Tokens, *, depth: int) -> list[list[Piece]]:
-        stretches = self.tree.new_chunks(space, tokens, depth=depth)
-        return [[Piece(c.start, c.stop, c) for c in chunks] for chunks in stretches]
-
-    def remember(self, note: object, segment: int) -> None:
-        self.tree.remember_chunk(note, self.tree.segment(segment))  # type: ignore[arg-type]
-
-
 MATCHERS: dict[str, Callable[[], Matcher]] = {
     "prefix": Prefix,
     "fixed-aligned": FixedAligned,
@@ -294,64 +206,3 @@ MATCHERS: dict[str, Callable[[], Matcher]] = {
     "winnow": Winnow,
     "kvshare": KVShare,
 }
-
-
-def ceiling(prompts: Sequence[Tokens], spaces: Sequence[object]) -> list[Bools]:
-    """Which tokens of each prompt lie in a span of ``SPAN`` seen in an earlier one. Exact.
-
-    Grams get numbers by doubling: equal numbers of two halves make equal numbers of the whole, so
-    no hash can collide. O(n log n) for all prompts together.
-    """
-    numbers = {space: i for i, space in enumerate(dict.fromkeys(spaces))}
-    owner = np.repeat(np.arange(len(prompts)), [len(p) for p in prompts])
-    space = np.array([numbers[s] for s in spaces], np.int64)[owner]
-    ids = np.concatenate(prompts).astype(np.int64) + (space << 32)
-    size = 1
-    while size < SPAN:
-        ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
-        ids = (ids[:-size] << 32) + ids[size:]
-        size *= 2
-    numbered = np.unique(ids, return_inverse=True)[1]
-    whole = owner[: len(ids)] == owner[SPAN - 1 :]  # not over the border of two prompts
-    first = np.full(numbered.max(initial=0) + 1, len(prompts))
-    np.minimum.at(first, numbered[whole], owner[: len(ids)][whole])
-    seen = whole & (first[numbered] < owner[: len(ids)])
-    edges = np.zeros(len(owner) + 1, np.int64)
-    edges[: len(seen)] += seen
-    edges[SPAN : SPAN + len(seen)] -= seen
-    covered = np.cumsum(edges)[:-1] > 0
-    return np.split(covered, np.cumsum([len(p) for p in prompts])[:-1])
-
-
-_powers: tuple[Words, Words] = (np.ones(1, np.uint64), np.ones(1, np.uint64))
-
-
-def _powers_of_base(num: int) -> tuple[Words, Words]:
-    """Powers of the base and of its inverse modulo 2**64."""
-    global _powers
-    if len(_powers[0]) < num:
-        bases = (_BASE, pow(_BASE, -1, 2**64))
-        up, down = (
-            np.cumprod(np.array([1] + [base] * (2 * num), np.uint64), dtype=np.uint64)
-            for base in bases
-        )
-        _powers = up, down
-    return _powers
-
-
-def window_hashes(tokens: Tokens, length: int, seed: int) -> Words:
-    """Hash of ``tokens[i : i + length]`` for every i, never 0. O(n), whatever the length."""
-    num = len(tokens) - length + 1
-    if num <= 0:
-        return np.empty(0, np.uint64)
-    up, down = _powers_of_base(len(tokens))
-    sums = np.zeros(len(tokens) + 1, np.uint64)
-    np.cumsum(_mixed(tokens.astype(np.uint64)) * up[: len(tokens)], out=sums[1:])
-    out = (sums[length:] - sums[:-length]) * down[:num]
-    return np.maximum(_mixed(out ^ np.uint64(seed)), np.uint64(1))
-
-
-def _mixed(words: Words) -> Words:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
