@@ -119,7 +119,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def warn_if_busy() -> None:
     """Say so if other work runs on this machine: times measured beside it mean little."""
-    if _LOAD > 0.5 * cores():
+    if 0.5 * cores() < _LOAD:
         print(f"note: load is {_LOAD:.1f} on {cores()} cores; times will be noisy", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What refresh while decoding costs: time per output token on real servers, paired.
+"""Measure what refresh while decoding costs: time per output token on real servers, paired.
 
 Arms: never looked at; looked at in every step but never refreshed (the threshold is out of reach);
 and for each ``--every`` one that refreshes: with prose as often as that allows, whatever is read;
@@ -8,22 +8,19 @@ with ``--lists`` when a stale row is read, as it would in use. Each prompt goes 
 import argparse
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import _bench
-import _models
-import eval_decode
-from _server import ScriptError, Server, ServerSpec, default_device, run_main, serve
-from _text import Corpus
-from eval_quality import Encoder
+from kvshare_sglang.bench import common, models
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
+from kvshare_sglang.bench.texts import Corpus
 
 ALWAYS = ("--kvshare-refresh-above", "0", "--kvshare-refresh-unchanged", "0")
 _REFRESHED = re.compile(r"KVShare refresh, .*#row: (\d+)")
 Texts = Iterator[tuple[list[int], list[int]]]  # what is cached, and the prompt that reuses it
 
 
-def specs(args: argparse.Namespace, model: _models.Model) -> list[ServerSpec]:
+def specs(args: argparse.Namespace, model: models.Model) -> list[ServerSpec]:
     flags = {
         "off": (),
         "idle": ("--kvshare-refresh-every", "1", "--kvshare-refresh-above", "1.0"),
@@ -44,16 +41,19 @@ def specs(args: argparse.Namespace, model: _models.Model) -> list[ServerSpec]:
 
 
 def prose(corpus: Corpus, tokens: int) -> Texts:
-    """A long text behind another beginning."""
+    """A long text after another beginning."""
     while True:
         text = corpus.take(tokens)
         cached = corpus.encode(corpus.take(60) + text)
         yield cached, corpus.encode(corpus.take(90) + text + corpus.take(30))
 
 
-def lists(encode: Encoder) -> Texts:
-    """The prompts of ``eval_decode.py``."""
-    for asked in eval_decode.lists(encode, "test tpot", "hops"):
+def lists() -> Texts:
+    """The prompts of the command decode."""
+    from kvshare_sglang.bench import decode
+    from kvshare_sglang.bench.quality import Encoder
+
+    for asked in decode.lists(Encoder(models.READER), "test tpot", "hops"):
         yield asked.cached.tolist(), asked.ids.tolist()
 
 
@@ -62,7 +62,7 @@ def measure(server: Server, cached: list[int], prompt: list[int], new: int) -> d
     server.ask(cached)
     before = refreshed_rows(server)
     got = server.ask(prompt, max_new_tokens=new)
-    if not got.kvshare["fuzzy_tokens"]:
+    if not got.kvshare["copied_tokens"]:
         raise ScriptError(f"'{server.spec.name}' reused nothing: {got.kvshare}")
     tpot_s = (got.total_s - got.ttft_s) / (len(got.output_ids) - 1)
     return {"tpot_s": tpot_s, "refreshed": refreshed_rows(server) - before}
@@ -80,13 +80,13 @@ def row(arm: str, mine: list[dict[str, Any]], off: list[dict[str, Any]]) -> dict
     ratios = [a["tpot_s"] / b["tpot_s"] for a, b in pairs]
     return {
         "arm": arm, "n": len(pairs), "of": len(mine), "refreshed_rows": sum(took) / len(took),
-        "tpot_ms": 1e3 * _bench.median([a["tpot_s"] for a, _ in pairs]),
-        "ratio_off": _bench.median(ratios), "ci95": _bench.bootstrap_ci95(ratios),
+        "tpot_ms": 1e3 * common.median([a["tpot_s"] for a, _ in pairs]),
+        "ratio_off": common.median(ratios), "ci95": common.bootstrap_ci95(ratios),
     }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    return _bench.columns(
+    return common.columns(
         rows,
         arm="{arm}",
         n="{n}",
@@ -98,31 +98,23 @@ def show(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_server_arguments(parser)
     add = parser.add_argument
-    add("--model", default="bench-100m", help="shape under scripts/models, file, or directory")
+    add("--model", default="bench-100m", help="name of a shape, shape file, or model directory")
     add("--lists", action="store_true", help="the reader, and prompts whose decoding refreshes")
     add("--tokens", type=int, default=1500, help="length of the prose that is reused")
     add("--new", type=int, default=128, help="output tokens")
     add("--every", type=int, nargs="+", default=[16], help="--kvshare-refresh-every")
     add("--repeats", type=int, default=8, help="prompts, each to all arms")
-    add("--threads", type=int, default=min(_bench.cores(), 8))
-    add("--device", default=default_device())
-    add("--server-arg", action="append", default=[], metavar="ARG")
-    add("--json", type=Path, metavar="OUT", help="where the result goes")
-    args = parser.parse_args()
-    if args.lists:
-        args.model = str(_models.READER)
-    model = _models.open_model(args.model)
-    texts = (
-        lists(Encoder(_models.READER))
-        if args.lists
-        else prose(Corpus(model.tokenizer(), seed=0), args.tokens)
-    )
-    _bench.warn_if_busy()
+
+
+def run(args: argparse.Namespace) -> int:
+    model = models.load(models.READER) if args.lists else models.open_model(args.model)
+    texts = lists() if args.lists else prose(Corpus(model.tokenizer(), seed=0), args.tokens)
+    common.warn_if_busy()
     found: dict[str, list[dict[str, Any]]] = {}
-    with serve(*specs(args, model)) as servers, _bench.Progress(args.repeats) as bar:
+    with serve(*specs(args, model)) as servers, common.Progress(args.repeats) as bar:
         for turn in range(args.repeats + 1):
             cached, prompt = next(texts)
             order = servers[turn % len(servers) :] + servers[: turn % len(servers)]
@@ -133,9 +125,5 @@ def main() -> int:
             if turn:
                 bar.update()
     rows = [row(spec.name, found[spec.name], found["off"]) for spec in specs(args, model)]
-    _bench.report(args, show(rows), {"rows": rows}, model=model.path.name)
+    common.report(args, show(rows), {"rows": rows}, model=model.path.name)
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import _models
 import numpy as np
-from _text import read_prompts
 
+from kvshare_sglang.bench.models import Model
+from kvshare_sglang.bench.texts import read_prompts
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 
 PASSAGE = 500  # tokens
@@ -26,10 +26,10 @@ def random_tokens(rng: np.random.Generator, count: int, vocab: int) -> Tokens:
 
 
 def moved_case(rng: np.random.Generator, size: int, vocab: int, *, reused: float) -> Case:
-    """A prompt of passages that stand in other prompts, in an order without old neighbours.
+    """A prompt of passages that are in other prompts, in an order without old neighbours.
 
-    They are the share ``reused`` of it. Half of the fresh text stands between the passages, the
-    other half behind them.
+    They are the share ``reused`` of it. Half of the fresh text is between the passages, the
+    other half after them.
     """
     moved = round(reused * size)
     count = max(2, round(moved / PASSAGE))
@@ -48,7 +48,7 @@ def moved_case(rng: np.random.Generator, size: int, vocab: int, *, reused: float
 
 
 def request_cases(
-    path: Path, model: _models.Model, *, history: int, repeats: int, max_tokens: int
+    path: Path, model: Model, *, history: int, repeats: int, max_tokens: int
 ) -> Iterator[Case]:
     """Real requests: the last of every ``history + 1`` is timed, those before it are cached."""
     step = history + 1

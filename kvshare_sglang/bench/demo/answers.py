@@ -3,16 +3,15 @@
 import argparse
 from typing import Any
 
-import _bench
-import _models
-from _server import Server, ServerSpec, serve
-from eval_quality import SIZE, Encoder, Prompt, prompts
+from kvshare_sglang.bench import common, models
+from kvshare_sglang.bench.quality import SIZE, Encoder, Prompt, prompts
+from kvshare_sglang.bench.server import Server, ServerSpec, serve
 
 KINDS = (
     ("a fact far back was edited", "hops", "edit far"),
     ("a header far back was edited", "state", "edit far"),
     ("documents in another order", "hops", "splice"),
-    ("cached behind a misleading text", "state", "adversarial"),
+    ("cached after a misleading text", "state", "adversarial"),
 )
 FLAGS = ("--kvshare", "--kvshare-min-reuse", "32", "--kvshare-window", "16")
 WAYS: dict[str, Any] = {"full": "exact", "kvshare": None, "copies": {"budget": 0.0}}
@@ -21,12 +20,12 @@ WAYS: dict[str, Any] = {"full": "exact", "kvshare": None, "copies": {"budget": 0
 def ask_reader(args: argparse.Namespace) -> list[dict[str, Any]]:
     """For each kind of prompt how many answers were right, by way."""
     spec = ServerSpec(
-        "reader", _models.READER, args.device, threads=args.threads, args=(*FLAGS, *args.server_arg)
+        "reader", models.READER, args.device, threads=args.threads, args=(*FLAGS, *args.server_arg)
     )
-    encode = Encoder(_models.READER)
+    encode = Encoder(models.READER)
     size = SIZE._replace(facts=48)
     rows = []
-    with serve(spec) as (server,), _bench.Progress(len(KINDS) * args.answers) as bar:
+    with serve(spec) as (server,), common.Progress(len(KINDS) * args.answers) as bar:
         for title, task, case in KINDS:
             bar.say(title)
             right = dict.fromkeys(WAYS, 0)
@@ -49,6 +48,6 @@ def _answer(server: Server, prompt: Prompt, way: str) -> list[int]:
 
 def show_answers(rows: list[dict[str, Any]]) -> str:
     head = ("answers of the trained reader", "full prefill", "kvshare", "copies alone")
-    return _bench.table(
+    return common.table(
         head, [(r["kind"], *(f"{r[way]} of {r['n']}" for way in WAYS)) for r in rows]
     )
