@@ -11,20 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
-
-import _visit_env
-import _visit_pack
-import gpu_visit
-from _visit_pack import PackError, pack
-from _visit_plan import STEPS, Stage, stages
-from _visit_results import tail, write_archive
-from _visit_run import How, Visit, marked
 from gpu_probes import summed_up
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from kvshare_sglang.bench.gpu_visit import __main__ as gpu_visit
+from kvshare_sglang.bench.gpu_visit import env as visit_env
+from kvshare_sglang.bench.gpu_visit.pack import PackError, of_kit, pack
+from kvshare_sglang.bench.gpu_visit.plan import STEPS, Stage, stages
+from kvshare_sglang.bench.gpu_visit.results import tail, write_archive
+from kvshare_sglang.bench.gpu_visit.run import How, Visit, marked
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---- pack ----------------------------------------------------------------------------------------
 
@@ -87,19 +83,24 @@ def test_a_line_that_names_nothing_and_a_kit_without_its_script_are_refused(tree
     with pytest.raises(PackError, match=r"list, line 2: nothing matches 'no-such-file'"):
         pack(tree, tree / "list", tmp_path / "carry", kit=None, limit=10_000)
     with pytest.raises(PackError, match=r"--kit must be a folder with an install\.sh"):
-        _visit_pack.of_kit(tree)
+        of_kit(tree)
 
 
 def test_the_real_list_holds_all_that_a_visit_imports_and_is_small(tmp_path):
-    root = SCRIPTS.parent
-    pack(root, SCRIPTS / "gpu_visit.list", tmp_path / "carry", kit=None, limit=2 * 2**20)
+    carry = tmp_path / "carry"
+    pack(ROOT, ROOT / "scripts" / "gpu_visit.list", carry, kit=None, limit=2 * 2**20)
     help_text = subprocess.run(
-        [sys.executable, tmp_path / "carry" / "scripts" / "gpu_visit.py", "run", "--help"],
-        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""},
+        [carry / "scripts" / "gpu_visit.sh", "run", "--help"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "PYTHON": sys.executable},
     ).stdout  # fmt: skip
     assert "--seconds" in help_text
-    for name in ("tests/gpu/gpu_oracles.py", "tests/integration/lab.py", "scripts/bench_ttft.py"):
-        assert (tmp_path / "carry" / name).is_file()
+    for name in (
+        "tests/bench/gpu/gpu_oracles.py",
+        "tests/integration/lab.py",
+        "kvshare_sglang/bench/models/llama-8b.json",
+    ):
+        assert (carry / name).is_file()
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_an_unknown_step_is_refused_by_name(capsys):
 
 
 def test_the_entry_point_written_on_the_spot_is_the_installed_one(tmp_path):
-    _visit_env.write_metadata(tmp_path)
+    visit_env.write_metadata(tmp_path)
     (found,) = importlib.metadata.Distribution.discover(path=[str(tmp_path)])
     (entry,) = found.entry_points
     assert (entry.group, entry.name) == ("sglang.srt.plugins", "kvshare")
@@ -133,7 +134,7 @@ def test_the_entry_point_written_on_the_spot_is_the_installed_one(tmp_path):
 def test_a_kit_sets_what_it_likes_and_the_rest_stays(tmp_path):
     site = tmp_path / "site.env"
     site.write_text('export A=1\nB="$HOME/two"\nexport PYTHONPATH=/x${PYTHONPATH:+:$PYTHONPATH}\n')
-    env = _visit_env.with_kit({"HOME": "/h", "PYTHONPATH": "/y", "PATH": os.environ["PATH"]}, site)
+    env = visit_env.with_kit({"HOME": "/h", "PYTHONPATH": "/y", "PATH": os.environ["PATH"]}, site)
     assert (env["A"], env["B"], env["PYTHONPATH"], env["HOME"]) == ("1", "/h/two", "/x:/y", "/h")
 
 
@@ -143,7 +144,7 @@ def test_a_machine_without_sglang_goes_on_in_what_the_kit_installed(tmp_path, mo
         folder.mkdir()
     (kit / "install.sh").write_text('echo "export FROM_KIT=$(basename $1)" > "$KIT_SITE.env"\n')
     monkeypatch.setattr(
-        _visit_env, "probe", lambda env: ([] if "FROM_KIT" in env else ["sglang", "zmq"], False)
+        visit_env, "probe", lambda env: ([] if "FROM_KIT" in env else ["sglang", "zmq"], False)
     )
     args = gpu_visit.parse(["run", str(out), "--kit", str(kit), "--device", "cpu"])
     place = gpu_visit.Place(args, scratch)
@@ -272,7 +273,8 @@ def test_stages_without_time_left_are_skipped(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_visit_that_is_killed_leaves_whole_files(tmp_path, number):
-    process = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env)
     mark = f"{process.pid}-hang"
     try:
         deadline = time.monotonic() + 30

@@ -1,6 +1,6 @@
 """One visit to a GPU machine: pack what must travel here, measure and check there.
 
-Start it with scripts/gpu_visit.sh. Each stage runs this file again in a process of its own.
+Start it with scripts/gpu_visit.sh. Each stage runs this module again in a process of its own.
 """
 
 import argparse
@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _visit_env as env
-import _visit_stage
-from _visit_pack import LIMIT_MIB, MARK, MIB, PackError, pack
-from _visit_plan import STEPS, Stage, gpu_gib, stages
-from _visit_run import How, Visit
-
-ROOT = Path(__file__).resolve().parent.parent
+from kvshare_sglang.bench.gpu_visit import env
+from kvshare_sglang.bench.gpu_visit.env import ROOT
+from kvshare_sglang.bench.gpu_visit.pack import LIMIT_MIB, MARK, MIB, PackError, pack
+from kvshare_sglang.bench.gpu_visit.plan import STEPS, Stage, gpu_gib, stages
+from kvshare_sglang.bench.gpu_visit.run import How, Visit
+from kvshare_sglang.bench.gpu_visit.stage import run as run_stage
 
 
 class Place:
@@ -37,7 +36,7 @@ class Place:
         if stage.step == "install":
             return ["bash", str(self.args.kit / "install.sh"), str(self.args.kit)]
         words = [str(self.scratch), self.args.device, *map(str, stage)]
-        return [sys.executable, str(Path(__file__).resolve()), "stage", *words]
+        return [sys.executable, "-m", "kvshare_sglang.bench.gpu_visit", "stage", *words]
 
     def environment(self) -> dict[str, str]:
         return self.env
@@ -172,7 +171,7 @@ def main() -> int:
     if args.command == "stage":
         step, limit_s, backend, page, what = args.stage
         stage = Stage(step, float(limit_s), backend, int(page), what)
-        _visit_stage.run(stage, args.scratch, args.device)
+        run_stage(stage, args.scratch, args.device)
         return 0
     try:
         return run(args)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
+# The package, and the labs and laws of the tests.
+IMPORTED = (ROOT, ROOT / "tests" / "bench" / "gpu", ROOT / "tests" / "integration")
 # What the servers, the labs and the bench import that not every machine has.
 NEEDED = (
     "torch sglang transformers tokenizers numpy xxhash rapidfuzz httpx tqdm fastapi uvicorn zmq"
@@ -27,7 +29,7 @@ def base(device: str, scratch: Path) -> dict[str, str]:
     env = {**os.environ, "TMPDIR": str(scratch / "tmp")}
     for name in ("KVSHARE_LAUNCHER", "KVSHARE_MEASURE_ALL_ROWS"):
         env.pop(name, None)
-    env["PYTHONPATH"] = joined(str(ROOT), env.get("PYTHONPATH"))
+    env["PYTHONPATH"] = joined(":".join(map(str, IMPORTED)), env.get("PYTHONPATH"))
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
         return {**quiet, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", **env}

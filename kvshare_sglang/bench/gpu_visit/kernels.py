@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _visit_table import TOLERANCE, Box, Case, Kernel, far
 
+from kvshare_sglang.bench.gpu_visit.table import TOLERANCE, Box, Case, Kernel, far
 from kvshare_sglang.kernels import partial_attn, reference
-from kvshare_sglang.kernels.deviation import attention_paid, deviation
 from kvshare_sglang.kernels.rope_shift import plan_shift, rotate_keys
+from kvshare_sglang.kernels.row_scores import attention_mass, deviation
 
 Checks = Iterator[tuple[str, torch.dtype, float]]  # name, type, largest error
 
@@ -88,19 +88,19 @@ def attn_case(box: Box, tokens: int) -> Case:
     )
 
 
-def paid_checks(box: Box) -> Checks:
+def mass_checks(box: Box) -> Checks:
     at = torch.tensor([5, 20, 39])
     for dtype in TOLERANCE:
         q = torch.randn(len(at), box.kv_heads * box.group, box.dim).to(dtype)
         keys = torch.randn(40, box.kv_heads, box.dim).to(dtype)
         for strongest in (True, False):
             how = {"scaling": 0.1, "strongest_head": strongest}
-            got = attention_paid(*(x.to(box.device) for x in (q, at, keys)), **how)
-            want = reference.attention_paid(q, at, keys, **how)
+            got = attention_mass(*(x.to(box.device) for x in (q, at, keys)), **how)
+            want = reference.attention_mass(q, at, keys, **how)
             yield f"{dtype} {'strongest' if strongest else 'mean'}", dtype, far(got, want)
 
 
-def paid_case(box: Box, tokens: int) -> Case:
+def mass_case(box: Box, tokens: int) -> Case:
     """A trace's first step: half of 5% of the rows ask."""
     at = torch.arange(tokens - tokens // 40, tokens, device=box.device)
     q, keys = (
@@ -108,7 +108,7 @@ def paid_case(box: Box, tokens: int) -> Case:
         box.rand(tokens, box.kv_heads, box.dim),
     )
     return Case(
-        lambda: attention_paid(q, at, keys, scaling=box.dim**-0.5, strongest_head=True),
+        lambda: attention_mass(q, at, keys, scaling=box.dim**-0.5, strongest_head=True),
         moved=float(keys.numel() * keys.itemsize),
         flops=2.0 * q.shape[1] * box.dim * float((at + 1).sum()),
     )
@@ -129,6 +129,6 @@ def deviation_case(box: Box, tokens: int) -> Case:
 KERNELS = (
     Kernel("copy and rotate", rope_checks, copy_case),
     Kernel("partial attention", attn_checks, attn_case),
-    Kernel("attention paid", paid_checks, paid_case),
+    Kernel("attention mass", mass_checks, mass_case),
     Kernel("deviation", deviation_checks, deviation_case),
 )

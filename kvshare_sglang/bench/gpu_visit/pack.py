@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 MIB = 2**20
 LIMIT_MIB = 64  # what a transfer takes
-MARK = "commit.txt"  # stands in every folder that was packed
+MARK = "commit.txt"  # is in every folder that was packed
 
 
 class PackError(Exception):
@@ -80,7 +80,7 @@ def pack(root: Path, listing: Path, carry: Path, *, kit: Path | None, limit: flo
 
 
 def commit_of(root: Path) -> str:
-    """The commit of a checkout, with ``+`` behind it if files differ; else what pack wrote down."""
+    """The commit of a checkout, with ``+`` after it if files differ; else what pack wrote down."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]

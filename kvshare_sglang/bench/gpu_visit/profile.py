@@ -1,23 +1,19 @@
 """Where the time of one partial prefill goes: kernels, and the gaps between them."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "integration")]
+from kvshare_sglang.bench import models
+from kvshare_sglang.bench.ttft.cases import moved_case
 
 
 def run(device: str, backend: str, select: str) -> dict[str, Any]:
     """A prompt of which nearly all is cached elsewhere, in the second of two tries."""
-    import _models
-    from _ttft_cases import moved_case
-    from lab import lab
+    from lab import lab  # of the tests: see env.py
 
     on_gpu = device != "cpu"
-    model = _models.open_model("llama-8b" if on_gpu else "replay-5m", dummy=True)
+    model = models.open_model("llama-8b" if on_gpu else "replay-5m", dummy=True)
     size = 16384 if on_gpu else 512
     vocab = min(model.vocab_size, 4096)
     settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import Any
 LIMIT = 16 * 2**20  # bytes of a file that comes back
 # Bytes of each log that are kept; the first row whose archive fits is taken.
 CUTS = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12, 0)
-HEAD = 2048  # of them from the start of a log, where versions and arguments stand
+HEAD = 2048  # of them from the start of a log, where versions and arguments are
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _visit_plan import Stage
-from _visit_results import write_archive, write_json
+from kvshare_sglang.bench.gpu_visit.plan import Stage
+from kvshare_sglang.bench.gpu_visit.results import write_archive, write_json
 
 NO_TIME_S = 10  # a stage is not begun with less time left
 MARK = "GPU_VISIT_STAGE"  # in the environment of all that a stage starts

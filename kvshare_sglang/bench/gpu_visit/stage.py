@@ -4,7 +4,6 @@ Labs start processes that import the main script again: nothing here loads torch
 a stage needs it.
 """
 
-import importlib
 import os
 import sys
 import time
@@ -14,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _visit_pack import commit_of
-from _visit_plan import Stage, nvidia_smi
-from _visit_results import write_json
+from kvshare_sglang.bench.gpu_visit.env import ROOT
+from kvshare_sglang.bench.gpu_visit.pack import commit_of
+from kvshare_sglang.bench.gpu_visit.plan import Stage, nvidia_smi
+from kvshare_sglang.bench.gpu_visit.results import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python", "transformers")
 
 Note = Callable[[dict[str, Any]], None]
@@ -36,7 +35,6 @@ def run(stage: Stage, scratch: Path, device: str) -> None:
             scratch / f"{stage.name}.json", {"stage": stage.name, **last, "seconds": seconds}
         )
 
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
     try:
         note(_work(stage, scratch, device, note))
     except BaseException as error:
@@ -49,17 +47,20 @@ def _work(stage: Stage, scratch: Path, device: str, note: Note) -> dict[str, Any
     if stage.step == "env":
         return facts(device)
     if stage.step == "kernels":
-        table = importlib.import_module("_visit_table")
-        kernels = importlib.import_module("_visit_kernels").KERNELS
-        return dict(table.measure(kernels, table.box_of(device), note))
+        from kvshare_sglang.bench.gpu_visit import kernels, table
+
+        return table.measure(kernels.KERNELS, table.box_of(device), note)
     if stage.step == "ttft":
-        ttft = importlib.import_module("_visit_ttft")
+        from kvshare_sglang.bench.gpu_visit import ttft
+
         numbers = scratch / f"{stage.name}.numbers.json"
-        return dict(ttft.run(numbers, device, stage.backend, stage.what, note))
+        return ttft.run(numbers, device, stage.backend, stage.what, note)
     if stage.step == "profile":
-        profile = importlib.import_module("_visit_profile")
-        return dict(profile.run(device, stage.backend, stage.what))
-    oracles = importlib.import_module("gpu_oracles")
+        from kvshare_sglang.bench.gpu_visit import profile
+
+        return profile.run(device, stage.backend, stage.what)
+    import gpu_oracles as oracles  # of the tests: see env.py
+
     model = oracles.make_model(scratch / "models", small=device == "cpu")
     case = oracles.Case(stage.backend, stage.page or 1, device)
     return dict(getattr(oracles, f"check_{stage.step}")(case, model).to_json())

@@ -1,6 +1,6 @@
 """How a kernel comes into the table of a visit: checked, timed, held against what the card can do.
 
-Needs torch, no SGLang. The kernels themselves stand in ``_visit_kernels.py``.
+Needs torch, no SGLang. The kernels themselves are in ``kernels.py``.
 """
 
 import time

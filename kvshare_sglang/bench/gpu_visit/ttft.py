@@ -1,4 +1,4 @@
-"""TTFT, nothing to reuse and TPOT of a visit: which servers bench_ttft.py starts on which card."""
+"""TTFT, nothing to reuse and TPOT of a visit: which servers ttft starts on which card."""
 
 import json
 import subprocess
@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _visit_plan import TWO_SERVERS_GIB, gpu_gib
+from kvshare_sglang.bench.gpu_visit.plan import TWO_SERVERS_GIB, gpu_gib
 
-ROOT = Path(__file__).resolve().parent.parent
 # Longest prompts early: if time runs out, the shorter ones are missed less.
 SIZES = (8192, 32768, 16384, 4096)
 FIGURES = ("prompts", "arm", "ttft_p50_s", "ttft_plain_p50_s", "ratio_plain", "iqr", "ceiling",
@@ -26,9 +25,9 @@ def run(
         need = f"two servers of an 8B model need {TWO_SERVERS_GIB} GiB of GPU memory"
         return {"ok": False, "error": f"{need}, here are {gib:.0f}"}
     numbers.unlink(missing_ok=True)
-    script = str(ROOT / "scripts" / "bench_ttft.py")
     options = on_cpu() if device == "cpu" else on_gpu(backend, short=short)
-    command = [sys.executable, script, "--json", str(numbers), "--arms", ",".join(arms), *options]
+    words = ["--json", str(numbers), "--arms", ",".join(arms), *options]
+    command = [sys.executable, "-m", "kvshare_sglang.bench", "ttft", *words]
     bench = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     seen = ""
     while bench.poll() is None:
@@ -39,7 +38,7 @@ def run(
             note({"ok": False, "command": command[1:], "figures": figures(numbers)})
     found = {"ok": bench.returncode == 0, "command": command[1:], "figures": figures(numbers)}
     if bench.returncode:
-        found["error"] = f"bench_ttft.py ended with code {bench.returncode}"
+        found["error"] = f"the bench ended with code {bench.returncode}"
     return found
 
 

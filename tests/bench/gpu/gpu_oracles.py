@@ -12,15 +12,12 @@ without a GPU, in a small shape.
 import contextlib
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
-
-from lab import Lab, lab, request
+from lab import Lab, computed, lab, request
 
 VOCAB = 997
 FACTOR = 2.0  # how much further from fp32 than plain bf16 anything may be
@@ -126,7 +123,7 @@ class Reference:
         return out.logits[0].float().cpu(), (keys.cpu(), values.cpu())
 
     def token_gap(self, prompt: list[int], output: list[int]) -> float:
-        """How far below the best token's logit the chosen ones stand, at worst."""
+        """How far below the best token's logit the chosen ones are, at worst."""
         logits, _ = self.run(prompt + output[:-1])
         logits = logits[len(prompt) - 1 :]
         best = logits.max(dim=-1).values
@@ -170,7 +167,7 @@ def settings(case: Case, *, env: dict[str, str] | None = None, **more: Any) -> d
     if case.on_gpu:
         args |= {
             "sampling_backend": "pytorch",
-            # As many stretches may the rows of a batch fall into; those of a trace stand alone.
+            # As many ranges may the rows of a batch fall into; those of a trace are alone.
             "max_running_requests": 1024,
             # Other processes take memory of the same GPU meanwhile; max_total_tokens is the bound.
             "mem_fraction_static": 0.8,
@@ -246,7 +243,7 @@ def check_partial(case: Case, model: Path) -> Checks:
         script: list[Any] = []
         for i, prompt in enumerate(prompts):
             script += [request(f"f{i}", prompt, extra_key="full", keep="kv"), ("idle",)]
-            # The tree keeps whole pages in one piece, so the donors go on past the prompt's end.
+            # The tree keeps whole pages in one piece, so the donors continue past the prompt's end.
             donor = request(f"d{i}", prompt + texts.passage(32), extra_key="donor", new=1)
             script += [donor, ("idle",)]
         full = it.play(script)
@@ -261,9 +258,9 @@ def check_partial(case: Case, model: Path) -> Checks:
                 part = it.one(prompt, forced=rows, extra_key=f"t{i}{turn}", keep="kv")
                 part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
                 part_kv.append(kv_gap(part["kv"], kv))
-                copied += part["kvshare"]["fuzzy_tokens"] > 0
+                copied += part["kvshare"]["copied_tokens"] > 0
                 if not chunks:
-                    ran = part["kvshare"]["computed_tokens"]
+                    ran = computed(part["kvshare"])
                     checks.equal(f"rows run of {len(prompt)}", ran, sum(b - a for a, b in rows))
         checks.equal("partial prefills that copied", copied, len(part_off))
         base = _rms_of(full_off)
@@ -281,7 +278,7 @@ def check_partial(case: Case, model: Path) -> Checks:
         hit = it.one(prompt, forced=rows, extra_key="hit")
         checks.at_least("tokens of the prefix hit", hit["kvshare"]["exact_tokens"], 112)
         off = rms(hit["logits"] - logits[-1]) / rms(logits[-1])
-        checks.at_most("logits: behind a prefix hit, over full", off / base, 3 * FACTOR)
+        checks.at_most("logits: after a prefix hit, over full", off / base, 3 * FACTOR)
 
         # Batches that mix partial, plain and decoding requests.
         slack = _slack(base, wanted)
@@ -301,7 +298,7 @@ def check_partial(case: Case, model: Path) -> Checks:
             request("plain", prompts[1], kvshare="exact", extra_key="p", new=6),
         ]
         answers = it.play([batch, ("polls", 3), late])
-        copied = sum(a["kvshare"]["fuzzy_tokens"] > 0 for a in answers.values())
+        copied = sum(a["kvshare"]["copied_tokens"] > 0 for a in answers.values())
         checks.equal("partial requests in mixed batches", copied, (len(prompts) + 1) // 2 + 1)
         of = {f"m{i}": prompt for i, prompt in enumerate(prompts)}
         of |= {"late": prompts[0], "plain": prompts[1]}
@@ -316,7 +313,7 @@ def check_partial(case: Case, model: Path) -> Checks:
         logits, _ = reference.run(prompt)
         whole = it.one(prompt, kvshare={"budget": 1.0})
         off = rms(whole["logits"] - logits[-1]) / rms(logits[-1])
-        checks.equal("budget 1: tokens copied", whole["kvshare"]["fuzzy_tokens"], 0)
+        checks.equal("budget 1: tokens copied", whole["kvshare"]["copied_tokens"], 0)
         checks.at_most("logits: budget 1 over full", off / base, 3 * FACTOR)
         assert_idle(checks, it, "at the end")
         check_ways(checks, case, it)
@@ -344,7 +341,7 @@ def check_choice(case: Case, model: Path) -> Checks:
                 part = it.one(prompt, forced=rows, extra_key=f"part{i}", new=12)
                 told = part["kvshare"]
                 checks.equal(f"{select}: declined", told["declined"], None)
-                checks.at_least(f"{select}: copied", told["fuzzy_tokens"], length // 2)
+                checks.at_least(f"{select}: copied", told["copied_tokens"], length // 2)
                 refreshed += told.get("refreshed_tokens", 0)
                 full_off.append(rms(full["logits"] - logits[-1]) / rms(logits[-1]))
                 part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
@@ -382,7 +379,7 @@ def check_exact(case: Case, model: Path) -> Checks:
             for source in sources:
                 ours.one(source)
             fuzzy = ours.one(prompt, new=12, keep="kv")
-            checks.at_least("tokens reused", fuzzy["kvshare"]["fuzzy_tokens"], 100)
+            checks.at_least("tokens reused", fuzzy["kvshare"]["copied_tokens"], 100)
             moved.append(layer0_gap(fuzzy["kv"], kv))
             again = ours.one(prompt, new=12, kvshare="exact", keep="kv")
             for name, answer in (("first", first), ("again", again), ("fuzzy", fuzzy)):
@@ -465,7 +462,7 @@ def check_life(case: Case, model: Path) -> Checks:
                     continue
                 _, kv = reference.run(prompts[rid])
                 worst["layer 0"] = max(worst["layer 0"], layer0_gap(answer["kv"], kv))
-                tally["reusing"] += (answer["kvshare"] or {}).get("fuzzy_tokens", 0) > 0
+                tally["reusing"] += (answer["kvshare"] or {}).get("copied_tokens", 0) > 0
                 if modes[rid] == "exact":
                     tally["exact"] += 1
                     off = kv_gap(answer["kv"], kv)
@@ -504,7 +501,7 @@ def check_smoke(case: Case, model: Path) -> Checks:
             rows = [(0, 20), (length // 2, length // 2 + 9), (length - 5, length)]
             part = it.one(prompt, forced=rows, extra_key="part", new=12)
             checks.equal(f"{select}: declined", part["kvshare"]["declined"], None)
-            checks.at_least(f"{select}: copied", part["kvshare"]["fuzzy_tokens"], length // 2)
+            checks.at_least(f"{select}: copied", part["kvshare"]["copied_tokens"], length // 2)
             checks.equal(f"{select}: tokens answered", len(part["output"]), 12)
             base = rms(full["logits"] - logits[-1])
             off = rms(part["logits"] - logits[-1])
@@ -518,7 +515,7 @@ def _rms_of(values: list[float]) -> float:
 
 
 def _slack(off: float, wanted: list[Any]) -> float:
-    """How far below the best logit a greedy token may stand: eight times the noise of bf16."""
+    """How far below the best logit a greedy token may be: eight times the noise of bf16."""
     return 8 * off * max(rms(logits[-1]) for logits, _ in wanted)
 
 

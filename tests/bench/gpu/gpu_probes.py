@@ -36,8 +36,9 @@ def prepare(child: Any) -> None:
 def _counted(child: Any, way: str, execute: Any) -> Any:
     def counted(fb: Any, *args: Any, **kw: Any) -> Any:
         if fb.forward_mode.is_extend():
-            rows = getattr(child.runner.attn_backend, "kvshare_rows", None)
-            child.ways[f"{'full' if rows is None else 'partial'}, {way}"] += 1
+            reuse = getattr(child.runner.attn_backend, "kvshare", None)
+            partial = reuse is not None and reuse.batch is not None and reuse.batch.rows is not None
+            child.ways[f"{'partial' if partial else 'full'}, {way}"] += 1
         return execute(fb, *args, **kw)
 
     return counted

@@ -1,15 +1,10 @@
 """The laws of ``gpu_oracles.py`` on a real GPU; skipped, and counted, where there is none."""
 
 import os
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import gpu_oracles
+import pytest
 from gpu_oracles import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
@@ -24,8 +19,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kernels() -> None:
-    from _visit_kernels import KERNELS
-    from _visit_table import box_of, measure
+    from kvshare_sglang.bench.gpu_visit.kernels import KERNELS
+    from kvshare_sglang.bench.gpu_visit.table import box_of, measure
 
     found = measure(KERNELS, box_of("cuda"), lambda so_far: None)
     assert [row for row in found["checks"] if not row["ok"]] == []
