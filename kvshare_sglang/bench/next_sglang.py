@@ -1,7 +1,8 @@
-"""What another SGLang changes for us: seams, cache methods, settings, pins, and the smoke test.
+"""What another SGLang changes for us: every touch of ours on it, settings, pins, the smoke test.
 
-Started by next_sglang.sh. Asks both versions the same questions, each in a process of its own, and
-writes one page: what broke, what differs, what is new and must be served or refused by name.
+Started by scripts/next_sglang.sh. Asks both versions the same questions, each in a process of its
+own, and writes one page: what broke, what differs, what is new and must be served or refused by
+name. The touches are those of ``runtime/hooks.py``, the settings those of ``runtime/support.py``.
 """
 
 import argparse
@@ -15,48 +16,92 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from kvshare_sglang.bench.common import ROOT
+
 SMOKE = "tests/integration/test_server.py"
 PINNED = ("torch", "transformers", "flashinfer-python", "triton", "xgrammar")
+# Kinds of touches: functions that we wrap, methods that our classes define anew, names that hang
+# on SGLang's objects, fields of its batches.
+KINDS = ("wrapped", "overridden", "attributes", "fields")
+TAKEN = "taken by SGLang"
 
 
 # ---- what one SGLang says, in its own process --------------------------------------------------
 
 
 def facts() -> dict[str, Any]:
-    """Of the SGLang on sys.path: signatures of all that we touch, settings, pins."""
-    from kvshare_sglang import hooks
+    """Of the SGLang that is imported: what is there of all that we touch, settings, pins.
 
-    found: dict[str, Any] = {"seams": {}, "cache": {}, "settings": [], "pins": {}, "errors": []}
-    for seam in (*hooks.FLAG_SEAMS, *hooks.SEAMS):
+    A touch is None where it is gone; one that this version does not need is in ``unneeded``.
+    """
+    found = nothing()
+    for read in (_touches, _cache, _settings):
         try:
-            found["seams"][seam.target] = signature(pkgutil.resolve_name(seam.target))
+            read(found)
         except Exception as error:
-            found["seams"][seam.target] = None
-            found["errors"].append(f"{seam.target}: {brief(error)}")
-    try:
-        from kvshare_sglang.cache import FuzzyRadixCache, RadixCache
-
-        # What our cache defines anew; what RadixCache lacks here may be of another version.
-        for name in sorted(vars(FuzzyRadixCache)):
-            if not name.startswith("__"):
-                theirs = getattr(RadixCache, name, None)
-                found["cache"][name] = signature(theirs) if callable(theirs) else None
-    except Exception as error:
-        found["errors"].append(f"our cache class cannot be built: {brief(error)}")
-    try:
-        from sglang.srt.server_args import ServerArgs
-
-        found["settings"] = sorted(
-            {name for base in ServerArgs.__mro__ for name in inspect.get_annotations(base)}
-        )
-    except Exception as error:
-        found["errors"].append(f"ServerArgs: {brief(error)}")
+            found["errors"].append(f"{read.__name__[1:]}: {brief(error)}")
     for line in metadata.requires("sglang") or ():
         name = line.split(";")[0].split("=")[0].split("<")[0].split(">")[0].split("[")[0].strip()
         if name in PINNED and "extra ==" not in line:
             found["pins"][name] = line.split(";")[0].strip()
     return found
+
+
+def nothing(*errors: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {kind: {} for kind in KINDS}
+    lists: dict[str, Any] = {"settings": [], "judged": [], "unneeded": [], "errors": [*errors]}
+    return {**empty, **lists, "pins": {}}
+
+
+def _touches(found: dict[str, Any]) -> None:
+    from kvshare_sglang.runtime import hooks, versions
+
+    have = versions.sglang_version()
+    for point in (*hooks.FLAGS, *hooks.WRAPPED):
+        found["wrapped"][point.target] = _signature_at(*point.target.rsplit(".", 1))
+    for method in hooks.OVERRIDDEN:
+        name = f"{method.owner}.{method.name}"
+        if method.versions[0] <= have <= method.versions[1]:
+            found["overridden"][name] = _signature_at(method.owner, method.name)
+        else:
+            found["unneeded"].append(name)
+    for one in hooks.ATTRIBUTES:
+        owner = _find(one.owner)
+        free = None if owner is None else TAKEN if hasattr(owner, one.name) else "free"
+        found["attributes"][f"{one.owner}.{one.name}"] = free
+    batch = _find(hooks._BATCH)
+    bases = batch.__mro__ if batch else ()
+    names = {name for base in bases for name in inspect.get_annotations(base)}
+    for name in hooks.FIELDS:
+        found["fields"][f"{hooks._BATCH}.{name}"] = "there" if name in names else None
+
+
+def _cache(found: dict[str, Any]) -> None:
+    """Our cache class is made over SGLang's as it is imported."""
+    import kvshare_sglang.runtime.cache.radix  # noqa: F401
+
+
+def _settings(found: dict[str, Any]) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    from kvshare_sglang.runtime.support import SETTINGS
+
+    found["judged"] = [setting.name for setting in SETTINGS]
+    found["settings"] = sorted(
+        {name for base in ServerArgs.__mro__ for name in inspect.get_annotations(base)}
+    )
+
+
+def _find(name: str) -> Any:
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _signature_at(owner: str, name: str) -> str | None:
+    function = getattr(_find(owner), name, None)
+    return None if function is None else signature(function)
 
 
 def signature(function: Any) -> str:
@@ -66,20 +111,18 @@ def signature(function: Any) -> str:
 
 
 def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-        :200
-    ]
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
 def ask(folder: Path | None) -> dict[str, Any]:
     """``facts`` of the SGLang in ``folder``, or of the installed one."""
     path = ([str(folder)] if folder else []) + [str(ROOT)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, __file__, "--facts"]
+    command = [sys.executable, "-m", "kvshare_sglang.bench.next_sglang", "--facts"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"seams": {}, "cache": {}, "settings": [], "pins": {}, "errors": [last]}
+        return nothing((done.stderr.strip().splitlines() or ["no output"])[-1])
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -91,40 +134,49 @@ def page(
     pinned: str, version: str, old: dict[str, Any], new: dict[str, Any], smoke: str | None
 ) -> tuple[list[str], bool]:
     """The lines of the page, and whether anything broke. ``smoke``: what failed in it, or None."""
-    from kvshare_sglang import args
-
-    gone = [
-        prefix + name
-        for group, prefix in (("seams", ""), ("cache", "RadixCache."))
-        for name, text in old[group].items()
-        if text is not None and new[group].get(name) is None
-    ]
     lost = sorted(set(old["settings"]) - set(new["settings"])) if new["settings"] else []
-    known = {name for name, *_ in (*args._SERVED, *args._REFUSED)}
-    broke = [*new["errors"], *(f"{name} is gone" for name in gone)]
-    broke += [f"the setting {name}, which we judge, is gone" for name in lost if name in known]
+    broke = [*new["errors"], *(row for kind in KINDS for row in broken(kind, old, new))]
+    broke += [
+        f"the setting {name}, which we judge, is gone" for name in lost if name in old["judged"]
+    ]
     broke += [] if smoke is None else [f"the smoke test failed: {smoke}"]
     changed = [
         f"{name}: ({was}) -> ({now})"
-        for group in ("seams", "cache")
-        for name, was in old[group].items()
-        if was is not None and (now := new[group].get(name)) is not None and was != now
+        for kind in ("wrapped", "overridden")
+        for name, was in old[kind].items()
+        if was is not None and (now := new[kind].get(name)) is not None and was != now
     ]
-    pins = [f"{new['pins'][name]} (was {old['pins'].get(name, 'unpinned')})"
-            for name in sorted(new["pins"])
-            if new["pins"][name] != old["pins"].get(name)]  # fmt: skip
+    pins = [
+        f"{new['pins'][name]} (was {old['pins'].get(name, 'unpinned')})"
+        for name in sorted(new["pins"])
+        if new["pins"][name] != old["pins"].get(name)
+    ]
     fresh = sorted(set(new["settings"]) - set(old["settings"]))
     lines = [f"# SGLang {version} against {pinned}", ""]
     for title, rows in (
         ("Broken", broke),
         ("Signatures that changed (harmless while the smoke test passes)", changed),
-        ("New settings: serve them, or refuse them by name in args.py", fresh),
+        ("New settings: serve them, or refuse them by name in runtime/support.py", fresh),
         ("Settings that are gone", lost),
         ("Pins that changed", pins),
     ):
         lines += [f"## {title}: {len(rows) or 'none'}", *(f"- {row}" for row in rows), ""]
     verdict = "something broke" if broke else "nothing broke: run the whole gate on it next"
     return [*lines, f"Verdict: {verdict}."], bool(broke)
+
+
+def broken(kind: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The touches of one kind that do not hold in ``new``, which needs them."""
+    label = {"wrapped": "function", "overridden": "method", "attributes": "attribute"}
+    what = label.get(kind, "field")
+    out = []
+    for name in {**old[kind], **new[kind]}:
+        was, now = old[kind].get(name), new[kind].get(name)
+        if now == TAKEN:
+            out.append(f"the {what} {name} is {TAKEN}")
+        elif now is None and (name in new[kind] or was is not None):
+            out += [] if name in new["unneeded"] else [f"the {what} {name} is gone"]
+    return out
 
 
 def smoke_test(version: str) -> str | None:
@@ -142,7 +194,12 @@ def smoke_test(version: str) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    if sys.argv[1:] == ["--facts"]:
+        print(json.dumps(facts()))
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="scripts/next_sglang.sh", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("pinned")
     parser.add_argument("version")
     parser.add_argument("folder", type=Path)
@@ -157,7 +214,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--facts"]:
-        print(json.dumps(facts()))
-    else:
-        sys.exit(main())
+    sys.exit(main())
