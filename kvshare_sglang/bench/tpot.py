@@ -50,10 +50,10 @@ def prose(corpus: Corpus, tokens: int) -> Texts:
 
 def lists() -> Texts:
     """The prompts of the command decode."""
-    from kvshare_sglang.bench import decode
-    from kvshare_sglang.bench.quality import Encoder
+    from kvshare_sglang.bench.decode import lists as asked_lists
+    from kvshare_sglang.bench.quality.cases import Encoder
 
-    for asked in decode.lists(Encoder(models.READER), "test tpot", "hops"):
+    for asked in asked_lists(Encoder(models.READER), "test tpot", "hops"):
         yield asked.cached.tolist(), asked.ids.tolist()
 
 

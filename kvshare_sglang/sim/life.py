@@ -169,7 +169,7 @@ class Life:
         """
         out: list[Run] = []
         for run in runs:
-            join = run.join if run.join is Join.SAME else Join.SEAM
+            join: Join = run.join if run.join is Join.SAME else Join.SEAM
             if out and 0 <= run.src_start - out[-1].src_stop <= EDIT_GAP:
                 before = out[-1]
                 if self._same_path(before, run):

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with serve(*server_specs(model, args)) as (plain, shared):
         kinds = measure_all(plain, shared, corpus, args)
     print(f"\n{show_table(kinds)}\n{LEGEND}")
-    declined = {t.declined for kind in kinds[:3] for t in kind.timings} - {None}
+    declined = {t.declined for kind in kinds[:3] for t in kind.timings if t.declined}
     if declined:
         print(f"kvshare declined prompts that it should reuse: {', '.join(sorted(declined))}")
     weights = "trained reader" if trained else "random weights"

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from kvshare_sglang.bench import common, models
-from kvshare_sglang.bench.quality import SIZE, Encoder, Prompt, prompts
+from kvshare_sglang.bench.quality.cases import SIZE, Encoder, Prompt, prompts
 from kvshare_sglang.bench.server import Server, ServerSpec, serve
 
 KINDS = (

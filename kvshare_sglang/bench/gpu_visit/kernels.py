@@ -94,7 +94,7 @@ def mass_checks(box: Box) -> Checks:
         q = torch.randn(len(at), box.kv_heads * box.group, box.dim).to(dtype)
         keys = torch.randn(40, box.kv_heads, box.dim).to(dtype)
         for strongest in (True, False):
-            how = {"scaling": 0.1, "strongest_head": strongest}
+            how: Any = {"scaling": 0.1, "strongest_head": strongest}
             got = attention_mass(*(x.to(box.device) for x in (q, at, keys)), **how)
             want = reference.attention_mass(q, at, keys, **how)
             yield f"{dtype} {'strongest' if strongest else 'mean'}", dtype, far(got, want)

@@ -50,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--table", type=Path, metavar="PAGE.md",
         help="write the speed table there, between its markers named speed")  # fmt: skip
-    add("--from", type=Path, dest="measured", metavar="FILE",
-        help="measure nothing: take the result of an earlier run")  # fmt: skip
+    add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -82,8 +81,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.measured:
-        result = read(args.measured)
+    if args.result:
+        result = read(args.result)
         print(show(result))
         return finish(args, result)
     check(args)
@@ -130,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"numbers: {args.json}")
     own = args.requests.name if args.requests else None  # such prompts may well be declined
     made = (s for name, group in found.samples.items() for s in group if name != own)
-    declined = {w.declined for s in made for w in s.work.values()} - {None}
+    declined = {w.declined for s in made for w in s.work.values() if w.declined}
     if declined:
         print(f"kvshare declined prompts that it should reuse: {', '.join(sorted(declined))}")
     return finish(args, result) or bool(declined)
@@ -142,7 +141,7 @@ def read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text())
         return {**result, "rows": [of_one_arm(row) for row in result["rows"]]}
     except (OSError, ValueError, KeyError) as error:
-        raise ScriptError(f"--from {path} is no result of ttft: {error!r}") from None
+        raise ScriptError(f"--result {path} is no result of ttft: {error!r}") from None
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """The run: groups of prompts, the servers that they go to, and what was found so far."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +33,7 @@ def groups_of(bench: Bench, plain: dict[int, Setting]) -> dict[str, Group]:
         for share in args.reused:
             name = str(size) if len(args.reused) == 1 else f"{size}, {share:.0%} cached"
             groups[name] = Group(
-                lambda size=size, share=share: (
-                    moved_case(rng, size, bench.vocab, reused=share) for _ in range(args.repeats)
-                ),
+                partial(moved_cases, bench, rng, size, share),
                 size,
                 plain[size],
             )
@@ -46,6 +45,11 @@ def groups_of(bench: Bench, plain: dict[int, Setting]) -> dict[str, Group]:
             plain[max(args.sizes)],
         )
     return groups
+
+
+def moved_cases(bench: Bench, rng: np.random.Generator, size: int, share: float) -> Iterator[Case]:
+    for _ in range(bench.args.repeats):
+        yield moved_case(rng, size, bench.vocab, reused=share)
 
 
 class Found(NamedTuple):
