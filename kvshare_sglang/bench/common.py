@@ -174,6 +174,17 @@ def report(args: argparse.Namespace, text: str, result: dict[str, Any], **env: A
         print(f"numbers: {args.json}")
 
 
+def read_result(path: Path, *needed: str) -> dict[str, Any]:
+    """An earlier result. Raises ScriptError where the file is none, or lacks a part."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"--result {path} cannot be read: {error}") from None
+    if lacking := [name for name in needed if name not in result]:
+        raise ScriptError(f"--result {path} lacks {', '.join(lacking)}")
+    return result
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

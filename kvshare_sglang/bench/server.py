@@ -25,7 +25,7 @@ START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
 _QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _COMMON = ("--skip-server-warmup", "--grammar-backend", "none", "--sleep-on-idle")
-_CPU = ("--attention-backend", "torch_native", "--dtype", "float32", "--disable-overlap-schedule")
+_CPU = ("--attention-backend", "torch_native", "--dtype", "float32")
 _NOISE = re.compile(r"Warning: |warnings\.warn|Ignore import error|sglang serve --model-path")
 
 
@@ -49,6 +49,7 @@ class ServerSpec:
     chunk: int = 8192
     max_total_tokens: int = 32768
     mem_fraction: float = 0.25
+    overlap: bool = False  # on a CPU; on a GPU it is SGLang's default
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
@@ -59,20 +60,27 @@ class ServerSpec:
         return 8 if self.device == "cpu" else 2048
 
     def command(self, port: int) -> list[str]:
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *("--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(port)),
+            *self.flags(),
+        ]
+
+    def flags(self) -> list[str]:
+        """What does not depend on model and address."""
         numbers = {
-            "--port": port,
             "--mem-fraction-static": self.mem_fraction,
             "--max-total-tokens": self.max_total_tokens,
             "--max-running-requests": self.max_running,
             "--chunked-prefill-size": self.chunk,
         }
-        flags = [text for flag, value in numbers.items() for text in (flag, str(value))]
+        on_cpu = self.device == "cpu"
         return [
-            *(sys.executable, "-m", "sglang.launch_server"),
-            *("--model-path", str(self.model), "--host", "127.0.0.1", "--device", self.device),
+            *("--device", self.device),
             *_COMMON,
-            *(_CPU if self.device == "cpu" else ()),
-            *flags,
+            *(_CPU if on_cpu else ()),
+            *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
+            *(text for flag, value in numbers.items() for text in (flag, str(value))),
             *self.args,
         ]
 
@@ -206,7 +214,7 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
         try:
             for spec in specs:
                 servers.append(Server(spec, log_dir))
-            _wait_ready(servers)
+            wait_ready(servers)
             yield servers
             failed = False
         finally:
@@ -239,7 +247,8 @@ def require_free(port: int) -> None:
             ) from None
 
 
-def _wait_ready(servers: list[Server]) -> None:
+def wait_ready(servers: Sequence[Server]) -> None:
+    """Wait until all answer. Raises ScriptError, with a log's tail, for one that does not."""
     started = time.monotonic()
     waiting = list(servers)
     with Progress(len(servers), unit=" ready") as bar:

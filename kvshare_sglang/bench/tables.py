@@ -1,7 +1,7 @@
 """Tables in pages of Markdown, between markers: written by the command that measured them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvshare_sglang.bench.common import ScriptError
@@ -24,6 +24,20 @@ def write(path: Path, name: str, lines: Sequence[str]) -> None:
     before, _, rest = text.partition(start)
     after = rest.partition(stop)[2]
     path.write_text("\n".join([before + start, *lines, stop + after]), encoding="utf-8")
+
+
+def write_marked(path: Path, tables: Mapping[str, Sequence[str]]) -> list[str]:
+    """Write those of ``tables`` (lines by name) that a page has markers for; their names.
+
+    Raises ScriptError where it has none for any.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    names = [name for name in tables if f"<!-- {name} -->" in text]
+    if not names:
+        raise ScriptError(f"{path} must hold a marker of one of: {', '.join(tables)}")
+    for name in names:
+        write(path, name, tables[name])
+    return names
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

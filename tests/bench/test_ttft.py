@@ -88,10 +88,11 @@ RESULT = {
 def test_the_speed_table_is_written_from_an_earlier_result(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(RESULT))
     page = tmp_path / "README.md"
-    page.write_text("# Page\n<!-- speed -->\nold\n<!-- /speed -->\nend\n")
+    page.write_text("<!-- speed -->\nold\n<!-- /speed -->\n<!-- old --><!-- /old -->\nend\n")
     assert main(["ttft", "--result", str(tmp_path / "old.json"), "--table", str(page)]) == 0
     lines = page.read_text().splitlines()
     assert "| 1024 | 2.09 s | 0.543 s | 3.74x | 20% |" in lines
+    assert "| 1024 | kvshare | 2.09 s | 0.543 s | 3.74x | - | 5.00x | - |" in lines
     assert "old" not in lines
     assert lines[-1] == "end"
 
@@ -103,7 +104,7 @@ def test_the_speed_table_is_written_from_an_earlier_result(tmp_path):
         (["--arms", "plain"], "--arms must name one that reuses, got plain"),
         (["--sizes", "100"], r"--sizes must be in \[256, 14894\]"),
         (["--reused", "1.0"], r"--reused must be in \(0, 1\), got \[1.0\]"),
-        (["--result", "no-such-file"], "--result no-such-file is no result of ttft"),
+        (["--result", "no-such-file"], "--result no-such-file cannot be read: "),
     ],
 )
 def test_bad_values_are_refused_with_their_limits(words, told, capsys):

@@ -8,10 +8,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kvshare_sglang.bench.common import ScriptError, report, warn_if_busy
+from kvshare_sglang.bench import common, tables
+from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.match import files, memory, requests, scale, synthetic
 from kvshare_sglang.bench.match.files import ARMS, SETTINGS, STANDARD, Setting
-from kvshare_sglang.bench.match.show import show
+from kvshare_sglang.bench.match.show import found_table, show
 from kvshare_sglang.sim.life import ANY_DEPTH
 
 PARTS = ("files", "curve", "synthetic", "scale")
@@ -19,7 +20,7 @@ PARTS = ("files", "curve", "synthetic", "scale")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--requests", type=Path, nargs="+", required=True, metavar="FILE",
+    add("--requests", type=Path, nargs="+", default=[], metavar="FILE",
         help="JSON lines with 'prompt', and 'extra_key' where there are namespaces")  # fmt: skip
     add("--tokenizer", type=Path, metavar="DIR",
         help="with a tokenizer.json (default: a BPE of 32k, trained on the files)")  # fmt: skip
@@ -32,11 +33,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     add("--limit", type=int, metavar="N", help="requests of each file, from the first")
     add("--plot", type=Path, metavar="OUT.png", help="where a page of plots goes")
+    add("--table", type=Path, metavar="PAGE.md", help="write the table there, at its marker match")
+    add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.result:
+        result = common.read_result(args.result)
+        print(show(result))
+    else:
+        result = measure(args)
+        trained = f"bpe-{requests.VOCAB}, trained here"
+        made_by = args.tokenizer.name if args.tokenizer else trained
+        common.report(args, show(result), result, tokenizer=made_by)
+    if args.table:
+        tables.write(args.table, "match", found_table(result))
+        print(f"table: match in {args.table}")
+    if args.plot:
+        from kvshare_sglang.bench.match import plot
+
+        plot.draw(result, args.plot)
+        print(f"plot: {args.plot}")
+    wrong = sum(
+        rows["kvshare"]["unequal_tokens"]
+        for settings in result.get("files", {}).values()
+        for rows in settings.values()
+        if "kvshare" in rows
+    )
+    if wrong:
+        print(f"FAILED: {wrong} mapped tokens are not equal in source and destination")
+    return 1 if wrong else 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts that are asked for. Raises ScriptError where a file cannot be read."""
+    if not args.requests:
+        raise ScriptError("--requests must name at least one file, got none")
     memory.start()
-    warn_if_busy()
+    common.warn_if_busy()
     try:
         found = requests.load(args.requests, tokenizer=args.tokenizer, limit=args.limit)
     except (OSError, KeyError, ValueError) as error:
@@ -52,22 +86,7 @@ def run(args: argparse.Namespace) -> int:
         result["scale"] = memory.in_clean_process(
             scale.measure, [prompt for file in found for prompt in file.prompts]
         )
-    trained = f"bpe-{requests.VOCAB}, trained here"
-    report(args, show(result), result, tokenizer=args.tokenizer.name if args.tokenizer else trained)
-    if args.plot:
-        from kvshare_sglang.bench.match import plot
-
-        plot.draw(result, args.plot)
-        print(f"plot: {args.plot}")
-    wrong = sum(
-        rows["kvshare"]["unequal_tokens"]
-        for settings in result.get("files", {}).values()
-        for rows in settings.values()
-        if "kvshare" in rows
-    )
-    if wrong:
-        print(f"FAILED: {wrong} mapped tokens are not equal in source and destination")
-    return 1 if wrong else 0
+    return result
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Setting]:

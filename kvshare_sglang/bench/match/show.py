@@ -5,6 +5,7 @@ from typing import Any
 from kvshare_sglang.bench.common import table
 from kvshare_sglang.bench.match import scale, synthetic
 from kvshare_sglang.bench.match.verdicts import verdicts
+from kvshare_sglang.bench.tables import markdown
 
 _FIGURES = ("prefix", "beyond", "useful", "saved", "of ceiling", "runs", "edits", "p50 ms",
             "p99 ms", "ins/8k", "B/tok", "distinct")  # fmt: skip
@@ -54,3 +55,18 @@ def _cells(matcher: str, r: dict[str, Any]) -> tuple[str, ...]:
 
 def _num(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def found_table(result: dict[str, Any]) -> list[str]:
+    """By file, in a cache without limit: what is found of all there is, and what is useful."""
+    matchers = ("kvshare", "winnow", "fixed-any-offset", "ceiling")
+    head = ("file", "there", "found of it", "useful", *matchers[1:-1], "useful at most")
+    cells = []
+    for name, settings in result.get("files", {}).items():
+        rows = settings.get("unlimited", {})
+        if set(matchers) <= set(rows):
+            of_all = rows["kvshare"]["share_of_ceiling"]
+            there = f"{rows['ceiling']['beyond_share']:.1%}"
+            shares = (f"{rows[matcher]['useful_share']:.1%}" for matcher in matchers)
+            cells.append((name, there, "-" if of_all is None else f"{of_all:.1%}", *shares))
+    return markdown(head, cells)

@@ -6,7 +6,6 @@ runs: every ratio is of one prompt. The result is rewritten after each length.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,13 @@ from kvshare_sglang.bench.ttft.arms import ARMS, Bench, Setting
 from kvshare_sglang.bench.ttft.measure import DECODED, Found, measure_all
 from kvshare_sglang.bench.ttft.miss import lookup_ms
 from kvshare_sglang.bench.ttft.plain import probe_plain
-from kvshare_sglang.bench.ttft.rows import of_one_arm, rows_of_result, show, speed_table
+from kvshare_sglang.bench.ttft.rows import (
+    full_table,
+    of_one_arm,
+    rows_of_result,
+    show,
+    speed_table,
+)
 from kvshare_sglang.config import KVShareConfig
 
 
@@ -49,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-total-tokens", type=int, default=32768, help="KV tokens of each server")
     add("--seed", type=int, default=0)
     add("--table", type=Path, metavar="PAGE.md",
-        help="write the speed table there, between its markers named speed")  # fmt: skip
+        help="write the tables that it has markers for: speed, the result's name")  # fmt: skip
     add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
 
 
@@ -82,7 +87,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.result:
-        result = read(args.result)
+        result = common.read_result(args.result, "rows", "miss", "env")
+        result["rows"] = [of_one_arm(row) for row in result["rows"]]
         print(show(result))
         return finish(args, result)
     check(args)
@@ -135,18 +141,12 @@ def run(args: argparse.Namespace) -> int:
     return finish(args, result) or bool(declined)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """An earlier result. Raises ScriptError where the file is none."""
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        return {**result, "rows": [of_one_arm(row) for row in result["rows"]]}
-    except (OSError, ValueError, KeyError) as error:
-        raise ScriptError(f"--result {path} is no result of ttft: {error!r}") from None
-
-
 def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
-    """Write the table, if asked for."""
+    """Write the tables, if asked for: the page of a result's folder names them by its file."""
     if args.table:
-        tables.write(args.table, "speed", speed_table(result))
-        print(f"table: {args.table}")
+        source = args.result or args.json
+        marks = {"speed": speed_table(result)}
+        if source:
+            marks[source.stem] = full_table(result)
+        print(f"tables: {', '.join(tables.write_marked(args.table, marks))} in {args.table}")
     return 0

@@ -40,10 +40,6 @@ def rows_of_result(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> str:
-    def times(row: dict[str, Any], form: str, text: str) -> str:
-        value = row.get(form)
-        return "-" if value is None else text.format(value)
-
     head = ("prompts", "arm", "ttft", "plain", "all rows", "vs plain", "vs all rows", "iqr",
             "ceiling", "computed", "recomputed")  # fmt: skip
     rows = [
@@ -51,11 +47,11 @@ def show(result: dict[str, Any]) -> str:
             row["prompts"],
             row["arm"],
             f"{row['ttft_p50_s']:.3f} s",
-            times(row, "ttft_plain_p50_s", "{:.3f} s"),
-            times(row, "ttft_allrows_p50_s", "{:.3f} s"),
-            times(row, "ratio_plain", "{:.2f}x"),
-            times(row, "ratio_allrows", "{:.2f}x"),
-            times(row, "iqr", "{:.2f}"),
+            _told(row.get("ttft_plain_p50_s"), "{:.3f} s"),
+            _told(row.get("ttft_allrows_p50_s"), "{:.3f} s"),
+            _told(row.get("ratio_plain"), "{:.2f}x"),
+            _told(row.get("ratio_allrows"), "{:.2f}x"),
+            _told(row.get("iqr"), "{:.2f}"),
             f"{row['ceiling']:.2f}x",
             f"{row['computed_share']:.1%}",
             f"{row['recomputed_share']:.1%}",
@@ -105,3 +101,28 @@ def speed_table(result: dict[str, Any]) -> list[str]:
         f"Time to the first token, median; {env['model']['name']}{weights} on {machine}, commit "
         f"{env['commit']}.",
     ]
+
+
+def full_table(result: dict[str, Any]) -> list[str]:
+    """Times, ratios, and what share of the ceiling is reached; the ceiling counts FLOPs alone."""
+    head = ("prompt", "arm", "plain", "kvshare", "vs plain", "vs all rows", "ceiling", "reached")
+    cells = []
+    for row in result["rows"]:
+        share = row["ratio_allrows"] / row["ceiling"] if "ratio_allrows" in row else None
+        cells.append(
+            (
+                row["prompts"],
+                row["arm"],
+                _told(row.get("ttft_plain_p50_s"), "{:.3g} s"),
+                f"{row['ttft_p50_s']:.3g} s",
+                _told(row.get("ratio_plain"), "{:.2f}x"),
+                _told(row.get("ratio_allrows"), "{:.2f}x"),
+                f"{row['ceiling']:.2f}x",
+                _told(share, "{:.0%}"),
+            )
+        )
+    return markdown(head, cells)
+
+
+def _told(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
