@@ -160,7 +160,7 @@ def columns(rows: Sequence[dict[str, Any]], /, **parts: str) -> str:
 
 def write_result(args: argparse.Namespace, result: dict[str, Any], **env: Any) -> None:
     """Write a result where ``--json`` says, if it does: always with its command, its arguments
-    and what it was measured with, under ``env``. May be called again as a run goes on."""
+    and what it was measured with, under ``env``. May be called again during a run."""
     if args.json:
         env = environment(**(settings(args) | env))
         write_json(args.json, {**result, "env": env})

@@ -20,6 +20,12 @@ from typing import Any, NamedTuple
 import httpx
 
 from kvshare_sglang.bench.common import Progress, ScriptError, cores
+from kvshare_sglang.bench.processes import (
+    free_port,
+    group_lives,
+    signals_ignored,
+    signals_raise,
+)
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -155,7 +161,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sig)
             deadline = time.monotonic() + wait_s
-            while _group_lives(self.process) and time.monotonic() < deadline:
+            while group_lives(self.process) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
     def flush(self) -> None:
@@ -210,7 +216,7 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
     log_dir = Path(tempfile.mkdtemp(prefix="kvshare-logs-"))
     servers: list[Server] = []
     failed = True
-    with _signals_raise():
+    with signals_raise():
         try:
             for spec in specs:
                 servers.append(Server(spec, log_dir))
@@ -218,20 +224,13 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
             yield servers
             failed = False
         finally:
-            with _signals_ignored():
+            with signals_ignored():
                 for server in servers:
                     server.stop()
             if not failed:
                 shutil.rmtree(log_dir, ignore_errors=True)
             elif servers:
                 print(f"server logs: {log_dir}", file=sys.stderr)
-
-
-def free_port() -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def require_free(port: int) -> None:
@@ -266,41 +265,3 @@ def wait_ready(servers: Sequence[Server]) -> None:
                 )
             time.sleep(0.3)
         bar.say("servers")
-
-
-def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
-    process.poll()  # reap the leader, or it stays in its group for ever
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the script like Ctrl-C, so that the servers are stopped."""
-
-    def leave(number: int, _frame: Any) -> None:
-        sys.exit(128 + number)
-
-    with _handlers({signal.SIGTERM: leave, signal.SIGHUP: leave}):
-        yield
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not leave servers behind."""
-    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with _handlers(dict.fromkeys(stop, signal.SIG_IGN)):
-        yield
-
-
-@contextlib.contextmanager
-def _handlers(handlers: dict[Any, Any]) -> Iterator[None]:
-    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

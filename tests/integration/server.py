@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from kvshare_sglang.bench import server as bench
+from kvshare_sglang.bench.processes import free_port
 
 SPEC = bench.ServerSpec(
     "server", Path(), threads=1, max_total_tokens=16384, mem_fraction=0.3, overlap=True
@@ -54,7 +55,7 @@ class Server(bench.Server):
 @contextlib.contextmanager
 def serve(model: Path, folder: Path, *args: str, sglang: Path | None = None) -> Iterator[Server]:
     """A server for the length of a ``with`` block, or ScriptError with the end of its log."""
-    port = bench.free_port()
+    port = free_port()
     spec = dataclasses.replace(
         SPEC, name=f"server-{port}", model=model, port=port, args=args, env=environment(sglang)
     )

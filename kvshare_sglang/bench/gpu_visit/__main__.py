@@ -62,7 +62,7 @@ class Place:
         return error
 
     def _take_in(self) -> None:
-        """Go on in a kit's environment, once it is there; give SGLang the plug-in's entry point."""
+        """Use a kit's environment, once it is there; give SGLang the plug-in's entry point."""
         site = self.scratch / "site.env"
         if self.lacks and site.is_file():
             self.env = env.with_kit(self.env, site)

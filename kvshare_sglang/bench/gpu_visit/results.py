@@ -1,4 +1,4 @@
-"""What a visit leaves behind: a small summary, and one archive that always fits.
+"""What a visit leaves: a small summary, and one archive that always fits.
 
 Both are replaced in one step, so that a visit that is killed leaves whole files.
 """

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from kvshare_sglang.bench.gpu_visit.plan import Stage
 from kvshare_sglang.bench.gpu_visit.results import write_archive, write_json
+from kvshare_sglang.bench.processes import group_lives
 
 NO_TIME_S = 10  # a stage is not begun with less time left
 MARK = "GPU_VISIT_STAGE"  # in the environment of all that a stage starts
@@ -181,7 +182,7 @@ def end_group(process: "subprocess.Popen[bytes]", mark: str | None) -> None:
         except ProcessLookupError:
             break
         deadline = time.monotonic() + wait_s
-        while _group_lives(process) and time.monotonic() < deadline:
+        while group_lives(process) and time.monotonic() < deadline:
             time.sleep(0.05)
     process.poll()
     for pid in marked(mark) if mark else ():
@@ -202,12 +203,3 @@ def marked(mark: str) -> list[int]:
         except OSError:
             continue  # gone, or another user's
     return found
-
-
-def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
-    process.poll()  # reap the leader, or it stays in its group for ever
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -24,7 +24,7 @@ Note = Callable[[dict[str, Any]], None]
 
 
 def run(stage: Stage, scratch: Path, device: str) -> None:
-    """Do it; the JSON is written whatever happens, short of a crash, and as the stage goes on."""
+    """Do it; the JSON is written whatever happens, short of a crash, and while the stage runs."""
     begun = time.perf_counter()
     last: dict[str, Any] = {}
 

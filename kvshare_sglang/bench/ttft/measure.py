@@ -53,7 +53,7 @@ def moved_cases(bench: Bench, rng: np.random.Generator, size: int, share: float)
 
 
 class Found(NamedTuple):
-    """What was measured so far; filled as the run goes on."""
+    """What was measured so far; filled during the run."""
 
     samples: dict[str, list[Sample]]
     miss: dict[str, Any]

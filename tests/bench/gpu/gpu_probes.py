@@ -68,7 +68,7 @@ def start_profile(child: Any) -> None:
 
 def stop_profile(child: Any) -> dict[str, Any]:
     """From the first to the last kernel: time in kernels, in the gaps between them, and what took
-    longest. Without a GPU the host's operations stand for kernels."""
+    longest. Without a GPU the host's operations are taken for kernels."""
     import torch
 
     if torch.cuda.is_available():
