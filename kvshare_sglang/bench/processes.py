@@ -1,0 +1,56 @@
+"""Processes that must end with the program that started them. Needs the standard library alone."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def group_lives(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether any process of the group that ``process`` leads is left."""
+    process.poll()  # reap the leader, or it stays in its group for ever
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the script like Ctrl-C, so that the servers are stopped."""
+
+    def leave(number: int, _frame: Any) -> None:
+        sys.exit(128 + number)
+
+    with _handlers({signal.SIGTERM: leave, signal.SIGHUP: leave}):
+        yield
+
+
+@contextlib.contextmanager
+def signals_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not leave servers running."""
+    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with _handlers(dict.fromkeys(stop, signal.SIG_IGN)):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[Any, Any]) -> Iterator[None]:
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
