@@ -13,11 +13,11 @@ from oracles import covered
 from strategies import NAMESPACES, fresh, random_tokens, texts
 
 from kvshare_sglang.errors import TreeError
+from kvshare_sglang.plan import Join, Run, check_runs
 from kvshare_sglang.radix_fuzzy import segments
 from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.plan import Join, Run, check_runs
 
 MAX_DEPTH = 2
 
