@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "scripts" / "models"
 READER = ROOT / "tests" / "data" / "reader"  # a small trained model, where the tests hold one
 

@@ -1,0 +1,1 @@
+"""Measure: python -m kvshare_sglang.bench WHAT."""
