@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+
 from kvshare_sglang.bench.common import Progress
 
 START_TIMEOUT_S = 600
