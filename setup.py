@@ -1,4 +1,4 @@
-"""Packaging of kvshare_sglang; tool settings stand in pyproject.toml."""
+"""Packaging of kvshare_sglang; tool settings are in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
@@ -10,7 +10,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["kvshare_sglang", "kvshare_sglang.*"]),
-    package_data={"kvshare_sglang": ["py.typed"]},
+    package_data={"kvshare_sglang": ["py.typed"], "kvshare_sglang.bench.models": ["*.json"]},
     install_requires=[
         "numpy>=1.26,<3",
         "rapidfuzz>=3.9,<4",
@@ -28,14 +28,18 @@ setup(
             "flashinfer-python>=0.6.15,<0.8",
             "triton>=3.6,<4",
         ],
+        # python -m kvshare_sglang.bench, beside one of the two above
+        "bench": [
+            "httpx>=0.27,<1",
+            "matplotlib>=3.9,<4",
+            "tqdm>=4.66,<5",
+        ],
         "dev": [
             "hypothesis>=6.140,<7",
-            "matplotlib>=3.9,<4",
             "mypy>=1.18,<3",
             "pytest>=8.3,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.14,<0.18",
-            "tqdm>=4.66,<5",
         ],
     },
     entry_points={"sglang.srt.plugins": ["kvshare = kvshare_sglang.plugin:register"]},

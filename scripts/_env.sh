@@ -101,7 +101,7 @@ _env_make() {
     fi
     if _env_has_gpu; then
         _env_pip "installing SGLang $ENV_SGLANG for the GPU, and this package (several GB the first time)" \
-            -e ".[gpu,dev]" "sglang==$ENV_SGLANG"
+            -e ".[gpu,bench,dev]" "sglang==$ENV_SGLANG"
     else
         _env_say "no GPU here (nvidia-smi): installing for the CPU"
         _env_pip "1/4 installing torch and the pinned packages (a minute or more)" \

@@ -17,7 +17,8 @@ fits() { # PYTHON: whether it is new enough, and has torch where that is needed
 
 command=${1:-}
 for candidate in ${PYTHON:+"$PYTHON"} python3 "$root/.venv/bin/python"; do
-    fits "$candidate" && exec "$candidate" "$root/scripts/gpu_visit.py" "$@"
+    fits "$candidate" &&
+        PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$candidate" -m kvshare_sglang.bench.gpu_visit "$@"
     [[ $candidate == "${PYTHON:-}" ]] && break # a chosen one is not silently replaced
 done
 echo "[gpu_visit] ERROR: no Python from 3.11 on that has torch (tried ${PYTHON:-python3 and .venv/bin/python})." >&2

@@ -28,4 +28,4 @@ if [[ -z $version ]]; then
     fi
 fi
 folder=$(env_other_sglang "$version") || exit 1
-exec python scripts/next_sglang.py "$ENV_SGLANG" "$version" "$folder"
+exec python -m kvshare_sglang.bench.next_sglang "$ENV_SGLANG" "$version" "$folder"

@@ -68,7 +68,7 @@ integration() {
         done
         workers=(-n 2 --dist loadfile) # each server runs on one thread
     fi
-    run_pytest "${workers[@]}" tests/integration tests/gpu -m "sglang or gpu"
+    run_pytest "${workers[@]}" tests/integration tests/bench -m "sglang or gpu"
 }
 
 stage "format (ruff)" ruff format --check .
@@ -76,8 +76,10 @@ stage "lint (ruff)" ruff check .
 stage "types (mypy)" mypy
 stage "layers" run_pytest tests/test_layers.py
 stage "pure tests and doctests" run_pytest tests \
-    --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration --ignore=tests/gpu \
-    --doctest-modules kvshare_sglang/{errors,config,plan}.py kvshare_sglang/{radix_fuzzy,policy}
+    --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration \
+    --ignore=tests/bench/gpu -m "not sglang" \
+    --doctest-modules kvshare_sglang/{errors,config,plan,sim/useful,bench/common}.py \
+    kvshare_sglang/{radix_fuzzy,policy}
 stage "kernels against their references" run_pytest tests/kernels
 ((num_stages > 6)) && stage "the real SGLang" integration
 

@@ -1,6 +1,7 @@
 """Imports only go down: ``LAYERS`` and ``RUNTIME_ORDER``. Also: no file names this machine."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ PURE = f"{PACKAGE}.radix_fuzzy"
 POLICY = f"{PACKAGE}.policy"
 KERNELS = f"{PACKAGE}.kernels"
 RUNTIME = f"{PACKAGE}.runtime"
+SIM = f"{PACKAGE}.sim"
 
 # What each room may import beside the standard library and itself. A name stands for all below
 # it. The three rooms over the floor are siblings: none imports another.
@@ -27,9 +29,16 @@ LAYERS = {
     PURE: {"numpy", "xxhash", "rapidfuzz", *FLOOR},
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
-    f"{PACKAGE}.sim": {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
+    SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", PURE, POLICY, KERNELS, *FLOOR},
     f"{PACKAGE}.plugin": {RUNTIME},
+    # Over all rooms: nothing imports it.
+    f"{PACKAGE}.bench": {
+        *("torch", "sglang", "transformers", "tokenizers", "numpy", "rapidfuzz"),
+        *("httpx", "tqdm", "matplotlib"),
+        *("lab", "gpu_oracles"),  # of the tests: a visit to a GPU machine runs them
+        *(PURE, POLICY, KERNELS, SIM, RUNTIME, *FLOOR),
+    },
 }
 # The order inside runtime, from the bottom up: a module imports only from rows above its own.
 RUNTIME_ORDER = (
@@ -145,6 +154,9 @@ def test_runtime_keeps_its_inner_order():
         ("sim/engine.py", "from kvshare_sglang.runtime import report\n"),
         ("sim/engine.py", "import sglang\n"),
         ("runtime/batch.py", "from kvshare_sglang.sim import engine\n"),
+        ("runtime/batch.py", "from kvshare_sglang.bench import common\n"),
+        ("sim/engine.py", "from kvshare_sglang.bench import common\n"),
+        ("bench/ttft.py", "import requests\n"),
         ("radix_fuzzy/tree.py", "from kvshare_sglang.policy import eviction\n"),
         ("radix_fuzzy/tree.py", "from ..policy.eviction import score\n"),
         ("radix_fuzzy/tree.py", "from .. import policy\n"),
@@ -179,6 +191,7 @@ def test_an_import_that_goes_up_is_found(tmp_path, path, source):
         ("kernels/ops.py", "import torch\nfrom kvshare_sglang.plan import Run\n"),
         ("runtime/batch.py", "import sglang\nfrom ..kernels import ops\n"),
         ("sim/engine.py", "import torch\nfrom ..policy.select import base\n"),
+        ("bench/ttft.py", "import httpx\nfrom ..runtime import hooks\nfrom . import common\n"),
     ],
 )
 def test_an_import_that_goes_down_is_allowed(tmp_path, path, source):
@@ -192,6 +205,27 @@ def test_importing_the_plugin_leaves_torch_out():
     code = f"import sys, {PACKAGE}.plugin; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+@pytest.mark.parametrize("module", ["bench", "bench.gpu_visit.__main__"])
+def test_importing_the_bench_needs_nothing_that_a_machine_may_lack(module):
+    code = f"import sys, {PACKAGE}.{module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    others = set(done.stdout.split()) & {"torch", "sglang", "numpy", "tqdm", "httpx", "xxhash"}
+    assert others == set()
+
+
+def test_no_file_edits_the_search_path_of_modules():
+    edit = re.compile(r"\bsys\.path\s*(\.(insert|append|extend)\b|\[.*\]\s*=[^=]|\+?=[^=])")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in (PACKAGE, "scripts", "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if edit.search(line)
+    ]
+    assert found == []
 
 
 def test_no_file_names_the_machine_it_was_written_on():

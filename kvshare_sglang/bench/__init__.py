@@ -1,1 +1,1 @@
-"""Measure: python -m kvshare_sglang.bench WHAT."""
+"""Measure: ``python -m kvshare_sglang.bench --help`` lists the commands. Free to import."""

@@ -1,9 +1,10 @@
-"""What scripts share: statistics, progress, tables, the environment they ran in, JSON files."""
+"""What commands share: statistics, progress, tables, the one form of a result."""
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
+_ABOVE = Path(__file__).resolve().parents[2]
+# The checkout; the working directory where the package was installed without one.
+ROOT = _ABOVE if (_ABOVE / "setup.py").is_file() else Path.cwd()
+_LOAD = os.getloadavg()[0]
+
+
+class ScriptError(Exception):
+    """Something the user can mend; shown as one message, without a traceback."""
+
+
+def has_gpu() -> bool:
+    """Whether ``nvidia-smi`` lists a GPU."""
+    return shutil.which("nvidia-smi") is not None and "GPU" in _output("nvidia-smi", "-L")
+
+
+def default_device() -> str:
+    return "cuda" if has_gpu() else "cpu"
 
 
 def cores() -> int:
@@ -83,22 +100,27 @@ def environment(**more: Any) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores(),
         "gpu": gpu or None,
-        "load_1min_at_start": round(os.getloadavg()[0], 2),
+        "load_1min_at_start": round(_LOAD, 2),
         "commit": _commit(),
         **more,
     }
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """A script's arguments for its result, paths by their last part: they name no machine."""
-    return {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    """The arguments for a result, paths by their last part: they name no machine."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return value.name if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}
 
 
 def warn_if_busy() -> None:
     """Say so if other work runs on this machine: times measured beside it mean little."""
-    load = os.getloadavg()[0]
-    if load > 0.5 * cores():
-        print(f"note: load is {load:.1f} on {cores()} cores; times will be noisy", file=sys.stderr)
+    if 0.5 * cores() < _LOAD:
+        print(f"note: load is {_LOAD:.1f} on {cores()} cores; times will be noisy", file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,13 +158,31 @@ def columns(rows: Sequence[dict[str, Any]], /, **parts: str) -> str:
     return table(head, [[part.format_map(row) for part in parts.values()] for row in rows])
 
 
-def report(args: argparse.Namespace, text: str, result: dict[str, Any], **env: Any) -> None:
-    """Print a result, and write it with what it was measured with where ``--json`` says."""
-    print(text)
+def write_result(args: argparse.Namespace, result: dict[str, Any], **env: Any) -> None:
+    """Write a result where ``--json`` says, if it does: always with its command, its arguments
+    and what it was measured with, under ``env``. May be called again as a run goes on."""
     if args.json:
         env = environment(**(settings(args) | env))
         write_json(args.json, {**result, "env": env})
+
+
+def report(args: argparse.Namespace, text: str, result: dict[str, Any], **env: Any) -> None:
+    """Print a result, and write it."""
+    print(text)
+    write_result(args, result, **env)
+    if args.json:
         print(f"numbers: {args.json}")
+
+
+def read_result(path: Path, *needed: str) -> dict[str, Any]:
+    """An earlier result. Raises ScriptError where the file is none, or lacks a part."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"--result {path} cannot be read: {error}") from None
+    if lacking := [name for name in needed if name not in result]:
+        raise ScriptError(f"--result {path} lacks {', '.join(lacking)}")
+    return result
 
 
 def _version(package: str) -> str | None:
@@ -160,7 +200,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with ``+`` behind it if files differ from it."""
+    """The commit that is checked out, with ``+`` after it if files differ from it."""
     packed = ROOT / "commit.txt"  # where scripts/gpu_visit.sh pack laid the files out
     if packed.is_file():
         return packed.read_text().strip()

@@ -7,24 +7,22 @@ matter. The keys are fed as if they had been written; each value is the model's 
 import argparse
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from kvshare_sglang.bench import common, options, tasks
 from kvshare_sglang.bench.quality import tables
 from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench.quality.outcomes import follow
 from kvshare_sglang.config import KVShareConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvshare_sglang.sim.engine import Lab
+from kvshare_sglang.sim.engine import Lab, Model
 
 SIZE = tasks.Size(60, 4, prose=0.06)
 
 
-def right_values(logprobs: "torch.Tensor", told: np.ndarray, values: list[range]) -> list[bool]:
+def right_values(logprobs: torch.Tensor, told: np.ndarray, values: list[range]) -> list[bool]:
     """Whether each value is what greedy decoding writes. ``logprobs`` [n, vocab] are along
     ``told`` [n]; ``values`` are ranges in it."""
     best = logprobs.argmax(-1).cpu().numpy()
@@ -57,13 +55,7 @@ def lists(
         yield List(cached, ids, parts)
 
 
-def one(
-    lab: "Lab", encode: Encoder, asked: List, args: argparse.Namespace
-) -> dict[str, Any] | None:
-    import torch  # here, so that a request for help does not wait for it
-
-    from kvshare_sglang.bench.quality.outcomes import follow
-
+def one(lab: Lab, encode: Encoder, asked: List, args: argparse.Namespace) -> dict[str, Any] | None:
     model, ids = lab.model, asked.ids
     told: list[int] = []
     values: list[range] = []
@@ -132,14 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--every", type=int, default=1, help="--kvshare-refresh-every")
     add("--rows", type=int, default=24, help="--kvshare-refresh-rows")
     add("--above", type=float, default=0.2, help="--kvshare-refresh-above")
-    options.add_results(parser)
+    options.add_table(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from kvshare_sglang.sim.engine import Lab, Model
-
     options.check_model(args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     config = KVShareConfig(
@@ -159,5 +147,5 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row(task, found, args))
     common.report(args, show(rows), {"decode": rows})
     if args.table:
-        tables.write_all(args.table, {"decode": rows})
+        tables.write_tables(args.table, {"decode": rows})
     return 0

@@ -8,9 +8,10 @@ is wasted. All prompts are those of ``quality``.
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from kvshare_sglang.bench import common, options
 from kvshare_sglang.bench.quality import tables
@@ -23,22 +24,20 @@ from kvshare_sglang.bench.quality.cases import (
     cells,
     prompts,
 )
+from kvshare_sglang.bench.quality.outcomes import lab_of
 from kvshare_sglang.config import KVShareConfig
-
-if TYPE_CHECKING:
-    from kvshare_sglang.sim.engine import Lab
+from kvshare_sglang.kernels.row_scores import deviation
+from kvshare_sglang.sim.engine import Lab, Model
 
 WASTE, CATCH = 0.05, 0.99  # of the prompts that are not, and that are, led astray
 
 
-def look(lab: "Lab", prompt: Prompt, layers: list[int]) -> tuple[list[float], bool] | None:
+def look(lab: Lab, prompt: Prompt, layers: list[int]) -> tuple[list[float], bool] | None:
     """The gate's value at each layer, which is that of the run that is furthest off, and whether
     the prompt is led astray; None where nothing is reused.
 
     At a check layer every row has run, so what is fresh there is what full prefill computes.
     """
-    from kvshare_sglang.kernels.row_scores import deviation
-
     plan = lab.plan(prompt.ids)
     if not plan.copies:
         return None
@@ -92,15 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=int, nargs="+", default=[1, 3], help="check layers")
     add("--n", type=int, default=100, help="prompts of each task and case")
     add("--facts", type=int, default=60, help="sentences in a prompt")
-    options.add_results(parser)
+    options.add_table(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from kvshare_sglang.bench.quality.outcomes import lab_of
-    from kvshare_sglang.sim.engine import Model
-
     options.check_model(args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     options.check_layers(args.layer, of=len(model.layers))
@@ -124,11 +118,11 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
     values, astray = np.array([v for v, _ in found]), np.array([a for _, a in found])
     if not len(astray) or astray.all() or not astray.any():
-        raise SystemExit(
-            f"error: {astray.sum()} of {len(astray)} prompts are led astray: take more"
+        raise common.ScriptError(
+            f"{astray.sum()} of {len(astray)} prompts are led astray: take more"
         )
     rows = [row(layer, values[:, i], astray, np.array(cases)) for i, layer in enumerate(args.layer)]
     common.report(args, show(rows), {"gate": rows})
     if args.table:
-        tables.write_all(args.table, {"gate": rows})
+        tables.write_tables(args.table, {"gate": rows})
     return 0

@@ -1,5 +1,6 @@
 """Start real SGLang servers, wait for them, ask them, and stop them whatever happens."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,42 +12,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 
-from kvshare_sglang.bench.common import Progress
+from kvshare_sglang.bench.common import Progress, ScriptError, cores
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
 _QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _COMMON = ("--skip-server-warmup", "--grammar-backend", "none", "--sleep-on-idle")
-_CPU = ("--attention-backend", "torch_native", "--dtype", "float32", "--disable-overlap-schedule")
+_CPU = ("--attention-backend", "torch_native", "--dtype", "float32")
 _NOISE = re.compile(r"Warning: |warnings\.warn|Ignore import error|sglang serve --model-path")
 
 
-class ScriptError(Exception):
-    """Something the user can mend; shown as one message, without a traceback."""
-
-
-def has_gpu() -> bool:
-    """Whether ``nvidia-smi`` lists a GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return False
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return "GPU" in found.stdout
-
-
-def default_device() -> str:
-    return "cuda" if has_gpu() else "cpu"
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that starts servers."""
+    add = parser.add_argument
+    add("--threads", type=int, default=min(cores(), 8), help="OpenMP threads of each server")
+    add("--server-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for every server, as --server-arg=--flag")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server to start. ``args`` are added last, so they win over what stands before."""
+    """One server to start. ``args`` are added last, so they win over what is before them."""
 
     name: str
     model: Path
@@ -56,30 +49,38 @@ class ServerSpec:
     chunk: int = 8192
     max_total_tokens: int = 32768
     mem_fraction: float = 0.25
+    overlap: bool = False  # on a CPU; on a GPU it is SGLang's default
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
     @property
     def max_running(self) -> int:
-        """On a GPU it also bounds into how many stretches the rows of a batch may fall: those of a
-        trace stand alone, some hundreds to thousands in a long prompt."""
+        """On a GPU it also bounds into how many ranges the rows of a batch may fall: those of a
+        trace are alone, some hundreds to thousands in a long prompt."""
         return 8 if self.device == "cpu" else 2048
 
     def command(self, port: int) -> list[str]:
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *("--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(port)),
+            *self.flags(),
+        ]
+
+    def flags(self) -> list[str]:
+        """What does not depend on model and address."""
         numbers = {
-            "--port": port,
             "--mem-fraction-static": self.mem_fraction,
             "--max-total-tokens": self.max_total_tokens,
             "--max-running-requests": self.max_running,
             "--chunked-prefill-size": self.chunk,
         }
-        flags = [text for flag, value in numbers.items() for text in (flag, str(value))]
+        on_cpu = self.device == "cpu"
         return [
-            *(sys.executable, "-m", "sglang.launch_server"),
-            *("--model-path", str(self.model), "--host", "127.0.0.1", "--device", self.device),
+            *("--device", self.device),
             *_COMMON,
-            *(_CPU if self.device == "cpu" else ()),
-            *flags,
+            *(_CPU if on_cpu else ()),
+            *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
+            *(text for flag, value in numbers.items() for text in (flag, str(value))),
             *self.args,
         ]
 
@@ -213,7 +214,7 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
         try:
             for spec in specs:
                 servers.append(Server(spec, log_dir))
-            _wait_ready(servers)
+            wait_ready(servers)
             yield servers
             failed = False
         finally:
@@ -224,17 +225,6 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
                 shutil.rmtree(log_dir, ignore_errors=True)
             elif servers:
                 print(f"server logs: {log_dir}", file=sys.stderr)
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script: errors that the user can mend become one message, Ctrl-C a quiet end."""
-    try:
-        sys.exit(main() or 0)
-    except ScriptError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the servers were stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def free_port() -> int:
@@ -257,7 +247,8 @@ def require_free(port: int) -> None:
             ) from None
 
 
-def _wait_ready(servers: list[Server]) -> None:
+def wait_ready(servers: Sequence[Server]) -> None:
+    """Wait until all answer. Raises ScriptError, with a log's tail, for one that does not."""
     started = time.monotonic()
     waiting = list(servers)
     with Progress(len(servers), unit=" ready") as bar:

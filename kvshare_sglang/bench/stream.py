@@ -18,7 +18,7 @@ import numpy as np
 from kvshare_sglang.bench import common, options, tasks
 from kvshare_sglang.bench.quality import tables
 from kvshare_sglang.bench.quality.cases import Encoder
-from kvshare_sglang.bench.server import ServerSpec, default_device, serve
+from kvshare_sglang.bench.server import ServerSpec, serve
 
 RECENT = 10  # requests whose documents may come back
 SIZE = tasks.Size(14, 2, prose=0.06)
@@ -181,8 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streams", type=int, default=1, help="of other seeds, one after another")
     add("--depth", type=int, nargs="+", default=[0, 1, 16], help="--kvshare-source-depth")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help="with kvshare")
-    add("--device", default=default_device())
-    options.add_results(parser)
+    options.add_table(parser)
     add("--plot", type=Path, metavar="OUT.png", help="where a picture goes")
 
 
@@ -205,5 +204,5 @@ def run(args: argparse.Namespace) -> int:
         plot.draw_streams(rows, args.plot)
         print(f"plot: {args.plot}")
     if args.table:
-        tables.write_all(args.table, {"stream": rows})
+        tables.write_tables(args.table, {"stream": rows})
     return 0

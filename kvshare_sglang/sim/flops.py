@@ -9,7 +9,12 @@ import numpy as np
 def prefill_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -> float:
     """FLOPs of a dense Llama's prefill of the rows at ``positions``; logits for the last alone."""
     layer = [layer_flops(config, positions)] * config["num_hidden_layers"]
-    return sum(layer) + 2.0 * config["hidden_size"] * config["vocab_size"]
+    return sum(layer) + logit_flops(config)
+
+
+def logit_flops(config: dict[str, Any]) -> float:
+    """FLOPs of the logits of one row."""
+    return 2.0 * int(config["hidden_size"]) * int(config["vocab_size"])
 
 
 def layer_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -> float:
@@ -17,7 +22,7 @@ def layer_flops(config: dict[str, Any], positions: Sequence[int] | np.ndarray) -
     hidden, heads, kv_heads, head_dim = _shape(config)
     at = np.asarray(positions, float)
     attention_weights = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    mlp_weights = 3 * hidden * config["intermediate_size"]
+    mlp_weights = 3 * hidden * int(config["intermediate_size"])
     linear = 2.0 * (attention_weights + mlp_weights) * len(at)
     attention = 4.0 * heads * head_dim * float((at + 1).sum())
     return linear + attention
@@ -32,7 +37,7 @@ def checked_flops(
     extra = max(0, checked - len(by_layer[at_layer]))
     qkv = 2.0 * extra * hidden * head_dim * (heads + 2 * kv_heads)
     layers = sum(layer_flops(config, rows) for rows in by_layer)
-    return layers + qkv + 2.0 * hidden * config["vocab_size"]
+    return layers + qkv + logit_flops(config)
 
 
 def peeked_flops(config: dict[str, Any], rows: np.ndarray, *, at_layer: int) -> float:

@@ -1,67 +1,38 @@
 """Start and stop ``python -m sglang.launch_server`` for tests, and talk to it."""
 
 import contextlib
+import dataclasses
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import requests
 
-ARGS = [
-    "--device",
-    "cpu",
-    "--attention-backend",
-    "torch_native",
-    "--dtype",
-    "float32",
-    "--max-running-requests",
-    "8",
-    "--mem-fraction-static",
-    "0.3",
-    "--max-total-tokens",
-    "16384",
-    "--skip-server-warmup",
-    "--grammar-backend",
-    "none",
-    "--sleep-on-idle",
-    "--host",
-    "127.0.0.1",
-]
+from kvshare_sglang.bench import server as bench
+
+SPEC = bench.ServerSpec(
+    "server", Path(), threads=1, max_total_tokens=16384, mem_fraction=0.3, overlap=True
+)
+ARGS = SPEC.flags()
 
 
 def environment(sglang: Path | None = None) -> dict[str, str]:
     """What a CPU server needs; ``sglang`` is the folder of another SGLang."""
-    env = dict(os.environ)
-    env.update(
-        SGLANG_USE_CPU_ENGINE="1",
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-    )
-    env.pop("KVSHARE_LAUNCHER", None)
-    if sglang is not None:
-        env["PYTHONPATH"] = str(sglang)
-    return env
+    # A version that is tried must be let in by the server too.
+    tried = {name: value for name, value in os.environ.items() if name == "KVSHARE_TRY_SGLANG"}
+    path = {} if sglang is None else {"PYTHONPATH": str(sglang)}
+    return {**SPEC.environment(), **tried, **path}
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+class Server(bench.Server):
+    """A running server, asked like any HTTP client would."""
 
-
-class Server:
-    """A running server: ``url`` and ``log``."""
-
-    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self.url, self.log, self.process = url, log, process
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def generate(self, prompt: list[int] | str, *, new: int = 8, **more: Any) -> dict[str, Any]:
         """One greedy /generate; ``custom`` is custom_params."""
@@ -82,34 +53,17 @@ class Server:
 
 @contextlib.contextmanager
 def serve(model: Path, folder: Path, *args: str, sglang: Path | None = None) -> Iterator[Server]:
-    """A server for the length of a ``with`` block, or AssertionError with its log."""
-    port = free_port()
-    log = folder / f"server-{port}.log"
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *ARGS, *args],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment(sglang),
-            start_new_session=True,
-        )
-    server = Server(f"http://127.0.0.1:{port}", log, process)
+    """A server for the length of a ``with`` block, or ScriptError with the end of its log."""
+    port = bench.free_port()
+    spec = dataclasses.replace(
+        SPEC, name=f"server-{port}", model=model, port=port, args=args, env=environment(sglang)
+    )
+    server = Server(spec, folder)
     try:
-        for _ in range(600):
-            if process.poll() is not None:
-                raise AssertionError(f"the server ended: {log.read_text()[-3000:]}")
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(server.url + "/health", timeout=5).status_code == 200:
-                    break
-            time.sleep(0.2)
-        else:
-            raise AssertionError(f"the server is not healthy: {log.read_text()[-3000:]}")
+        bench.wait_ready([server])
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        server.stop()
 
 
 def refuse(model: Path, *args: str) -> str:

@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvshare_sglang.bench import common, options, tasks
+from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.quality import result, tables
 from kvshare_sglang.bench.quality.cases import CASES, NoPrompt, cells
+from kvshare_sglang.bench.quality.measure import Setting, measure
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.baselines import SCORES
 
@@ -46,9 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--refresh-above", type=float, default=0.2, help="--kvshare-refresh-above")
     add("--workers", type=int, default=1, help="cases measured side by side")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", help="cpu or cuda; default: what torch sees")
     add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
-    options.add_results(parser)
+    options.add_table(parser)
     add("--plot", type=Path, metavar="OUT.png", help="where a page of plots goes")
 
 
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         plot.draw(found["rows"], args.plot)
         print(f"plot: {args.plot}")
     if args.table:
-        tables.write_all(args.table, found)
+        tables.write_tables(args.table, found)
     return 0
 
 
@@ -72,17 +75,10 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and, where ``--json`` says so, write the result after each case."""
     options.check_model(args.model)
     args.selector = _selectors(args.selector, args.budget)
-    args.device = args.device or options.default_device()
     layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     options.check_layers([args.layer], of=layers)
     todo = cells(args.task, args.case)
-    found: dict[str, Any] = {
-        "rows": [], "decode": [], "stream": [],
-        "env": common.environment(**common.settings(args)),
-    }  # fmt: skip
-    # here, so that a request for help does not wait for torch
-    from kvshare_sglang.bench.quality.measure import Setting, measure
-
+    found: dict[str, Any] = {"rows": [], "decode": [], "stream": []}
     setting = Setting(
         args.model, args.dtype, args.device, _config(args), args.selector,
         layer=args.layer, n=args.n, facts=args.facts, rouge=args.rouge,
@@ -106,10 +102,9 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             bar.say(", ".join(jobs[job]))
             bar.update()
             found["rows"] = rows
-            if args.json:  # as far as it got, so that nothing is lost on the way
-                common.write_json(args.json, found)
+            common.write_result(args, found)  # as far as it got: nothing is lost on the way
     if not rows:
-        raise SystemExit("error: no prompt of any task and case that was asked for")
+        raise ScriptError("no prompt of any task and case that was asked for")
     return found
 
 
@@ -127,18 +122,18 @@ def _selectors(texts: list[str], budgets: list[float]) -> list[tuple[str, float]
     for text in texts:
         name, _, budget = text.partition("=")
         if name not in SELECTORS:
-            options.refuse(f"--selector must be one of {', '.join(SELECTORS)}, got {name!r}")
+            raise ScriptError(f"--selector must be one of {', '.join(SELECTORS)}, got {name!r}")
         several = [0.0] if name in ("copy", "full") else budgets
         try:
             chosen += [(name, b) for b in ([float(budget)] if budget else several)]
         except ValueError:
-            options.refuse(f"the budget of --selector {name} must be a number, got {budget!r}")
+            raise ScriptError(
+                f"the budget of --selector {name} must be a number, got {budget!r}"
+            ) from None
     if not all(0 <= b <= 1 for _, b in chosen):
-        options.refuse(f"budgets must be in [0, 1], got {', '.join(str(b) for _, b in chosen)}")
+        raise ScriptError(f"budgets must be in [0, 1], got {', '.join(str(b) for _, b in chosen)}")
     return chosen
 
 
 def _start_worker(threads: int) -> None:
-    import torch
-
     torch.set_num_threads(threads)

@@ -1,6 +1,5 @@
 """A result as read back: rows under today's names and in order, and which of them are compared."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ RENAMED = {"edit-window": "window"}  # in results of before 0.2
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result that ``--json`` wrote."""
-    result: dict[str, Any] = json.loads(path.read_text())
+    """A result that ``--json`` wrote. Raises ScriptError where it is none."""
+    result = common.read_result(path, "rows", "env")
     rows = [{**r, "selector": RENAMED.get(r["selector"], r["selector"])} for r in result["rows"]]
     order = [*tasks.TASKS, "text"]
     rows.sort(key=lambda r: (order.index(r["task"]), CASES.index(r["case"])))

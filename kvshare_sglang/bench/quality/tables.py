@@ -4,12 +4,12 @@
 are enough, and ``--table PAGE.md`` writes it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvshare_sglang.bench import tables
 from kvshare_sglang.bench.quality.result import OURS, Row, compared
+from kvshare_sglang.bench.tables import markdown, write_marked
 
 RIVALS = ("epic", "cacheblend")
 LABELS = {"epic": "EPIC", "cacheblend": "CacheBlend", "copy": "copies alone", "trace": "trace"}
@@ -23,23 +23,10 @@ TOLD_CASES = {
 }
 
 
-def write_all(page: Path, result: dict[str, Any]) -> None:
-    """Write each table that the page has marks for and the result has numbers for."""
-    text = page.read_text(encoding="utf-8")
-    names = [n for n, (kind, _) in TABLES.items() if result.get(kind) and f"<!-- {n} -->" in text]
-    if not names:
-        known = ", ".join(n for n, (kind, _) in TABLES.items() if result.get(kind))
-        raise SystemExit(f"error: {page} has no marks for any of: {known}")
-    for name in names:
-        kind, make = TABLES[name]
-        tables.write(page, name, make(result[kind]))
-    print(f"tables of {page}: {', '.join(names)}")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+def write_tables(page: Path, result: dict[str, Any]) -> None:
+    """Write each table that the page has markers for and the result has numbers for."""
+    made = {n: make(result[kind]) for n, (kind, make) in TABLES.items() if result.get(kind)}
+    print(f"tables of {page.name}: {', '.join(write_marked(page, made))}")
 
 
 def points(ci95: Sequence[float]) -> str:
@@ -60,7 +47,7 @@ def answers(rows: list[Row]) -> list[str]:
     }
     lines = markdown(
         ("what was cached, what is asked", "full prefill", "kvshare", "CacheBlend", "copies alone"),
-        (
+        [
             (
                 label,
                 _share(found, OURS, "{accuracy_full:.3f}"),
@@ -69,7 +56,7 @@ def answers(rows: list[Row]) -> list[str]:
                 _share(found, OURS, "{accuracy_copy:.3f}"),
             )
             for label, found in told.items()
-        ),
+        ],
     )
     mine = [found[OURS] for found in told.values()]
     again = [100 * r["recomputed_share"] for r in mine]
@@ -89,7 +76,7 @@ def by_case(rows: list[Row]) -> list[str]:
     return markdown(
         ("task", "case", "n", "full prefill", "copies alone", *rivals, "**trace**",
          "trace - full, 95%", "recomputed", "computed", "declined"),
-        (
+        [
             (
                 task, case, str(found[OURS]["n"]),
                 _share(found, OURS, "{accuracy_full:.3f}"),
@@ -102,7 +89,7 @@ def by_case(rows: list[Row]) -> list[str]:
             )
             for (task, case), found in compared(rows).items()
             if task != "text"
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -113,7 +100,7 @@ def first_tokens(rows: list[Row]) -> list[str]:
     return markdown(
         ("task", "case", *(f"as in full: {label}" for label in labels),
          *(f"KL: {label}" for label in labels)),
-        (
+        [
             (
                 task, case,
                 *(_share(found, name, "{top1:.1%}") for name in names),
@@ -121,7 +108,7 @@ def first_tokens(rows: list[Row]) -> list[str]:
             )
             for (task, case), found in compared(rows).items()
             if case != "splice"
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -134,7 +121,7 @@ def agreement(rows: list[Row]) -> list[str]:
     return markdown(
         ("task", "selector", "budget", "top-1", "top-1 where sure", "KL", "ROUGE-L", "recomputed",
          "computed"),
-        (
+        [
             (
                 r["task"], r["selector"], f"{r['budget']:.2f}", f"{r['top1']:.1%}",
                 share(r["top1_sure"], ".1%"), f"{r['kl']:.4f}", share(r["rouge_l"], ".3f"),
@@ -142,7 +129,7 @@ def agreement(rows: list[Row]) -> list[str]:
             )
             for r in rows
             if r["case"] == "splice" and r["selector"] != "full"
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -150,7 +137,7 @@ def prose(rows: list[Row]) -> list[str]:
     """Perplexity of the true continuation of held-out prose."""
     return markdown(
         ("selector", "budget", "n", "perplexity / full prefill's", "recomputed", "computed"),
-        (
+        [
             (
                 r["selector"], f"{r['budget']:.2f}", str(r["n"]),
                 f"{r['perplexity'] / r['perplexity_full']:.4f}", f"{r['recomputed_share']:.1%}",
@@ -158,7 +145,7 @@ def prose(rows: list[Row]) -> list[str]:
             )
             for r in rows
             if r["task"] == "text"
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -167,14 +154,14 @@ def lists(rows: list[Row]) -> list[str]:
     return markdown(
         ("task", "n", "full prefill", "trace alone", "trace and refresh", "refresh - full, 95%",
          "lists that refreshed", "rows refreshed"),
-        (
+        [
             (
                 r["task"], str(r["n"]), f"{r['accuracy_full']:.3f}", f"{r['accuracy_off']:.3f}",
                 f"**{r['accuracy_on']:.3f}**", points(r["ci95"]), f"{r['refreshing']:.1%}",
                 f"{r['refreshed_rows']:.0f}",
             )
             for r in rows
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -182,14 +169,14 @@ def gate(rows: list[Row]) -> list[str]:
     """What a gate on deviation catches, and what it wastes."""
     return markdown(
         ("check layer", "n", "led astray", "AUC", "tau", "caught", "tau", "wasted"),
-        (
+        [
             (
                 str(r["layer"]), str(r["n"]), str(r["astray"]), f"{r['auc']:.3f}",
                 f"{r['tau_few_wasted']:.3f}", f"{r['caught']:.1%}", f"{r['tau_most_caught']:.3f}",
                 f"{r['wasted']:.1%}",
             )
             for r in rows
-        ),
+        ],
     )  # fmt: skip
 
 
@@ -198,7 +185,7 @@ def streams(rows: list[Row]) -> list[str]:
     return markdown(
         ("source depth at most", "n", "accuracy", "full prefill", "reusing", "tokens reused",
          "slope per 100", "chance"),
-        (
+        [
             (
                 str(r["source_depth"]), str(r["n"]), f"{r['accuracy']:.3f}",
                 f"{r['accuracy_full']:.3f}", f"{r['reusing']:.1%}", f"{r['reused_share']:.1%}",
@@ -206,7 +193,7 @@ def streams(rows: list[Row]) -> list[str]:
                 f"{r['chance95'][0]:+.4f} to {r['chance95'][1]:+.4f}",
             )
             for r in rows
-        ),
+        ],
     )  # fmt: skip
 
 

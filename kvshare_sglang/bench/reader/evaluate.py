@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", action="append", default=[], choices=tasks.TASKS)
     add("--length", action="append", choices=list(LENGTHS))
     add("--n", type=int, default=200, help="questions a row")
-    add("--table", type=Path, metavar="PAGE.md", help="a page whose marked tables are written anew")
+    options.add_table(parser)
 
 
 def run(args: argparse.Namespace) -> int:

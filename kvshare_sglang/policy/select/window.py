@@ -29,7 +29,7 @@ class Window(NamedTuple):
         check_runs(runs, start=prefix_len, stop=prompt_len)
         limit = prompt_len - max(self.seam, 1)
         useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
-        useful = [run for run in useful if run.length - self._head(run) >= MIN_COPY]
+        useful = [run for run in useful if run.length - self.head(run) >= MIN_COPY]
         while True:
             count = budget_rows(useful, prefix_len=prefix_len, budget=budget)
             kept, copies = [], []
@@ -53,8 +53,8 @@ class Window(NamedTuple):
         total = sum(run.length for run in runs)
         if count >= total:
             return [run.length for run in runs]
-        seams = [self._head(run) if run.join is Join.SEAM else 0 for run in runs]
-        windows = [self._head(run) if run.join is Join.EDIT else 0 for run in runs]
+        seams = [self.head(run) if run.join is Join.SEAM else 0 for run in runs]
+        windows = [self.head(run) if run.join is Join.EDIT else 0 for run in runs]
         if sum(windows) > count:
             return _scale(windows, count)
         if sum(windows) + sum(seams) > count:
@@ -67,7 +67,7 @@ class Window(NamedTuple):
             for run, w, s, part in zip(runs, windows, seams, grown, strict=True)
         ]
 
-    def _head(self, run: Run) -> int:
+    def head(self, run: Run) -> int:
         """Rows that the start of a run needs; none where nothing before it has changed."""
         heads = {Join.SEAM: self.seam, Join.EDIT: max(self.window, self.seam), Join.SAME: 0}
         return min(run.length, heads[run.join])

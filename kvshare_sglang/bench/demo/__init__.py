@@ -1,0 +1,141 @@
+"""Show a real SGLang server with and without kvshare, side by side, on texts that moved.
+
+Starts two servers on the same model, one plain and one with ``--kvshare``, gives both the same
+texts to cache, and asks both the same prompts: the same text after another preface, a document
+with three edits, RAG passages in another order, and unrelated text.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvshare_sglang.bench import common, models
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.demo.picture import draw
+from kvshare_sglang.bench.demo.scenarios import NEW_TOKENS, Scenario, measure_all
+from kvshare_sglang.bench.server import ServerSpec, add_server_arguments, serve
+from kvshare_sglang.bench.texts import Corpus
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_server_arguments(parser)
+    add = parser.add_argument
+    add("--out", type=Path, default=common.ROOT / "out", metavar="DIR",
+        help="where demo.png goes, and demo.json without --json (default: out/)")  # fmt: skip
+    add("--port", type=int, help="plain's port; kvshare takes the next (default: any free ones)")
+    add("--model", help="model directory to time (default: a small random Llama, made on the spot)")
+    add("--answers", type=int, default=4, help="prompts of each kind given to the trained reader")
+    add("--tokens", type=int, default=2400, help="length of a text in tokens")
+    add("--repeats", type=int, default=4, help="fresh texts for each scenario (even: each server "
+        "is asked first in half of them)")  # fmt: skip
+    add("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 300 <= args.tokens <= 16000:
+        raise ScriptError(f"--tokens must be in [300, 16000], got {args.tokens}")
+    if args.repeats < 1:
+        raise ScriptError(f"--repeats must be at least 1, got {args.repeats}")
+    args.json = args.json or args.out / "demo.json"
+    model, trained = pick_model(args)
+    print(about_model(model, trained=trained), flush=True)
+    env = common.environment()
+    common.warn_if_busy()
+    corpus = Corpus(model.tokenizer(), seed=args.seed)
+    with serve(*server_specs(model, args)) as (plain, shared):
+        kinds = measure_all(plain, shared, corpus, args)
+    print(f"\n{show_table(kinds)}\n{LEGEND}")
+    declined = {t.declined for kind in kinds[:3] for t in kind.timings if t.declined}
+    if declined:
+        print(f"kvshare declined prompts that it should reuse: {', '.join(sorted(declined))}")
+    weights = "trained reader" if trained else "random weights"
+    machine = env["gpu"] if args.device == "cuda" else f"{env['cpu']}, {env['cores']} cores"
+    draw(kinds, args.out / "demo.png", subtitle=f"{model.path.name} ({weights}), {machine}, "
+         f"median of {args.repeats}, measured side by side")  # fmt: skip
+    result: dict[str, list[dict[str, object]]] = {
+        "scenarios": [
+            {"title": kind.title, "timings": [t._asdict() for t in kind.timings]} for kind in kinds
+        ]
+    }
+    common.write_result(args, result, model=model.path.name)
+    if args.answers and (models.READER / "config.json").is_file():
+        # Imported late: these prompts are those of the command quality, which needs torch.
+        from kvshare_sglang.bench.demo.answers import ask_reader, show_answers
+
+        result["answers"] = ask_reader(args)
+        print(f"\n{show_answers(result['answers'])}")
+        common.write_result(args, result, model=model.path.name)
+    print(f"\nchart: {args.out / 'demo.png'}   numbers: {args.json}")
+    return 1 if declined else 0
+
+
+def show_table(kinds: list[Scenario]) -> str:
+    head = (
+        "scenario", "tokens", "TTFT plain", "TTFT kvshare", "faster",
+        "prefix", "reused", "recomputed", "agree", "agree exact",
+    )  # fmt: skip
+    rows = [
+        (
+            kind.title,
+            f"{kind.mean(lambda t: t.prompt_tokens):.0f}",
+            f"{kind.plain_s:.3f} s",
+            f"{kind.kvshare_s:.3f} s",
+            f"{kind.ratio:.2f}x",
+            *(f"{kind.share(part):.0%}" for part in ("prefix", "copied", "recomputed")),
+            f"{kind.mean(lambda t: t.agreement):.0%}",
+            f"{kind.exact_agreement:.0%}",
+        )
+        for kind in kinds
+    ]
+    return common.table(head, rows)
+
+
+LEGEND = f"""
+tokens      length of the prompt; both servers had cached the same earlier texts
+TTFT        time to the first streamed token, median over the repeats
+faster      median of the repeats' own ratios, each measured side by side
+prefix      share of the prompt found as an exact prefix (SGLang's own cache; both servers)
+reused      share copied from other places of the cache by kvshare; 'recomputed' was found there
+            too, but is computed again to repair it; the rest of the prompt is new text
+agree       leading greedy tokens (of {NEW_TOKENS}) equal to the plain server's full prefill
+agree exact the same for a request that asks kvshare for exact service: should be 100%"""
+
+
+def about_model(model: models.Model, *, trained: bool) -> str:
+    if trained:
+        return f"model: the small trained reader of the tests, {model.path.name}"
+    return (
+        f"model: {model.path.name}, a small Llama with random weights made on this machine.\n"
+        "Random weights show the speed and the mechanics: the work per token is that of a trained\n"
+        "model of this shape, and exact service must agree to the token. They cannot show answer\n"
+        "quality: a random model smears the first words of a text over all that follows and picks\n"
+        "its tokens by tiny margins, so 'agree' is often 0% where the text before a passage\n"
+        "changed. That says that the outputs differ, not that a trained model's answer is worse."
+    )
+
+
+def pick_model(args: argparse.Namespace) -> tuple[models.Model, bool]:
+    """The model, and whether it is trained. Shortens the texts to what the model can hold."""
+    if args.model is not None:
+        model, trained = models.open_model(args.model), Path(args.model).is_dir()
+    else:
+        model, trained = models.open_model("demo-29m"), False
+    room = int(model.max_len / 1.25) - 300
+    if args.tokens > room:
+        print(f"texts cut to {room} tokens: the model holds {model.max_len}", file=sys.stderr)
+        args.tokens = room
+    return model, trained
+
+
+def server_specs(model: models.Model, args: argparse.Namespace) -> Iterator[ServerSpec]:
+    for i, (name, flags) in enumerate((("plain", ()), ("kvshare", ("--kvshare",)))):
+        yield ServerSpec(
+            name=name,
+            model=model.path,
+            device=args.device,
+            port=None if args.port is None else args.port + i,
+            threads=args.threads,
+            chunk=8192,
+            args=(*flags, *args.server_arg),
+        )

@@ -1,0 +1,87 @@
+"""The demo's table as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from kvshare_sglang.bench.demo.scenarios import Scenario
+
+BLUE, ORANGE, LIGHT, GREY = "#3b6ea5", "#e07b39", "#f2c49b", "#c9ced6"
+
+
+def draw(kinds: list[Scenario], path: Path, *, subtitle: str) -> None:
+    """The table as a picture: times on the left, what became of the prompt on the right."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (times, parts) = plt.subplots(
+        1, 2, figsize=(12, 4.6), sharey=True, gridspec_kw={"width_ratios": (1.25, 1)}
+    )
+    rows = list(range(len(kinds)))
+    _draw_times(times, kinds, rows)
+    _draw_parts(parts, kinds, rows)
+    figure.suptitle(
+        "SGLang with and without kvshare", x=0.01, y=0.99, ha="left", fontsize=14, weight="bold"
+    )
+    figure.text(0.01, 0.905, subtitle, ha="left", fontsize=9, color="#555555")
+    figure.tight_layout(rect=(0, 0, 1, 0.91), w_pad=2.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_times(axes: Any, kinds: list[Scenario], rows: list[int]) -> None:
+    height = 0.36
+    axes.barh(
+        [y - height / 2 for y in rows],
+        [k.plain_s for k in kinds],
+        height,
+        color=GREY,
+        label="plain",
+    )
+    axes.barh(
+        [y + height / 2 for y in rows],
+        [k.kvshare_s for k in kinds],
+        height,
+        color=BLUE,
+        label="kvshare",
+    )
+    longest = max(max(k.plain_s, k.kvshare_s) for k in kinds)
+    for y, kind in zip(rows, kinds, strict=True):
+        axes.text(kind.plain_s + longest * 0.012, y - height / 2, f"{kind.plain_s:.2f} s",
+                  va="center", fontsize=9, color="#666666")  # fmt: skip
+        axes.text(kind.kvshare_s + longest * 0.012, y + height / 2,
+                  f"{kind.kvshare_s:.2f} s   {kind.ratio:.1f}x",
+                  va="center", fontsize=9, weight="bold", color=BLUE)  # fmt: skip
+    axes.set_yticks(rows, [kind.title for kind in kinds])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, longest * 1.16)
+    axes.set_xlabel("seconds")
+    axes.set_title("Time to first token (less is better)", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def _draw_parts(axes: Any, kinds: list[Scenario], rows: list[int]) -> None:
+    looks = (
+        ("prefix", "exact prefix", "#8fb08c", "white"),
+        ("copied", "reused", BLUE, "white"),
+        ("recomputed", "recomputed", ORANGE, "white"),
+        ("new", "new text", LIGHT, "#6b4a2b"),
+    )
+    left = [0.0] * len(kinds)
+    for part, label, colour, ink in looks:
+        widths = [100 * kind.share(part) for kind in kinds]
+        axes.barh(rows, widths, 0.5, left=left, color=colour, label=label)
+        for y, start, width in zip(rows, left, widths, strict=True):
+            if width >= 6:
+                axes.text(start + width / 2, y, f"{width:.0f}%",
+                          ha="center", va="center", fontsize=9, color=ink)  # fmt: skip
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_xlim(0, 100)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("% of the prompt's tokens")
+    axes.set_title("What kvshare did with the prompt", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))

@@ -1,0 +1,43 @@
+"""Where the time of one partial prefill goes: kernels, and the gaps between them."""
+
+from typing import Any
+
+import numpy as np
+
+from kvshare_sglang.bench import models
+from kvshare_sglang.bench.ttft.cases import moved_case
+
+
+def run(device: str, backend: str, select: str) -> dict[str, Any]:
+    """A prompt of which nearly all is cached elsewhere, in the second of two tries."""
+    from lab import lab  # of the tests: see env.py
+
+    on_gpu = device != "cpu"
+    model = models.open_model("llama-8b" if on_gpu else "replay-5m", dummy=True)
+    size = 16384 if on_gpu else 512
+    vocab = min(model.vocab_size, 4096)
+    settings: dict[str, Any] = {
+        "device": device, "attention_backend": backend, "load_format": "dummy",
+        "kvshare": True, "kvshare_select": select, "kvshare_budget": 0.05,
+        "max_total_tokens": 3 * size, "chunked_prefill_size": size, "context_length": 2 * size,
+    }  # fmt: skip
+    if on_gpu:
+        settings |= {
+            "dtype": "bfloat16", "sampling_backend": "pytorch", "mem_fraction_static": 0.85,
+            "max_running_requests": 2048, "max_prefill_tokens": size,
+            "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_prefill": [256, 1024, 4096],
+            "disable_overlap_schedule": False, "env": {"SGLANG_USE_CPU_ENGINE": "0"},
+        }  # fmt: skip
+    with lab(model.path, **settings) as it:
+        it.ask("gpu_probes:prepare")
+        for turn in range(2):
+            it.flush()
+            case = moved_case(np.random.default_rng(turn), size, vocab, reused=0.98)
+            for source in case.sources:
+                it.one(source.tolist(), new=1, kvshare="exact")
+            prompt = case.prompt.tolist()
+            if turn:
+                it.ask("gpu_probes:start_profile")
+            told = it.one(prompt, new=1)["kvshare"]
+        figures = it.ask("gpu_probes:stop_profile")
+    return {"ok": told["declined"] is None, "kvshare": told, "figures": figures}
