@@ -1,14 +1,12 @@
 """Answers of a trained model on the real server: what reuse would spoil, traces put right."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab import Lab, lab, request
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import eval_quality
+from kvshare_sglang.bench.quality.cases import SIZE, Encoder, Prompt, prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = ROOT / "tests" / "data" / "reader"
@@ -22,7 +20,7 @@ def reader() -> Iterator[Lab]:
         yield it
 
 
-def answers(it: Lab, prompt: eval_quality.Prompt) -> dict[str, list[int]]:
+def answers(it: Lab, prompt: Prompt) -> dict[str, list[int]]:
     """By way: full prefill, traced, and copied without computing anything again."""
     ids, new = prompt.ids.tolist(), len(prompt.answer)
     sources = [request(f"s{i}", one.tolist(), new=1) for i, one in enumerate(prompt.cached)]
@@ -41,12 +39,12 @@ def answers(it: Lab, prompt: eval_quality.Prompt) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("case", ["edit far", "template", "adversarial"])
 def test_traces_answer_as_full_prefill_does(reader: Lab, case: str) -> None:
-    encode = eval_quality.Encoder(READER)
+    encode = Encoder(READER)
     right = dict.fromkeys(("full", "trace", "copy"), 0)
     same = total = 0
     for task in ("hops", "state"):
-        size = eval_quality.SIZE._replace(facts=48)
-        for prompt in eval_quality.prompts(encode, task, case, n=NUM, size=size, max_len=1024):
+        size = SIZE._replace(facts=48)
+        for prompt in prompts(encode, task, case, n=NUM, size=size, max_len=1024):
             got = answers(reader, prompt)
             total += 1
             same += got["trace"] == got["full"]

@@ -1,14 +1,11 @@
 """Laws of the reader's tasks: what an edit, a splice and a template keep, and what they change."""
 
 import random
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import _tasks as tasks
+from kvshare_sglang.bench import tasks
 
 SIZE = tasks.Size(18, prose=0)
 KINDS = ("substitution", "insertion", "deletion")
@@ -42,7 +39,7 @@ def test_without_its_documents_a_question_has_no_answer(task):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_chain_of_some_depth_hangs_on_that_many_more_facts(depth):
+def test_a_chain_of_some_depth_depends_on_that_many_more_facts(depth):
     _, made = samples("hops", 10, depth=depth)
     for sample in made:
         facts = [(d, i) for d, doc in enumerate(sample.documents) for i in range(len(doc.facts))]
@@ -77,7 +74,7 @@ def test_an_edit_touches_one_fact_and_changes_the_answer_only_if_asked(task, kin
         assert max(same, same_from_end, len(new) - 1) == len(new) - 1 or step
 
 
-def test_far_edits_lie_in_front_of_near_ones():
+def test_far_edits_are_before_near_ones():
     rng, made = samples("lookup")
     first = {}
     for where in ("far", "near"):
@@ -156,7 +153,7 @@ def test_a_list_is_asked_without_its_keys_and_answered_as_read(task):
 
 
 def test_lessons_spell_out_what_is_read():
-    """A hint says what is known of its key from what stands before it."""
+    """A hint says what is known of its key from what is before it."""
     rng = random.Random("hints")
     told: set[str] = set()
     for _ in range(60):

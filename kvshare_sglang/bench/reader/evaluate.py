@@ -5,14 +5,14 @@ it was not trained on.
 """
 
 import argparse
-import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-import _tasks as tasks
+import torch
+
+from kvshare_sglang.bench import common, options, tables, tasks
 
 TEST_SEED = "test"  # no lesson is drawn from a seed that is a word
 LENGTHS = {"short": 12, "middle": 34, "long": 60}  # facts
@@ -23,11 +23,10 @@ class Reader:
     """A model directory, asked with transformers."""
 
     def __init__(self, path: Path, device: str) -> None:
-        import torch
         from tokenizers import Tokenizer
         from transformers import LlamaForCausalLM
 
-        self._torch, self._device = torch, device
+        self._device = device
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         self._model = model.to(device).eval()
@@ -38,7 +37,6 @@ class Reader:
 
     def answer(self, prompt: str, *, limit: int) -> str:
         """What it writes up to a full stop."""
-        torch = self._torch
         ids = torch.tensor([self.encode(prompt)], device=self._device)
         stop = self.encode(".")[-1]
         out: list[int] = []
@@ -53,7 +51,6 @@ class Reader:
 
     def loss(self, ids: list[int]) -> tuple[float, int]:
         """Summed negative log-likelihood of all tokens but the first, and their number."""
-        torch = self._torch
         tokens = torch.tensor([ids], device=self._device)
         with torch.no_grad():
             logits = self._model(input_ids=tokens[:, :-1]).logits[0].float()
@@ -109,24 +106,47 @@ def perplexity(reader: Reader, *, n: int) -> float:
     return math.exp(total / count)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="directory of the reader")
-    parser.add_argument("--task", action="append", default=[], choices=tasks.TASKS)
-    parser.add_argument("--length", action="append", choices=list(LENGTHS))
-    parser.add_argument("--n", type=int, default=200, help="questions a row")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Accuracy by task and length, for the reader's own page."""
+    lengths = list(dict.fromkeys(r["length"] for r in rows))
+    found = {(r["task"], r["length"]): r["accuracy"] for r in rows}
+    heads = [
+        f"{length} ({LENGTHS[length]} facts, {_tokens(rows, length)} tokens)" for length in lengths
+    ]
+    return tables.markdown(
+        ("task", *heads),
+        [
+            (task, *(f"{found[task, length]:.3f}" for length in lengths))
+            for task in dict.fromkeys(r["task"] for r in rows)
+        ],
+    )
+
+
+def _tokens(rows: list[dict[str, Any]], length: str) -> int:
+    """About how many tokens the documents of a length have."""
+    return round(sum(t := [r["tokens"] for r in rows if r["length"] == length]) / len(t))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, help="directory of the reader")
+    add("--task", action="append", default=[], choices=tasks.TASKS)
+    add("--length", action="append", choices=list(LENGTHS))
+    add("--n", type=int, default=200, help="questions a row")
+    options.add_table(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options.check_model(args.model)
     args.length = args.length or list(LENGTHS)
     reader = Reader(args.model, args.device)
     rows = measure(reader, args)
     prose = perplexity(reader, n=min(100, args.n))
-    print(f"prose of held-out modules: perplexity {prose:.1f} a token")
-    if args.json is not None:
-        args.json.write_text(json.dumps({"rows": rows, "prose_perplexity": prose}, indent=2) + "\n")
+    common.report(
+        args,
+        f"prose of held-out modules: perplexity {prose:.1f} a token",
+        {"rows": rows, "prose_perplexity": prose},
+    )
+    if args.table:
+        tables.write(args.table, "reader", table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 Each request brings new documents and comes back to some of those before, in another company, one
 of them edited, and mostly asks what the edit changed. So nearly all requests reuse text that was
-computed behind other text, and what they leave behind is reused again. The same stream goes to a
+computed after other text, and what they leave behind is reused again. The same stream goes to a
 server without kvshare, and to one for each bound on how often reuse may build on reuse.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _bench
-import _models
-import _tasks as tasks
 import numpy as np
-from _server import ServerSpec, default_device, run_main, serve
-from eval_quality import Encoder
+
+from kvshare_sglang.bench import common, options, tasks
+from kvshare_sglang.bench.quality import tables
+from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench.server import ServerSpec, serve
 
 RECENT = 10  # requests whose documents may come back
 SIZE = tasks.Size(14, 2, prose=0.06)
@@ -91,11 +91,11 @@ def spec(args: argparse.Namespace, depth: int | None) -> ServerSpec:
     if depth is not None:
         flags = ("--kvshare", "--kvshare-source-depth", str(depth), *args.server_args)
     name = "plain" if depth is None else f"depth-{depth}"
-    return ServerSpec(name, args.model, args.device, threads=_bench.cores(), args=flags)
+    return ServerSpec(name, args.model, args.device, threads=common.cores(), args=flags)
 
 
 def play(
-    args: argparse.Namespace, stream: list[Request], depth: int | None, bar: _bench.Progress
+    args: argparse.Namespace, stream: list[Request], depth: int | None, bar: common.Progress
 ) -> list[dict[str, Any]]:
     """What each request got: whether it was right, and what it reused."""
     out = []
@@ -107,7 +107,7 @@ def play(
                 {
                     "right": list(got.output_ids) == one.answer.tolist(),
                     "tokens": len(one.ids),
-                    "reused": told.get("fuzzy_tokens", 0),
+                    "reused": told.get("copied_tokens", 0),
                     "depth": told.get("source_depth", 0),
                     "declined": told.get("declined"),
                 }
@@ -161,7 +161,7 @@ def summary(
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    return _bench.columns(
+    return common.columns(
         rows,
         source_depth="{source_depth}",
         n="{n}",
@@ -174,38 +174,35 @@ def show(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    options.add_model(parser)
     add("--n", type=int, default=300, help="requests of a stream")
     add("--streams", type=int, default=1, help="of other seeds, one after another")
     add("--depth", type=int, nargs="+", default=[0, 1, 16], help="--kvshare-source-depth")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help="with kvshare")
-    add("--device", default=default_device())
-    add("--json", type=Path, metavar="OUT", help="where the result goes")
+    options.add_table(parser)
     add("--plot", type=Path, metavar="OUT.png", help="where a picture goes")
-    args = parser.parse_args()
-    _models.check_directory(parser, args.model)
+
+
+def run(args: argparse.Namespace) -> int:
+    options.check_model(args.model)
     encode = Encoder(args.model)
-    rows = []
     found: dict[int | None, list[dict[str, Any]]] = {}
     streams = [list(requests(encode, n=args.n, seed=seed)) for seed in range(args.streams)]
     ways = [None, *args.depth]
-    with _bench.Progress(args.n * args.streams * len(ways), unit=" requests") as bar:
+    with common.Progress(args.n * args.streams * len(ways), unit=" requests") as bar:
         for stream in streams:
             for depth in ways:
                 bar.say("plain" if depth is None else f"source depth {depth}")
                 found.setdefault(depth, []).extend(play(args, stream, depth, bar))
     rows = [summary(found[depth], found[None], depth=depth, n=args.n) for depth in args.depth]
-    _bench.report(args, show(rows), {"stream": rows})
+    common.report(args, show(rows), {"stream": rows})
     if args.plot:
-        import _quality_plot
+        from kvshare_sglang.bench.quality import plot
 
-        _quality_plot.draw_streams(rows, args.plot)
+        plot.draw_streams(rows, args.plot)
         print(f"plot: {args.plot}")
+    if args.table:
+        tables.write_tables(args.table, {"stream": rows})
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,23 +3,31 @@
 The gate computes a run again whose values, at a check layer, deviate by more than tau on average.
 A prompt is *led astray* if copies alone make the model say something else first than full prefill
 does; it is caught if one of its runs is above tau. A prompt that is not led astray and is caught
-is wasted. All prompts are those of ``eval_quality.py``.
+is wasted. All prompts are those of ``quality``.
 """
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-import _bench
-import _models
 import numpy as np
 import torch
-from _driver import Lab, Model
-from eval_quality import CASES, SIZE, Encoder, NoPrompt, Prompt, cells, lab_of, prompts
 
+from kvshare_sglang.bench import common, options
+from kvshare_sglang.bench.quality import tables
+from kvshare_sglang.bench.quality.cases import (
+    CASES,
+    SIZE,
+    Encoder,
+    NoPrompt,
+    Prompt,
+    cells,
+    prompts,
+)
+from kvshare_sglang.bench.quality.outcomes import lab_of
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.kernels.deviation import deviation
+from kvshare_sglang.kernels.row_scores import deviation
+from kvshare_sglang.sim.engine import Lab, Model
 
 WASTE, CATCH = 0.05, 0.99  # of the prompts that are not, and that are, led astray
 
@@ -62,7 +70,7 @@ def row(layer: int, values: np.ndarray, astray: np.ndarray, cases: np.ndarray) -
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    return _bench.columns(
+    return common.columns(
         rows,
         layer="{layer}",
         n="{n}",
@@ -75,27 +83,27 @@ def show(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    options.add_model(parser)
     add("--task", nargs="+", choices=("lookup", "hops", "few", "state"), default=("hops", "state"))
     add("--case", nargs="+", choices=CASES, default=CASES)
     add("--layer", type=int, nargs="+", default=[1, 3], help="check layers")
     add("--n", type=int, default=100, help="prompts of each task and case")
     add("--facts", type=int, default=60, help="sentences in a prompt")
-    add("--json", type=Path, metavar="OUT", help="where the result goes")
-    args = parser.parse_args()
-    _models.check_directory(parser, args.model)
+    options.add_table(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options.check_model(args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
-    if not all(0 <= layer < len(model.layers) for layer in args.layer):
-        parser.error(f"--layer must be in [0, {len(model.layers)}), got {args.layer}")
+    options.check_layers(args.layer, of=len(model.layers))
     config = KVShareConfig(min_reuse=32, window=16)
     size = SIZE._replace(facts=args.facts)
     found: list[tuple[list[float], bool]] = []
     cases: list[str] = []
-    todo = cells(args)
-    with _bench.Progress(len(todo), unit=" cases") as bar:
+    todo = cells(args.task, args.case)
+    with common.Progress(len(todo), unit=" cases") as bar:
         for task, case in todo:
             bar.say(f"{task}, {case}")
             wanted = prompts(encode, task, case, n=args.n, size=size, max_len=len(model.table))
@@ -110,13 +118,11 @@ def main() -> int:
             bar.update()
     values, astray = np.array([v for v, _ in found]), np.array([a for _, a in found])
     if not len(astray) or astray.all() or not astray.any():
-        raise SystemExit(
-            f"error: {astray.sum()} of {len(astray)} prompts are led astray: take more"
+        raise common.ScriptError(
+            f"{astray.sum()} of {len(astray)} prompts are led astray: take more"
         )
     rows = [row(layer, values[:, i], astray, np.array(cases)) for i, layer in enumerate(args.layer)]
-    _bench.report(args, show(rows), {"gate": rows})
+    common.report(args, show(rows), {"gate": rows})
+    if args.table:
+        tables.write_tables(args.table, {"gate": rows})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,33 +6,31 @@ matter. The keys are fed as if they had been written; each value is the model's 
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import _bench
-import _models
-import _tasks as tasks
 import numpy as np
 import torch
-from _driver import Lab, Model
-from eval_quality import Encoder, follow
 
+from kvshare_sglang.bench import common, options, tasks
+from kvshare_sglang.bench.quality import tables
+from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench.quality.outcomes import follow
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.sim.engine import Lab, Model
 
 SIZE = tasks.Size(60, 4, prose=0.06)
 
 
 def right_values(logprobs: torch.Tensor, told: np.ndarray, values: list[range]) -> list[bool]:
-    """Whether each value is what greedy decoding writes. ``logprobs`` [n, vocab] stand along
+    """Whether each value is what greedy decoding writes. ``logprobs`` [n, vocab] are along
     ``told`` [n]; ``values`` are ranges in it."""
     best = logprobs.argmax(-1).cpu().numpy()
     return [all(best[i] == told[i] for i in where) for where in values]
 
 
 class List(NamedTuple):
-    """What is cached and what is asked, in tokens; what stands before each value, and the value."""
+    """What is cached and what is asked, in tokens; what is before each value, and the value."""
 
     cached: np.ndarray
     ids: np.ndarray
@@ -50,13 +48,17 @@ def lists(
             pair, parts = tasks.listing(rng, task, size, keys=keys, filler=filler)
         except ValueError:  # few scenes have so many keys of this task
             continue
-        both = (pair.cached[0], pair.prompt)
-        yield List(*(encode(tasks.listing_prompt(s), start=True) for s in both), parts)
+        cached, ids = (
+            encode(tasks.listing_prompt(sample), start=True)
+            for sample in (pair.cached[0], pair.prompt)
+        )
+        yield List(cached, ids, parts)
 
 
 def one(lab: Lab, encode: Encoder, asked: List, args: argparse.Namespace) -> dict[str, Any] | None:
     model, ids = lab.model, asked.ids
-    told, values = [], []
+    told: list[int] = []
+    values: list[range] = []
     for key, value in asked.parts:
         told += encode(key).tolist()
         tokens = encode(value).tolist()
@@ -88,14 +90,14 @@ def row(task: str, found: list[dict[str, Any]], args: argparse.Namespace) -> dic
         "task": task, "n": len(found), "keys": args.keys,
         **{f"accuracy_{way}": float(v.mean()) for way, v in whole.items()},
         **{f"value_accuracy_{way}": float(v.mean()) for way, v in values.items()},
-        "ci95": _bench.bootstrap_ci95(far, statistic=np.mean),
+        "ci95": common.bootstrap_ci95(far, statistic=np.mean),
         "refreshing": float(np.mean([f["refreshed"] > 0 for f in found])),
         "refreshed_rows": float(np.mean([f["refreshed"] for f in found])),
     }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    return _bench.columns(
+    return common.columns(
         rows,
         task="{task}",
         n="{n}",
@@ -110,10 +112,9 @@ def show(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, default=_models.READER, metavar="DIR", help="default: the reader")
+    options.add_model(parser)
     add("--task", nargs="+", choices=("lookup", "hops", "state"), default=("hops", "state"))
     add("--n", type=int, default=500, help="lists of each task")
     add("--keys", type=int, default=5, help="values in a list")
@@ -123,16 +124,18 @@ def main() -> int:
     add("--every", type=int, default=1, help="--kvshare-refresh-every")
     add("--rows", type=int, default=24, help="--kvshare-refresh-rows")
     add("--above", type=float, default=0.2, help="--kvshare-refresh-above")
-    add("--json", type=Path, metavar="OUT", help="where the result goes")
-    args = parser.parse_args()
-    _models.check_directory(parser, args.model)
+    options.add_table(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options.check_model(args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     config = KVShareConfig(
         select="trace", min_reuse=32, seam=args.seam, window=16, refresh_every=args.every,
         refresh_rows=args.rows, refresh_above=args.above,
     )  # fmt: skip
     rows = []
-    with _bench.Progress(len(args.task) * args.n, unit=" lists") as bar:
+    with common.Progress(len(args.task) * args.n, unit=" lists") as bar:
         for task in args.task:
             found: list[dict[str, Any]] = []
             wanted = lists(encode, f"test decode {task}", task, facts=args.facts, keys=args.keys)
@@ -142,9 +145,7 @@ def main() -> int:
                     found.append(got)
                     bar.update()
             rows.append(row(task, found, args))
-    _bench.report(args, show(rows), {"decode": rows})
+    common.report(args, show(rows), {"decode": rows})
+    if args.table:
+        tables.write_tables(args.table, {"decode": rows})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

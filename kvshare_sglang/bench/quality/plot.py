@@ -1,4 +1,4 @@
-"""Pictures of ``eval_quality``, quality against the share computed again, and ``eval_stream``."""
+"""Pictures: answers against the share computed again, and streams against depth."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 _COLOURS = {
     "full": "#222222", "copy": "#bbbbbb", "random": "#d0b8a8", "epic": "#7f9fbf",
     "cacheblend": "#e0a458", "attention": "#b58fc0", "deviation": "#c06c84",
-    "edit-window": "#6c9a8b", "dhd": "#2a7f62", "oracle": "#8a1c1c", "trace": "#1f5fd0",
+    "window": "#6c9a8b", "dhd": "#2a7f62", "oracle": "#8a1c1c", "trace": "#1f5fd0",
     "trace+refresh": "#0b2f6b", "rerun": "#888888",
 }  # fmt: skip
 
