@@ -67,7 +67,7 @@ class KVShareConfig:
     )
     # The three ranges touch and never cross, so that any three values go together.
     chunk_min: int = _option(
-        32, "shortest piece in which text computed behind reused text is stored", 16, 64
+        32, "shortest piece in which text computed after reused text is stored", 16, 64
     )
     chunk_target: int = _option(128, "length that such pieces have on average", 64, 512)
     chunk_max: int = _option(512, "longest such piece", 512, 8192)

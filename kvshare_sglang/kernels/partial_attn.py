@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 class RequestRows(NamedTuple):
     """The rows of one request, and the KV slot of each of its positions: a tensor, or a slice
-    where the slots stand side by side (then K and V are read in place)."""
+    where the slots are side by side (then K and V are read in place)."""
 
     slots: torch.Tensor | slice
     blocks: list[Block]

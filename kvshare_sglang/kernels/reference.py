@@ -52,7 +52,7 @@ def partial_attention(
 ) -> torch.Tensor:
     """Causal attention of some rows of one request over its whole KV.
 
-    ``q`` [rows, q_heads, dim] stands at ``positions`` [rows]; ``k``, ``v`` [kv_len, kv_heads,
+    ``q`` [rows, q_heads, dim] is at ``positions`` [rows]; ``k``, ``v`` [kv_len, kv_heads,
     dim] at 0, 1, ...; row r sees every key at or before its own position. Returns [rows,
     q_heads, dim] in fp64.
     """

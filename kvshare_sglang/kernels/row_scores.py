@@ -27,7 +27,7 @@ def attention_mass(
 ) -> torch.Tensor:
     """Mean weight that rows ``q`` [m, q_heads, dim] at ``positions`` [m] give to each key.
 
-    ``keys`` [kv, kv_heads, dim] stand at positions 0 to kv - 1; a row sees keys up to its own.
+    ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row sees keys up to its own.
     Mean over heads too, or the weight of the head that gives most. fp32 [kv]; bounded memory.
     """
     m, kv_heads = len(q), keys.shape[1]

@@ -1,9 +1,9 @@
 """Cut token sequences by content into chunks of adaptive length. Pure: NumPy.
 
-A cut may stand only where a winnowed gram starts, so the same text is cut alike wherever it
-stands. Among the grams that keep a chunk as far from its target as its lower bound, to either side,
-the smallest hash wins: a rare value, met again in every copy of the text. A stretch without a gram
-there goes on to the next one, at most to the upper bound.
+A cut may only be where a winnowed gram starts, so the same text is cut alike wherever it is. Among
+the grams that keep a chunk as far from its target as its lower bound, to either side, the smallest
+hash wins: a rare value, met again in every copy of the text. A stretch without a gram there extends
+to the next one, at most to the upper bound.
 """
 
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
 Winnowing (Schleimer, Wilkerson and Aiken, SIGMOD 2003): hash every ``GRAM``-gram and keep the
 minimum of every window of ``WINDOW`` hashes. Any two sequences that share
-``GRAM + WINDOW - 1 = SPAN`` tokens keep a common gram inside the shared span, wherever it stands.
+``GRAM + WINDOW - 1 = SPAN`` tokens keep a common gram inside the shared span, wherever it is.
 Ties are all kept, so the choice depends on content alone, never on position.
 """
 

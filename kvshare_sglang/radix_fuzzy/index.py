@@ -117,7 +117,7 @@ class FingerprintIndex:
             self._used += int(np.count_nonzero(won & empty))
             swap = np.flatnonzero(same & ~take)
             if len(swap):
-                # An insertion sort: the new value stands before those that are not better, and
+                # An insertion sort: the new value goes before those that are not better, and
                 # carries the next one on.
                 swap = swap[~self._better(old[swap], values[pending[swap]])]
                 self._values[slots[swap]] = values[pending[swap]]
@@ -152,7 +152,7 @@ class FingerprintIndex:
 
 
 def _rank(keys: Words) -> npt.NDArray[np.int64]:
-    """How many equal keys stand side by side before each; ``keys`` ascend."""
+    """How many equal keys are side by side before each; ``keys`` ascend."""
     first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])[: len(keys)]
     ranks: npt.NDArray[np.int64] = np.arange(len(keys)) - np.repeat(
         first, np.diff(np.r_[first, len(keys)])

@@ -1,10 +1,9 @@
-"""From places where a prompt's grams stand in the cache to runs: choose sources, align edits. Pure.
+"""From places of a prompt's grams in the cache to runs: choose sources, align edits. Pure.
 
-Left to right: where grams of the prompt stand in the cache, each place is extended both ways, and
-the one that pays most is taken. What lies between two runs of one cached text is then aligned by
-edit distance. The cost model counts rows saved: a run saves its tokens, a change of source costs a
-seam, a deeper source costs as much for each level of depth, and of equal ones that is better which
-stood behind more of the prompt's own text, for its KV deviates least.
+From left to right, each place of a gram is extended both ways, and the run that saves most rows is
+taken. Gaps between two runs of one cached text are then aligned by edit distance. A run saves its
+tokens; a change of source costs a seam, and so does each level of depth. Ties go to the source with
+the longest shared left context, whose KV is closest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ MIN_BLOCK = 4  # tokens: shorter equal stretches between edits are chance
 
 
 class Hits(NamedTuple):
-    """Where grams stand: prompt positions, ascending; segment ids; path positions. [n] each."""
+    """Places of grams: prompt positions, ascending; segment ids; path positions. [n] each."""
 
     at: npt.NDArray[np.int64]
     homes: npt.NDArray[np.int64]
@@ -44,7 +43,7 @@ def find_runs(
 ) -> tuple[Run, ...]:
     """Ascending, disjoint runs in ``prompt[start:]``."""
     runs = link(anchors(prompt, hits, segments, start=start), prompt, segments, tolerance)
-    if runs and leads_on_from_prefix(runs[0], prompt, segments, start):
+    if runs and continues_from_prefix(runs[0], prompt, segments, start):
         runs = (runs[0]._replace(join=Join.EDIT), *runs[1:])
     return runs
 
@@ -77,9 +76,9 @@ def anchors(
         floor = min(at, max(end - LOOK_BACK, 0))
         found = [extend(seg, src, prompt, at, floor) for seg, src in places]
         found = [run for run in found if run.length >= SPAN and run.dst_stop - end >= GRAM]
-        best = max(found, key=lambda run: _worth(run, end, last, segments), default=None)
+        best = max(found, key=lambda run: _saved(run, end, last, segments), default=None)
         gain = 0 if best is None else best.dst_stop - max(end, best.dst_start)
-        if gain < FEW and not (best and last and _leads_on(last, best, segments)):
+        if gain < FEW and not (best and last and _continues_after_edit(last, best, segments)):
             patience -= 1
             if patience < 0:
                 stride = min(max(2 * stride, SPAN), MAX_STRIDE)
@@ -89,20 +88,20 @@ def anchors(
         if best is None:
             continue
         while runs and best.dst_start <= runs[-1].dst_start:
-            runs.pop()  # all of it stands in the new one, too
+            runs.pop()  # all of it is in the new one, too
         floor = runs[-1].dst_stop if runs else start
         runs.append(best.cut(max(best.dst_start, floor), best.dst_stop))
         end = best.dst_stop
     return runs
 
 
-def _leads_on(last: Run, run: Run, segments: Mapping[int, Segment]) -> bool:
-    """Whether the run is the next piece of the text that the last one stands in: edits between."""
-    return 0 <= run.src_start - last.src_stop <= MAX_GAP and goes_on(last, run, segments)
+def _continues_after_edit(last: Run, run: Run, segments: Mapping[int, Segment]) -> bool:
+    """Whether ``run`` continues the source of ``last`` after an edit."""
+    return 0 <= run.src_start - last.src_stop <= MAX_GAP and continues(last, run, segments)
 
 
 def _ahead(seg: Segment, last: Run, prompt: Tokens, at: int) -> list[tuple[Segment, int]]:
-    """The next place of the gram at ``at`` in the cached text that the last run stands in."""
+    """The next place of the gram at ``at`` in the cached text of the last run."""
     gap = at - last.dst_stop
     if not 0 <= gap <= MAX_GAP:
         return []
@@ -112,7 +111,7 @@ def _ahead(seg: Segment, last: Run, prompt: Tokens, at: int) -> list[tuple[Segme
     return [(seg, lo + offset)] if offset >= 0 else []
 
 
-def _worth(
+def _saved(
     run: Run, end: int, last: Run | None, segments: Mapping[int, Segment]
 ) -> tuple[float, bool]:
     """Rows saved by a run of which ``end`` and later counts; ties go to an unmoved source."""
@@ -120,26 +119,26 @@ def _worth(
     worth = run.length - before - SEAM_COST * run.depth + before / LOOK_BACK
     if last is None or last.shift != run.shift or last.dst_stop < run.dst_start:
         return worth, run.shift == 0
-    if goes_on(last, run, segments):
-        worth += SEAM_COST  # no seam: it only goes on
+    if continues(last, run, segments):
+        worth += SEAM_COST  # no seam: it continues
     return worth, run.shift == 0
 
 
-def goes_on(before: Run, after: Run, segments: Mapping[int, Segment]) -> bool:
-    """Whether ``after`` stands in the cached text in which ``before`` does."""
+def continues(before: Run, after: Run, segments: Mapping[int, Segment]) -> bool:
+    """Whether ``after`` is in the cached text of ``before``."""
     a, b = segments[before.source], segments[after.source]
     return same_path(a, b, before.src_stop - 1)
 
 
-def leads_on_from_prefix(
+def continues_from_prefix(
     run: Run, prompt: Tokens, segments: Mapping[int, Segment], start: int
 ) -> bool:
-    """Whether the run's own text stands, but for an edit, in the prompt from before ``start`` on.
+    """Whether the run continues, after an edit, the text that the prompt has before ``start``.
 
     The exact prefix may reach a few tokens into the edit, where that begins as the text does.
     """
     if run.src_start == run.dst_start == start:
-        return False  # the same text simply goes on: the prefix ended at the border of a page
+        return False  # the same text continues: the prefix ended at the border of a page
     same = min(start, run.src_start)
     looked_at = min(same, LOOK_BACK)
     if looked_at < SPAN or start - same > DRIFT or run.src_start - same > MAX_GAP:
@@ -155,7 +154,11 @@ def link(
     out: list[Run] = []
     for run in runs:
         before = out[-1] if out else None
-        if before is None or before.src_stop > run.src_start or not goes_on(before, run, segments):
+        if (
+            before is None
+            or before.src_stop > run.src_start
+            or not continues(before, run, segments)
+        ):
             out.append(run)
             continue
         src_gap = run.src_start - before.src_stop
@@ -188,7 +191,7 @@ def link(
 
 
 def find(text: Tokens, part: Tokens) -> int:
-    """Where ``part`` first stands in ``text``, or -1.
+    """The first place of ``part`` in ``text``, or -1.
 
     >>> find(np.array([1, 2, 3, 2, 3, 4], np.int32), np.array([2, 3, 4], np.int32))
     3

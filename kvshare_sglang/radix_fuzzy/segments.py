@@ -89,8 +89,8 @@ def path_tokens(seg: Segment, start: int, stop: int) -> Tokens:
 def extend(seg: Segment, src: int, prompt: Tokens, at: int, floor: int) -> Run:
     """The longest run through path position ``src`` and prompt position ``at``.
 
-    To the left it ends at ``floor`` (``<= at``) at the latest; to the right it goes on into the
-    segments that hang on the path. Expected O(length).
+    To the left it ends at ``floor`` (``<= at``) at the latest; to the right it continues into
+    the segments that follow the path. Expected O(length).
     """
     dst = at
     node = seg

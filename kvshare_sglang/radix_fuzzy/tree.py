@@ -127,10 +127,10 @@ class FuzzyTree:
         context: int = 0,
         payload: Any = None,
     ) -> Segment:
-        """Add new text behind path position ``start`` of ``parent``; the new segment.
+        """Add new text after path position ``start`` of ``parent``; the new segment.
 
         ``context`` is ``context_of`` the tokens that stood before a segment without parent, so
-        that the same prompt, going on, knows the text as its own (``Join.SAME``).
+        that the same prompt, continued, knows the text as its own (``Join.SAME``).
 
         Raises ValueError if the text is empty, does not begin where the parent is alive, or is
         not of the parent's namespace and depth. A segment without parent may begin anywhere.
@@ -238,7 +238,7 @@ class FuzzyTree:
         return Pin(holder, run.src_stop)
 
     def unpin(self, pin: Pin) -> None:
-        """Give a pin back, once. Raises TreeError if it does not stand."""
+        """Give a pin back, once. Raises TreeError if it is not held."""
         holder, stop = pin
         if self._segments.get(holder.id) is not holder or not holder.pins[stop]:
             raise TreeError(f"nothing is pinned up to {stop} in segment {holder.id}")
@@ -263,18 +263,18 @@ class FuzzyTree:
     ) -> tuple[Run, ...]:
         """Cached text found in ``prompt[start:]``: ascending, disjoint runs of equal tokens.
 
-        A shared span of ``SPAN`` tokens that one live segment holds is found wherever it stands,
-        unless its gram stands, or stood until it was evicted, in more places than the index keeps;
-        in text that is made of short finds, only longer ones are (see ``matching.anchors``). What
-        lies between two runs of one cached text is aligned by edit distance. Sources deeper than
-        ``max_depth`` do not count. Changes nothing. Valid until the next trim or clear. O(n) plus
+        A shared span of ``SPAN`` tokens that one live segment holds is found wherever it is, unless
+        its gram is, or was until it was evicted, in more places than the index keeps; in text that
+        is made of short finds, only longer ones are (see ``matching.anchors``). Gaps between two
+        runs of one cached text are aligned by edit distance. Sources deeper than ``max_depth`` do
+        not count. Changes nothing. Valid until the next trim or clear. O(n) plus
         the way up the path for each fingerprint hit that no run covers, and O(gap^2) for short
         gaps.
         """
         space = self._namespaces.get(namespace)
         if space is None:
             return ()
-        # Spans that begin before ``start`` count for what they hold behind it.
+        # Spans that begin before ``start`` count for what they hold after it.
         first = max(start - SPAN + 1, 0)
         marks = winnow(prompt[first:], seed=space.seed)
         which, found = self._index.find(marks.hashes)
@@ -352,7 +352,7 @@ class FuzzyTree:
             assert len(seg.tokens) > 0
             assert self._stops[key] == seg.stop
             assert self._depths[key] == seg.depth
-            # A child hangs on a live place of a live parent of its own namespace.
+            # A child follows a live place of a live parent of its own namespace.
             if seg.parent is not None:
                 assert self._segments[seg.parent.id] is seg.parent
                 assert seg.parent.start < seg.start <= seg.parent.stop
@@ -360,7 +360,7 @@ class FuzzyTree:
             # Pins hold what is alive.
             assert all(count > 0 for count in seg.pins.values())
             assert all(seg.start < stop <= seg.stop for stop in seg.pins)
-        # Segments that are gone look dead, and every live entry names a gram that stands there.
+        # Segments that are gone look dead, and every live entry names a gram that is there.
         alive = np.zeros(len(self._stops), bool)
         alive[list(self._segments)] = True
         assert not self._stops[~alive].any()

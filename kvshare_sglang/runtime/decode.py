@@ -133,7 +133,7 @@ class RefreshStage:
                 self._refresh(wanted, fb, runner, forward)
         except Exception:
             # Rows that were written by then are no worse than those that were copied.
-            logger.exception("KVShare's refresh failed; decoding goes on without")
+            logger.exception("KVShare's refresh failed; decoding continues without")
             for one, _ in wanted:
                 one.state.watch = None
         return forward(fb)

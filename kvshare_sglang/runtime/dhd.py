@@ -47,7 +47,7 @@ class DhdObserver:
 
     def observe(self, view: LayerView) -> list[Rows]:
         """The rows of each request that go on; sets the plans of the jobs to what is copied then.
-        Whatever goes wrong, every row goes on: then the request is computed in full."""
+        Whatever goes wrong, every row continues: then the request is computed in full."""
         rows = list(self.rows)
         try:
             plans = []
@@ -61,7 +61,7 @@ class DhdObserver:
                 plan.recompute(rows[job.number]) for job, plan in zip(self.jobs, plans, strict=True)
             ]
         except Exception:
-            logger.exception("KVShare's check failed; the batch goes on with all its rows")
+            logger.exception("KVShare's check failed; the batch runs all its rows")
             rows = list(self.rows)
             for job in self.jobs:
                 job.state.fall_back(Decline.FAULT)

@@ -1,8 +1,8 @@
 """Every touch on SGLang, by version, and the check that each is really there.
 
 ``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
-backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what hangs on its
-objects, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``: what
+backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what its objects
+carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``: what
 else of it we call, rebind or write. Decoder layers get torch's own forward pre-hooks, once an
 observer narrows a batch (``attention.py``).
 """
@@ -223,7 +223,7 @@ def missing() -> list[str]:
 def applied(point: HookPoint) -> bool:
     """Whether the live function has ours in its chain of wrappers.
 
-    SGLang's registry logs and goes on when a target is gone, so we look at the function itself.
+    SGLang's registry logs and continues when a target is gone, so we look at the function itself.
     """
     found = _find(*point.target.rsplit(".", 1))
     if found is None:

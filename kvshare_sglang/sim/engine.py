@@ -158,9 +158,9 @@ class Model:
 
     @torch.no_grad()
     def go_on(self, kv: KV, ids: Tokens, *, known: int) -> torch.Tensor:
-        """Logits [n, vocab] behind each of ``ids[known:]``, over the KV of ``ids[:known]``.
+        """Logits [n, vocab] after each of ``ids[known:]``, over the KV of ``ids[:known]``.
 
-        Uses what room ``kv`` has behind; what is there is overwritten.
+        Uses what room ``kv`` has left; what is there is overwritten.
         """
         if kv.k.shape[1] < len(ids):
             kv = self.widened(kv, len(ids), known=known)
@@ -174,7 +174,7 @@ class Model:
         return wide
 
     def greedy(self, ids: Tokens, first: torch.Tensor, kv: KV, count: int) -> Tokens:
-        """The prompt and ``count`` tokens behind it, from its KV and the logits of its last."""
+        """The prompt and ``count`` tokens after it, from its KV and the logits of its last."""
         out = np.concatenate([ids, np.zeros(count, ids.dtype)])
         kv = self.widened(kv, len(out), known=len(ids))
         logits = first
@@ -219,7 +219,7 @@ class Lab:
 
     def copied(self, ids: Tokens, plan: ReusePlan, *, room: int = 0) -> KV:
         """KV with the exact prefix and every run in place, K re-rotated; zeros elsewhere, and in
-        the ``room`` behind the prompt."""
+        the ``room`` after the prompt."""
         model = self.model
         kv = model.room(len(ids) + room)
         if plan.prefix_len:

@@ -67,7 +67,7 @@ class Mirror:
         return self._owners[run.source]
 
     def match(self, tokens: Tokens, config: KVShareConfig) -> tuple[Run, ...]:
-        """All that the matcher finds behind the exact prefix."""
+        """All that the matcher finds after the exact prefix."""
         return self.tree.match(
             _NAMESPACE,
             tokens,

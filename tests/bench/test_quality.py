@@ -1,7 +1,6 @@
 """Commands about answers run from end to end on the reader, and say what they are asked to say."""
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,7 @@ import numpy as np
 import pytest
 
 from kvshare_sglang.bench import __main__ as bench
-from kvshare_sglang.bench import gate, stream, tasks, tpot
-from kvshare_sglang.bench.quality import plot, result, tables
-from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench import gate
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {
@@ -128,100 +125,3 @@ def test_a_case_that_a_task_does_not_have_is_left_out_and_said(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "left out: few, edit near: none of 100 samples of 60 facts" in done.stderr
     assert [r["case"] for r in json.loads(out.read_text())["rows"]] == ["splice"]
-
-
-def test_a_stream_comes_back_to_earlier_text():
-    encode = Encoder(ROOT / "tests" / "data" / "reader")
-    found = list(stream.requests(encode, n=24, seed=0))
-    seen: set[tuple[int, ...]] = set()
-    known = []
-    for one in found:
-        spans = {tuple(one.ids[i : i + 16]) for i in range(len(one.ids) - 16)}
-        known.append(len(spans & seen) / len(spans))
-        seen |= spans
-    assert np.mean([k > 0.3 for k in known]) > 0.75  # nearly all do
-    assert max(known) < 1  # and none brings nothing new
-
-
-def test_a_scene_that_comes_back_was_edited_and_the_question_turns_on_it():
-    rng = random.Random("test of edited scenes")
-    told = 0
-    for _ in range(20):
-        scene = tasks.scene(rng, {"hops": 6, "state": 4, "lookup": 4}, stream.SIZE)
-        if (changed := stream.edited(rng, scene)) is None:
-            continue
-        told += 1
-        new, ask = changed
-        facts = [[f for doc in docs for f in doc.facts] for docs in (scene, new)]
-        assert sum(a != b for a, b in zip(*facts, strict=True)) == 1
-        assert tasks.read(new)[ask].answer != tasks.read(scene)[ask].answer
-    assert told > 10
-
-
-def test_a_stream_that_gets_worse_has_a_slope_that_chance_does_not_give(tmp_path):
-    good = [{"right": True, "reused": 9, "tokens": 10, "depth": 1}] * 100
-    worse = [{**one, "right": i < 50} for i, one in enumerate(good)]
-    flat, falling = (
-        stream.summary(found, good, depth=1, n=100) for found in (good, worse)
-    )  # fmt: skip
-    assert flat["slope_per_100"] == pytest.approx(0)
-    assert falling["slope_per_100"] == pytest.approx(-1.5, abs=0.05)
-    assert falling["slope_per_100"] < falling["chance95"][0]
-    assert [part["accuracy"] for part in falling["by_50"]] == [1.0, 0.0]
-    told = stream.show([flat, falling])
-    plot.draw_streams([flat, falling], tmp_path / "s.png")
-    assert (tmp_path / "s.png").stat().st_size > 10_000
-    assert "90.0%" in told
-    assert "0.500" in told
-
-
-def test_time_per_token_is_told_of_the_prompts_that_refreshed():
-    off = [{"tpot_s": 0.010, "refreshed": 0}] * 4
-    on = [{"tpot_s": 0.010 + 0.001 * rows, "refreshed": rows} for rows in (0, 2, 0, 2)]
-    row = tpot.row("every 1", on, off)
-    assert (row["n"], row["of"], row["refreshed_rows"]) == (2, 4, 1.0)
-    assert row["ratio_off"] == pytest.approx(1.2)
-    assert tpot.row("idle", off, off)["n"] == 4
-    assert "1.200" in tpot.show([row])
-
-
-def test_tables_of_answers_are_those_of_an_earlier_result(tmp_path, capsys):
-    """Of measured numbers: lines that the docs have told."""
-    page = tmp_path / "page.md"
-    page.write_text("<!-- answers -->\n<!-- /answers -->\n<!-- lists -->\n<!-- /lists -->\n")
-    measured = ROOT / "benchmarks" / "reader" / "quality.json"
-    assert bench.main(["quality", "--result", str(measured), "--table", str(page)]) == 0
-    assert "tables of page.md: answers, lists" in capsys.readouterr().out
-    told = page.read_text().splitlines()
-    row = "| chains of facts: edited far from the question | 0.924 | **0.904** | 0.484 | 0.440 |"
-    assert row in told
-    assert any(line.startswith("(accuracy, 500 prompts a row; 12 to 33% of") for line in told)
-    assert any(line.startswith("| hops | 500 | 0.780 | 0.664 | **0.770** |") for line in told)
-
-
-def test_an_arm_is_told_at_the_budget_that_computes_as_much_as_ours():
-    def made(selector, budget, computed):
-        names = {"task": "hops", "case": "splice", "selector": selector, "budget": budget}
-        return {**names, "computed_share": computed}
-
-    rows = [
-        made("trace", 0.3, 0.4), made("trace", 0.12, 0.2), made("epic", 0.1, 0.1),
-        made("epic", 0.2, 0.21), made("epic", 0.3, 0.4),
-    ]  # fmt: skip
-    found = result.compared(rows)["hops", "splice"]
-    assert (found["trace"]["budget"], found["epic"]["budget"]) == (0.12, 0.2)
-
-
-def test_results_under_earlier_names_are_read(tmp_path):
-    old = tmp_path / "old.json"
-    row = {"task": "hops", "case": "splice", "selector": "edit-window"}
-    old.write_text(json.dumps({"rows": [row], "env": {}}))
-    assert result.load(old)["rows"][0]["selector"] == "window"
-
-
-def test_every_table_can_be_made_of_what_was_measured():
-    found = result.load(ROOT / "benchmarks" / "reader" / "quality.json")
-    for kind, make in tables.TABLES.values():
-        head, rule, *rows = (line for line in make(found[kind]) if line.startswith("|"))
-        assert rows
-        assert {line.count(" |") for line in (head, rule, *rows)} == {head.count(" |")}
