@@ -2,8 +2,8 @@
 
 ``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
 backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what its objects
-carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``: what
-else of it we call, rebind or write. Decoder layers get torch's own forward pre-hooks, once an
+carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``:
+what else of it we call, rebind or write. Decoder layers get torch's own forward pre-hooks, once an
 observer narrows a batch (``attention.py``).
 """
 
