@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from kvshare_sglang.bench.common import ROOT
 from kvshare_sglang.bench.reader.lessons import LEVELS
 from kvshare_sglang.bench.reader.model import LAYERS
-from kvshare_sglang.bench.reader.run import Run
+from kvshare_sglang.bench.reader.training import Run
 
 SAVE_EVERY_S = 240  # of computing
 
