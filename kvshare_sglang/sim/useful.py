@@ -21,6 +21,7 @@ def useful(runs: Sequence[Run], *, stop: int, heads: Window = HEADS) -> list[Run
 
     ``runs`` ascend and are disjoint. O(len(runs)).
 
+    >>> from kvshare_sglang.plan import Join
     >>> useful([Run(1, 0, 10, 60), Run(1, 80, 71, 70, join=Join.EDIT)], stop=1000)[1].dst_start
     103
     """
