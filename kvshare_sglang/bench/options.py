@@ -11,7 +11,7 @@ def add_model(parser: argparse.ArgumentParser, *, default: Path = models.READER)
     named = {models.READER: "the reader"}.get(default, str(default))
     parser.add_argument(
         "--model", type=Path, default=default, metavar="DIR",
-        help=f"or {models.FETCHED}; default: {named}",
+        help=f"a directory, or {models.FETCHED}; default: {named}",
     )  # fmt: skip
 
 
