@@ -78,7 +78,7 @@ stage "layers" run_pytest tests/test_layers.py
 stage "pure tests and doctests" run_pytest tests \
     --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration \
     --ignore=tests/bench/gpu -m "not sglang" \
-    --doctest-modules kvshare_sglang/{errors,config,plan,sim/useful,bench/common}.py \
+    --doctest-modules kvshare_sglang/{errors,config,plan,sim/useful,bench/common,bench/convert}.py \
     kvshare_sglang/{radix_fuzzy,policy}
 stage "kernels against their references" run_pytest tests/kernels
 ((num_stages > 6)) && stage "the real SGLang" integration

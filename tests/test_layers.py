@@ -36,6 +36,7 @@ LAYERS = {
     f"{PACKAGE}.bench": {
         *("torch", "sglang", "transformers", "tokenizers", "numpy", "rapidfuzz"),
         *("httpx", "tqdm", "matplotlib"),
+        *("gguf", "safetensors"),  # to convert a model with real weights
         *("lab", "gpu_oracles"),  # of the tests: a visit to a GPU machine runs them
         *(PURE, POLICY, KERNELS, SIM, RUNTIME, *FLOOR),
     },

@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options.check_model(args.model)
+    args.model = options.model_directory(args.model)
     model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
     options.check_layers(args.layer, of=len(model.layers))
     config = KVShareConfig(min_reuse=32, window=16)

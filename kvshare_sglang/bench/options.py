@@ -7,10 +7,12 @@ from kvshare_sglang.bench import models
 from kvshare_sglang.bench.common import ScriptError
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, default: Path = models.READER) -> None:
+    named = {models.READER: "the reader"}.get(default, str(default))
     parser.add_argument(
-        "--model", type=Path, default=models.READER, metavar="DIR", help="default: the reader"
-    )
+        "--model", type=Path, default=default, metavar="DIR",
+        help=f"a directory, or {models.FETCHED}; default: {named}",
+    )  # fmt: skip
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +21,11 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_model(path: Path) -> None:
-    """Raise ScriptError where ``--model`` names no Hugging Face directory."""
-    if not (path / "config.json").is_file():
-        raise ScriptError(f"--model {path} holds no config.json")
+def model_directory(path: Path) -> Path:
+    """The Hugging Face directory that ``--model`` names. Raises ScriptError where it names none."""
+    if str(path) == models.FETCHED:
+        return models.open_model(models.FETCHED).path
+    return models.load(path).path
 
 
 def check_layers(layers: list[int], *, of: int) -> None:

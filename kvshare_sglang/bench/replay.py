@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--requests", type=Path, required=True, metavar="FILE", help="JSON lines with 'prompt'")
     add("--limit", type=int, default=100, help="how many requests, from the first")
-    add("--model", default="replay-5m", help="name of a shape, shape file, or model directory")
+    add("--model", default="replay-5m", help="directory, shape file, a shape here, or smollm2")
     add("--max-new-tokens", type=int, default=4)
     add("--max-total-tokens", type=int, default=262144, help="KV tokens of the server")
     add("--budget", type=float, help="--kvshare-budget (default: the plug-in's)")

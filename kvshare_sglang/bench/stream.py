@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options.check_model(args.model)
+    args.model = options.model_directory(args.model)
     encode = Encoder(args.model)
     found: dict[int | None, list[dict[str, Any]]] = {}
     streams = [list(requests(encode, n=args.n, seed=seed)) for seed in range(args.streams)]

@@ -101,7 +101,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
     add = parser.add_argument
-    add("--model", default="bench-100m", help="name of a shape, shape file, or model directory")
+    add("--model", default="bench-100m", help="directory, shape file, a shape here, or smollm2")
     add("--lists", action="store_true", help="the reader, and prompts whose decoding refreshes")
     add("--tokens", type=int, default=1500, help="length of the prose that is reused")
     add("--new", type=int, default=128, help="output tokens")

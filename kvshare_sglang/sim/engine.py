@@ -74,7 +74,8 @@ class Model:
 
     # ---- one layer ---------------------------------------------------------------------------
 
-    def _qkv(self, layer: Any, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def qkv(self, layer: Any, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows ``x`` [n, hidden] at positions ``at`` to Q, K (both rotated) and V."""
         attn = layer.self_attn
         h = layer.input_layernorm(x)
         q = attn.q_proj(h).view(len(x), -1, self.dim)
@@ -88,7 +89,8 @@ class Model:
         cos, sin = self.table[at, None].chunk(2, dim=-1)
         return rope_shift.rotate_keys(x, rope_shift.Shift(cos, sin), is_neox=True)
 
-    def _after_attention(self, layer: Any, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, layer: Any, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The rest of a layer, given what each head of each row saw [n, heads, dim]."""
         x = x + layer.self_attn.o_proj(seen.flatten(1))
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
@@ -119,14 +121,14 @@ class Model:
         x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
         by_layer = []
         for i, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, at)
+            q, k, v = self.qkv(layer, x, at)
             if i == check_layer and choose is not None:
                 keep = torch.as_tensor(choose(q, k, v, at, i), device=self.device)
                 kv.k[i, at], kv.v[i, at] = k, v  # all that was computed here is kept
                 x, at, q = x[keep], at[keep], q[keep]
             else:
                 kv.k[i, at], kv.v[i, at] = k, v
-            x = self._after_attention(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
+            x = self.after_attention(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
             by_layer.append(at.cpu().numpy())
         return self.norm(x), by_layer
 
@@ -136,10 +138,10 @@ class Model:
         at = torch.as_tensor(rows, device=self.device)
         x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
         for i, block in enumerate(self.layers[: layer + 1]):
-            q, k, v = self._qkv(block, x, at)
+            q, k, v = self.qkv(block, x, at)
             kv.k[i, at], kv.v[i, at] = k, v
             if i < layer:
-                x = self._after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
+                x = self.after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
         return q
 
     def room(self, tokens: int) -> KV:
@@ -320,19 +322,23 @@ class Lab:
     ) -> tuple[torch.Tensor, int]:
         """Logits [n, vocab] after each of ``ids[known:]``, fed one by one with refresh as the
         server does it, and how many rows were refreshed. ``every``: as --kvshare-refresh-every."""
-        model, config = self.model, self.config
-        kv = model.widened(done.kv, len(ids), known=known)
-        watch = Watch.of_plan(done.plan)
-        out, count = [], 0
-        for n in range(known, len(ids)):
-            here = Rows([(n, n + 1)])
-            if every and not watch.over and watch.tick():
-                mass = self._reads(ids, kv, here, here)[:known]
-                if watch.wants(mass, above=config.refresh_above):
-                    count += self._refresh(ids, kv, watch, mass, every)
-            hidden, _ = model.run(ids, kv, here.positions)
-            out.append(model.logits(hidden[-1]))
-        return torch.stack(out) if out else done.logits[:0].view(0, len(done.logits)), count
+        kv, watch = self.model.widened(done.kv, len(ids), known=known), Watch.of_plan(done.plan)
+        steps = [self.step(ids, kv, watch, n, every=every) for n in range(known, len(ids))]
+        if not steps:
+            return done.logits[:0].view(0, len(done.logits)), 0
+        return torch.stack([logits for logits, _ in steps]), sum(count for _, count in steps)
+
+    def step(
+        self, ids: Tokens, kv: KV, watch: Watch, n: int, *, every: int
+    ) -> tuple[torch.Tensor, int]:
+        """Feed ``ids[n]``: logits after it, and how many rows were refreshed before it ran."""
+        here, count = Rows([(n, n + 1)]), 0
+        if every and not watch.over and watch.tick():
+            mass = self._reads(ids, kv, here, here)[: len(watch.open)]
+            if watch.wants(mass, above=self.config.refresh_above):
+                count = self._refresh(ids, kv, watch, mass, every)
+        hidden, _ = self.model.run(ids, kv, here.positions)
+        return self.model.logits(hidden[-1]), count
 
     def _refresh(self, ids: Tokens, kv: KV, watch: Watch, mass: np.ndarray, every: int) -> int:
         config = self.config

@@ -104,7 +104,7 @@ agree exact the same for a request that asks kvshare for exact service: should b
 
 def about_model(model: models.Model, *, trained: bool) -> str:
     if trained:
-        return f"model: the small trained reader of the tests, {model.path.name}"
+        return f"model: {model.path.name}, with trained weights"
     return (
         f"model: {model.path.name}, a small Llama with random weights made on this machine.\n"
         "Random weights show the speed and the mechanics: the work per token is that of a trained\n"
@@ -118,7 +118,8 @@ def about_model(model: models.Model, *, trained: bool) -> str:
 def pick_model(args: argparse.Namespace) -> tuple[models.Model, bool]:
     """The model, and whether it is trained. Shortens the texts to what the model can hold."""
     if args.model is not None:
-        model, trained = models.open_model(args.model), Path(args.model).is_dir()
+        model = models.open_model(args.model)
+        trained = args.model == models.FETCHED or Path(args.model).is_dir()
     else:
         model, trained = models.open_model("demo-29m"), False
     room = int(model.max_len / 1.25) - 300

@@ -1,7 +1,7 @@
-"""Make small Llama models with random weights on the spot; nothing is downloaded.
+"""Which model a name stands for: a directory, a small random Llama made here, or ``smollm2``.
 
-The shape comes from a JSON file in this folder (a Hugging Face ``config.json``), the
-weights from a fixed seed, and the tokenizer is a byte-level BPE trained on Python's own source.
+The shape of a random model comes from a JSON file in this folder (a Hugging Face ``config.json``),
+its weights from a fixed seed, and its tokenizer is a byte-level BPE trained on Python's own source.
 Models are kept under ``.cache/models`` in the project's root and made only once.
 """
 
@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvshare_sglang.bench import smollm2
 from kvshare_sglang.bench.common import ROOT, ScriptError
 
 SHAPES = Path(__file__).resolve().parent
 READER = ROOT / "tests" / "data" / "reader"  # a small trained model, where the tests hold one
+FETCHED = "smollm2"  # name of the model with real weights
 
 _RECIPE = 1  # raise it when the same shape should give another model
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -88,14 +90,16 @@ def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
 
 
 def open_model(name: str, *, dummy: bool = False) -> Model:
-    """A model directory, or a shape file, or the name of a shape in this folder. Raises
-    ScriptError on anything else."""
+    """A model directory, or a shape file, or the name of a shape in this folder, or ``smollm2``,
+    which is fetched the first time. Raises ScriptError on anything else."""
+    if name == FETCHED:
+        return load(smollm2.ensure())
     path = Path(name)
     if path.is_dir():
         return load(path)
     shape = path if path.is_file() else SHAPES / f"{name}.json"
     if not shape.is_file():
-        known = ", ".join(sorted(p.stem for p in SHAPES.glob("*.json")))
+        known = ", ".join([FETCHED, *sorted(p.stem for p in SHAPES.glob("*.json"))])
         raise ScriptError(
             f"--model {name} is neither a model directory, a file nor one of: {known}"
         )

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and, where ``--json`` says so, write the result after each case."""
-    options.check_model(args.model)
+    args.model = options.model_directory(args.model)
     args.selector = _selectors(args.selector, args.budget)
     layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     options.check_layers([args.layer], of=layers)

@@ -104,10 +104,9 @@ def outcome(
         along = torch.cat([done.logits[None], rest]).log_softmax(-1)
     else:
         along = follow(lab.model, done.kv, done.logits, true.told, len(prompt.ids))
-    sees = lab.selector(name).sees if name != "oracle" else Sees.NOTHING  # it is told, not shown
-    shares = _shares(lab, plan, done, checked=sees is Sees.SCORES, layer=layer)
+    spent = shares(lab, plan, done, name, layer=layer)
     return _outcome(
-        lab.model, prompt, true, done.logits, done.kv, along, *shares, rouge=not refreshing
+        lab.model, prompt, true, done.logits, done.kv, along, *spent, rouge=not refreshing
     )
 
 
@@ -132,18 +131,20 @@ def _outcome(
     )
 
 
-def _shares(
-    lab: Lab, plan: ReusePlan, done: Partial, *, checked: bool, layer: int
+def shares(
+    lab: Lab, plan: ReusePlan, done: Partial, selector: str, *, layer: int
 ) -> tuple[float, float]:
     """Of the reused rows those that ran, mean over layers, probes included; and the FLOPs as a
     share of full prefill's."""
     config = lab.model.config
+    sees = lab.selector(selector).sees if selector != "oracle" else Sees.NOTHING  # it was told
     reused = plan.reused_rows.positions
     probe = probe_layer(len(lab.model.layers), lab.config.probe_at)
     counts = [np.isin(reused, rows).sum() for rows in done.rows]
     counts += [np.isin(reused, rows).sum() * probe for rows in done.probed]
     every = np.arange(plan.prefix_len, plan.prompt_len)
-    flops = checked_flops(config, done.rows, checked=len(every) if checked else 0, at_layer=layer)
+    checked = len(every) if sees is Sees.SCORES else 0
+    flops = checked_flops(config, done.rows, checked=checked, at_layer=layer)
     flops += sum(peeked_flops(config, rows, at_layer=probe) for rows in done.probed)
     recomputed = sum(counts) / len(reused) / len(done.rows)
     return float(recomputed), flops / prefill_flops(config, every)

@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options.check_model(args.model)
+    args.model = options.model_directory(args.model)
     args.length = args.length or list(LENGTHS)
     reader = Reader(args.model, args.device)
     rows = measure(reader, args)

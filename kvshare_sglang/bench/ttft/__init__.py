@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=0.12, help="--kvshare-budget of the servers")
     add("--select", choices=("trace", "window"), default="trace",
         help="--kvshare-select of the arm kvshare")  # fmt: skip
-    add("--model", default="bench-100m", help="name of a shape, shape file, or model directory")
+    add("--model", default="bench-100m", help="directory, shape file, a shape here, or smollm2")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
     add("--chunk", type=int, default=8192,
         help="chunked prefill size of all arms but plain; longer prompts take window")  # fmt: skip

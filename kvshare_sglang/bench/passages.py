@@ -1,0 +1,188 @@
+"""Prompts out of real passages, and what was cached before them. Pure: text in, text out.
+
+A file holds one JSON object a line: ``{"article", "text", "qas": [{"q", "a": [..]}]}``, as rendered
+from SQuAD-like data. ``codes`` puts sentences with a number of four digits into the passages, so
+that a small model can answer; ``qa`` asks the questions of the file.
+"""
+
+import json
+import random
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PLACES = (
+    "the north gate/the boat house/the wine cellar/the music room/the old mill/the greenhouse/"
+    "the bell tower/the map room/the stone bridge/the summer house/the west wing/the ice cellar/"
+    "the printing shop/the water tower/the harbour office/the reading room"
+).split("/")
+_ASK = "Answer the question with the passages. Answer in one short sentence."
+_EDITED_WORDS = 3  # of a cached text, besides the answer
+
+
+class Passage(NamedTuple):
+    """A passage and questions that it answers, each with the answers that count."""
+
+    article: int
+    text: str
+    qas: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class Scene(NamedTuple):
+    """Passages and a question about one of them."""
+
+    passages: tuple[str, ...]
+    asked: int  # number of the passage with the answer
+    question: str
+    answers: tuple[str, ...]
+    told: str  # an answer in the words that a model would use
+
+
+class Asked(NamedTuple):
+    """A prompt in the words of a chat, the prompts cached before it, and what is right."""
+
+    prompt: str
+    cached: tuple[str, ...]
+    answers: tuple[str, ...]
+    told: str
+
+
+def load(path: Path) -> list[Passage]:
+    """Raises KeyError or ValueError on a file of another form."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        one: dict[str, Any] = json.loads(line)
+        qas = tuple((qa["q"], tuple(qa["a"])) for qa in one["qas"])
+        found.append(Passage(one["article"], one["text"], qas))
+    return found
+
+
+# ---- scenes ----------------------------------------------------------------------------------
+
+
+def codes(rng: random.Random, pool: Sequence[Passage], count: int) -> tuple[Scene, list[str]]:
+    """A scene of ``count`` passages with a code in each, and as many other passages with codes of
+    other places."""
+    passages = rng.sample(list(pool), 2 * count)
+    places = rng.sample(PLACES, 2 * count)
+    numbers = rng.sample(range(1000, 10000), 2 * count)
+    texts = [
+        _put(rng, p.text, _fact(place, number))
+        for p, place, number in zip(passages, places, numbers, strict=True)
+    ]
+    asked = rng.randrange(count)
+    place, number = places[asked], numbers[asked]
+    question = f"What is the access code of {place}?"
+    told = _fact(place, number).rstrip(".")  # whether it ends there does not matter
+    return Scene(tuple(texts[:count]), asked, question, (str(number),), told), texts[count:]
+
+
+def qa(rng: random.Random, pool: Sequence[Passage], count: int) -> tuple[Scene, list[str]]:
+    """A scene of ``count`` passages of different articles with a question of the file, and as many
+    other passages. The answer is in its own passage only."""
+    while True:
+        passages = rng.sample([p for p in pool if p.qas], 2 * count)
+        asked = rng.randrange(count)
+        question, answers = rng.choice(passages[asked].qas)
+        others = [p for i, p in enumerate(passages[:count]) if i != asked]
+        apart = len({p.article for p in passages[:count]}) == count
+        if apart and not any(a.lower() in p.text.lower() for p in others for a in answers):
+            texts = [p.text for p in passages]
+            return Scene(tuple(texts[:count]), asked, question, answers, answers[0]), texts[count:]
+
+
+def _fact(place: str, number: int) -> str:
+    return f"The access code of {place} is {number}."
+
+
+def _put(rng: random.Random, text: str, sentence: str) -> str:
+    parts = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    at = rng.randint(1, len(parts))
+    return " ".join([*parts[:at], sentence, *parts[at:]])
+
+
+# ---- what was cached -------------------------------------------------------------------------
+
+
+def splice(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked:
+    """Cached: two prompts that hold the passages among others and in another order."""
+    mine = list(scene.passages)
+    rng.shuffle(mine)
+    if len(mine) > 1 and mine == list(scene.passages):
+        mine.reverse()
+    half = (len(mine) + 1) // 2
+    spare = list(others)
+    cached = []
+    for part in (mine[:half], mine[half:]):
+        if part:
+            company = [spare.pop() for _ in range(min(len(spare), max(1, half - 1)))]
+            # a stranger in front: no passage is where it was
+            cached.append(render([*company[:1], *part, *company[1:]], "Which passage is longest?"))
+    return Asked(render(scene.passages, scene.question), tuple(cached), scene.answers, scene.told)
+
+
+def among(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked:
+    """Cached: one longer prompt with all passages in another order, after and among others. Each
+    was computed after more rivals than it has now, where a splice has fewer."""
+    mine = list(scene.passages)
+    rng.shuffle(mine)
+    if len(mine) > 1 and mine == list(scene.passages):
+        mine.reverse()
+    half = (len(mine) + 1) // 2
+    cached = render(
+        [others[0], *mine[:half], others[-1], *mine[half:]], "Which passage is longest?"
+    )
+    return Asked(render(scene.passages, scene.question), (cached,), scene.answers, scene.told)
+
+
+def edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:
+    """Cached: the same passages with the answer another one and a few words changed; None where
+    the answer is not in the passage word by word, and once."""
+    passages = list(scene.passages)
+    text = passages[scene.asked]
+    found = [a for a in scene.answers if text.count(a) == 1]
+    if not found:
+        return None
+    passages[scene.asked] = text.replace(found[0], _other(rng, found[0], others))
+    for _ in range(_EDITED_WORDS):
+        i = rng.randrange(len(passages))
+        words = passages[i].split(" ")
+        at = rng.randrange(len(words))
+        if not any(c.isdigit() for c in words[at]):
+            words[at] = rng.choice(rng.choice(others).split(" "))
+            passages[i] = " ".join(words)
+    cached = render(passages, "Which passage is longest?")
+    return Asked(render(scene.passages, scene.question), (cached,), scene.answers, scene.told)
+
+
+def _other(rng: random.Random, answer: str, texts: Sequence[str]) -> str:
+    """Another answer of about the same kind: other digits, or as many words of another text."""
+    if any(c.isdigit() for c in answer):
+        changed = "".join(rng.choice("123456789") if c.isdigit() else c for c in answer)
+        return changed if changed != answer else _other(rng, answer, texts)
+    words = rng.choice(texts).split(" ")
+    count = len(answer.split(" "))
+    at = rng.randrange(max(1, len(words) - count))
+    return " ".join(words[at : at + count])
+
+
+# ---- words of a prompt, and what is right ----------------------------------------------------
+
+
+def render(passages: Sequence[str], question: str) -> str:
+    """What the user says."""
+    return "\n\n".join([_ASK, *passages, f"Question: {question}"])
+
+
+def normal(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
+    kept = "".join(" " if c in string.punctuation else c for c in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def is_right(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers is in the text as whole words."""
+    said = f" {normal(text)} "
+    return any(f" {normal(a)} " in said for a in answers)

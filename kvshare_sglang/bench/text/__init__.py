@@ -1,0 +1,86 @@
+"""What reuse does to answers about real passages, by a model with real weights.
+
+First ``--case alone`` says which tasks full prefill solves. Then each prompt of a case is served by
+full prefill and by each arm over the same cache. A run that was stopped goes on where it was:
+prompts of a task and case are always the same ones, and those in the folder are left out.
+"""
+
+import argparse
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvshare_sglang.bench import common, models, options
+from kvshare_sglang.bench.passages import Asked
+from kvshare_sglang.bench.text import arms, report
+from kvshare_sglang.bench.text.chat import Texts
+from kvshare_sglang.bench.text.lines import fill
+from kvshare_sglang.bench.text.prompts import ALONE, CASES, TASKS, asked, pool
+from kvshare_sglang.sim.engine import Model
+
+BATCH = 8  # prompts answered side by side where only full prefill is asked
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser)
+    add = parser.add_argument
+    names = [name for name in arms.ARMS if name != "all"]
+    add("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--case", nargs="+", choices=CASES, default=["splice", "edit"])
+    add("--arm", nargs="+", choices=arms.ARMS, default=names, help="besides full prefill")
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The options that ``why`` has too."""
+    add = parser.add_argument
+    add("--passages", type=Path, required=True, metavar="FILE", help="passages with questions")
+    options.add_model(parser, default=Path(models.FETCHED))
+    add("--longest", type=int, default=700, metavar="CHARACTERS", help="of a passage")
+    add("--n", type=int, default=40, help="prompts of each task and case")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, required=True, metavar="DIR", help="a file for each task and case")
+    add("--json", type=Path, metavar="OUT", help="default: DIR/summary.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    passages = pool(args.passages, longest=args.longest)
+    texts, model = start(args)
+    chosen = {name: arms.ARMS[name] for name in args.arm}
+    cells = [(task, case) for case in args.case for task in args.task]
+
+    def rows(case: str, many: list[Asked]) -> list[dict[str, Any]]:
+        if case == ALONE:
+            return arms.alone(model, texts, many)
+        return [
+            arms.reused(model, texts, one, chosen, seed=zlib.crc32(one.prompt.encode()))
+            for one in many
+        ]
+
+    with common.Progress(len(cells) * args.n, unit=" prompts") as bar:
+        for task, case in cells:
+            bar.say(f"{task}, {case}")
+            fill(
+                args.out / f"{task}-{case}.jsonl", asked(passages, task, case), args.n,
+                functools.partial(rows, case), bar,
+                together=BATCH if case == ALONE else 1,
+            )  # fmt: skip
+    return finish(args)
+
+
+def start(args: argparse.Namespace) -> tuple[Texts, Model]:
+    """The model that was asked for, and the folder of its answers."""
+    args.model = options.model_directory(args.model)
+    args.json = args.json or args.out / "summary.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    return Texts(args.model), Model(args.model, device=args.device)
+
+
+def finish(args: argparse.Namespace) -> int:
+    """Sum up all that the folder holds."""
+    rows = report.summary(args.out)
+    common.report(args, report.show(rows), {"rows": rows, "flips": report.flips(args.out)})
+    return 0

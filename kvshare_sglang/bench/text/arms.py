@@ -1,0 +1,97 @@
+"""Which arms answer a prompt, and what each gives: full prefill, and reuse over one cache."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kvshare_sglang.bench.passages import Asked
+from kvshare_sglang.bench.quality.outcomes import follow, shares
+from kvshare_sglang.bench.text.chat import WRITTEN, Texts, cached, of_full, reuse, truth
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.sim.engine import Lab, Model, Partial
+from kvshare_sglang.sim.writing import refreshing, side_by_side
+
+LAYER = 1  # at which a check compares, as --kvshare-check-layer
+
+
+class Arm(NamedTuple):
+    """A selector with what differs from the server's defaults."""
+
+    selector: str
+    options: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    budget: float = KVShareConfig().budget
+    every: int = 0  # refresh while decoding, as --kvshare-refresh-every
+
+
+ARMS = {
+    "copies": Arm("copy", budget=0.0),
+    "window": Arm("window"),
+    "epic": Arm("epic"),
+    "cacheblend": Arm("cacheblend"),
+    "trace": Arm("trace"),
+    "trace half": Arm("trace", {"probe_at": 0.5}),
+    "trace refresh": Arm("trace", every=1),
+    "deviation": Arm("oracle"),  # true deviation over all layers
+    "all": Arm("full", budget=1.0),  # a check of this module: as full prefill
+}
+
+
+def alone(model: Model, texts: Texts, many: list[Asked]) -> list[dict[str, Any]]:
+    """Full prefill's answers, written side by side."""
+    ids = [texts.ids(one.prompt) for one in many]
+    firsts, kvs = zip(*(model.full(i) for i in ids), strict=True)
+    told = side_by_side(model, firsts, kvs, [len(i) for i in ids], WRITTEN, stop=texts.stop)
+    return [
+        {"tokens": len(i), "arms": {"full": texts.said(t, one)}}
+        for i, t, one in zip(ids, told, many, strict=True)
+    ]
+
+
+def reused(
+    model: Model, texts: Texts, one: Asked, arms: dict[str, Arm], *, seed: int
+) -> dict[str, Any]:
+    """One prompt under full prefill and all arms."""
+    ids = texts.ids(one.prompt)
+    lab = Lab(model, KVShareConfig())
+    cached(lab, texts, one)
+    true = truth(model, texts, ids, one)
+    full = of_full(model, texts, true, one)
+    found = {"full": full}
+    row = {"tokens": len(ids), "answers": one.answers, "arms": found}
+    apart: dict[str, Partial] = {}
+    for name, arm in arms.items():
+        lab.config = dataclasses.replace(KVShareConfig(), **arm.options)
+        plan = reuse(lab, ids)
+        row["copied"] = plan.reused / len(ids)
+        done = lab.prefill(
+            ids, plan, arm.selector, budget=arm.budget, check_layer=LAYER, seed=seed,
+            truth=true.kv, room=WRITTEN,
+        )  # fmt: skip
+        told, right = (_along(lab, arm, done, path, len(ids)) for path in (true.told, true.right))
+        recomputed, computed = shares(lab, plan, done, arm.selector, layer=LAYER)
+        measured = true.measured(told, right)
+        found[name] = full | measured | {"recomputed": recomputed, "computed": computed}
+        if measured["top1"] == 1:
+            continue  # it writes what full prefill writes
+        if arm.every:
+            written, count = refreshing(lab, ids, done, WRITTEN, every=arm.every, stop=texts.stop)
+            found[name] |= texts.said(written, one) | {"same": written == true.answer}
+            found[name]["refreshed"] = count
+        else:
+            apart[name] = done
+    if apart:
+        firsts, kvs = zip(*((d.logits, d.kv) for d in apart.values()), strict=True)
+        many = side_by_side(model, firsts, kvs, [len(ids)] * len(kvs), WRITTEN, stop=texts.stop)
+        for name, written in zip(apart, many, strict=True):
+            found[name] |= texts.said(written, one) | {"same": written == true.answer}
+    return row
+
+
+def _along(lab: Lab, arm: Arm, done: Partial, told: np.ndarray, known: int) -> torch.Tensor:
+    """Log-probabilities along ``told[known:]``, refreshed on the way where the arm does so."""
+    if not arm.every:
+        return follow(lab.model, done.kv, done.logits, told, known)
+    rest, _ = lab.decode(told[:-1], known, done, every=arm.every)
+    return torch.cat([done.logits[None], rest]).log_softmax(-1)

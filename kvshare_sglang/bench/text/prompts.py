@@ -1,0 +1,55 @@
+"""Which prompts are asked about real passages: for each task and case always the same ones."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from kvshare_sglang.bench import passages
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.passages import Asked, Passage
+
+TASKS = {  # how scenes of passages are made, and how many passages are in a prompt
+    "codes3": (passages.codes, 3),
+    "codes5": (passages.codes, 5),
+    "qa1": (passages.qa, 1),
+    "qa2": (passages.qa, 2),
+    "qa3": (passages.qa, 3),
+}
+ALONE = "alone"  # nothing is cached: what full prefill solves
+CASES: dict[str, Callable[..., Asked | None]] = {
+    ALONE: lambda rng, scene, others: Asked(
+        passages.render(scene.passages, scene.question), (), scene.answers, scene.told
+    ),
+    "splice": passages.splice,
+    "among": passages.among,
+    "edit": passages.edit,
+}
+
+
+def pool(path: Path, *, longest: int) -> list[Passage]:
+    """The passages of a file that have ``longest`` characters at most. Raises ScriptError where
+    the file has another form."""
+    try:
+        found = passages.load(path)
+    except OSError as error:
+        raise ScriptError(f"--passages {path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        form = '{"article", "text", "qas": [{"q", "a": [..]}]}'
+        raise ScriptError(f"--passages {path} must hold {form} on each line: {error!r}") from None
+    return [p for p in found if len(p.text) <= longest]
+
+
+def asked(pool: Sequence[Passage], task: str, case: str) -> Iterator[Asked]:
+    """Prompts without end. Raises ScriptError where there are too few passages."""
+    make, count = TASKS[task]
+    fit = [p for p in pool if p.qas] if make is passages.qa else pool
+    if len(fit) < 2 * count:
+        raise ScriptError(
+            f"{task} needs {2 * count} passages in --passages that are no longer than --longest,"
+            f" got {len(fit)}"
+        )
+    rng = random.Random(f"text {task} {case}")
+    while True:
+        scene, others = make(rng, pool, count)
+        if one := CASES[case](rng, scene, others):
+            yield one

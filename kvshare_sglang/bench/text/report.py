@@ -1,0 +1,112 @@
+"""What the lines of ``text`` and ``why`` come to: right answers, flips, KL and shares, by arm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvshare_sglang.bench import common
+
+MEANS = (
+    "kl", "kl_most", "margin", "nll", "top1", "same",
+    "recomputed", "computed", "refreshed", "share",
+)  # fmt: skip
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    """A row for each task, case and arm. Intervals are bootstrapped over prompts, and those of
+    differences over pairs."""
+    rows = []
+    for file in sorted(folder.glob("*.jsonl")):
+        task, _, case = file.stem.partition("-")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        names = list(dict.fromkeys(name for line in lines for name in line["arms"]))
+        rows += [_row(lines, name, task=task, case=case) for name in names]
+    return rows
+
+
+def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
+    """Right answers that became wrong or wrong ones right, by KL from full prefill, over all arms
+    and prompts. A disturbance of the logits is of the order of KL's square root, and an answer
+    flips where its margin is smaller; arms share prompts, so bins are not independent."""
+    seen = [
+        (one["kl"], one["right"] != line["arms"]["full"]["right"])
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in map(json.loads, file.read_text().splitlines())
+        for name, one in line["arms"].items()
+        if name != "full" and "kl" in one
+    ]
+    parts = np.array_split(np.array(sorted(seen), float), bins) if len(seen) >= bins else []
+    return [
+        {
+            "n": len(part),
+            "kl": _mean(part[:, 0]),
+            "flips": _mean(part[:, 1]),
+            "flips_by_root": float(part[:, 1].mean() / np.sqrt(part[:, 0].mean())),
+        }
+        for part in parts
+    ]
+
+
+def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
+    lines = [line for line in lines if name in line["arms"]]
+    mine = [line["arms"][name] for line in lines]
+    full = np.array([line["arms"]["full"]["right"] for line in lines], float)
+    right = np.array([one["right"] for one in mine], float)
+    row = {
+        **cell,
+        "arm": name,
+        "n": len(mine),
+        "tokens": _mean([line["tokens"] for line in lines]),
+        "right": float(right.mean()),
+        "right_ci95": _ci(right),
+        "lost": int(((full == 1) & (right == 0)).sum()),
+        "won": int(((full == 0) & (right == 1)).sum()),
+    }
+    for key in MEANS:
+        values = [one[key] for one in mine if key in one]
+        row[key] = _mean(values) if values else None
+    for other in ("full", "copies"):  # prompt by prompt
+        for key in ("right", "kl", "margin"):
+            pairs = [(line["arms"][name], line["arms"].get(other, {})) for line in lines]
+            apart = [a[key] - b[key] for a, b in pairs if key in a and key in b]
+            row[f"{key}_minus_{other}"] = _mean(apart) if apart else None
+            row[f"{key}_minus_{other}_ci95"] = _ci(np.array(apart, float)) if apart else None
+    return row
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values))
+
+
+def _ci(values: np.ndarray) -> list[float]:
+    return common.bootstrap_ci95(list(values), statistic=np.mean)
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    def text(row: dict[str, Any]) -> dict[str, Any]:
+        low, high = row["right_minus_full_ci95"]
+        blank = {key: np.nan for key in MEANS if row[key] is None}  # full prefill is not measured
+        return {**row, **blank, "ci": f"{low:+.2f} {high:+.2f}"}
+
+    return common.columns(
+        [text(row) for row in rows],
+        cell="{task} {case}",
+        arm="{arm}",
+        n="{n}",
+        tokens="{tokens:.0f}",
+        right="{right:.3f}",
+        minus_full="{right_minus_full:+.3f}",
+        ci95="{ci}",
+        lost="{lost}",
+        won="{won}",
+        KL="{kl:.4f}",
+        most="{kl_most:.3f}",
+        margin="{margin:.2f}",
+        nll="{nll:.3f}",
+        top1="{top1:.3f}",
+        same="{same:.2f}",
+        recomputed="{recomputed:.1%}",
+        computed="{computed:.1%}",
+    )

@@ -1,0 +1,78 @@
+"""Prompts out of passages: the answer is there to be read, and what was cached is really other."""
+
+import random
+
+import pytest
+
+from kvshare_sglang.bench import passages
+from kvshare_sglang.bench.passages import Passage
+
+
+def _pool(count):
+    return [
+        Passage(
+            i,
+            f"Mount T{i} is high. It was climbed in 19{i:02d} by a man called Ulf{i}. It is cold.",
+            ((f"Who climbed T{i}?", (f"Ulf{i}",)), (f"When was T{i} climbed?", (f"19{i:02d}",))),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(params=[passages.codes, passages.qa])
+def scene(request):
+    return request.param(random.Random(3), _pool(20), 3)
+
+
+def test_the_answer_is_in_the_passage_that_is_asked_about(scene):
+    one, others = scene
+    assert len(one.passages) == len(others) == 3
+    found = [any(a in text for a in one.answers) for text in one.passages]
+    assert found == [i == one.asked for i in range(3)]
+
+
+@pytest.mark.parametrize("case", [passages.splice, passages.among])
+def test_each_passage_was_cached_after_other_text(scene, case):
+    one, others = scene
+    asked = case(random.Random(1), one, others)
+    for text in one.passages:
+        (cached,) = (c for c in asked.cached if text in c)
+        assert cached.split(text)[0] != asked.prompt.split(text)[0]
+
+
+def test_an_edit_caches_the_prompt_with_another_answer(scene):
+    one, others = scene
+    asked = passages.edit(random.Random(1), one, others)
+    assert asked is not None
+    (cached,) = asked.cached
+    assert not any(a in cached for a in one.answers)
+    assert asked.prompt == passages.render(one.passages, one.question)
+
+
+def test_an_answer_that_is_there_twice_is_not_edited(scene):
+    one, others = scene
+    twice = one._replace(passages=tuple(text + " " + text for text in one.passages))
+    assert passages.edit(random.Random(1), twice, others) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "right"),
+    [
+        ("The code is 4821.", ["4821"], True),
+        ("The code is 48213.", ["4821"], False),
+        ("It was the Duke of York!", ["Duke of York", "York's duke"], True),
+        ("It was a duke.", ["Duke of York"], False),
+        ("", ["four"], False),
+    ],
+)
+def test_an_answer_counts_as_whole_words(text, answers, right):
+    assert passages.is_right(text, answers) is right
+
+
+def test_a_file_is_read_as_it_is_rendered(tmp_path):
+    file = tmp_path / "qa.jsonl"
+    file.write_text('{"article": 1, "text": "T.", "qas": [{"q": "Q?", "a": ["A", "B"]}]}\n')
+    assert passages.load(file) == [Passage(1, "T.", (("Q?", ("A", "B")),))]
+    file.write_text('{"article": 1}\n')
+    with pytest.raises(KeyError):
+        passages.load(file)

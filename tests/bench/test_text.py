@@ -1,0 +1,150 @@
+"""The commands about real passages: their prompts, their arms, and runs that were stopped go on."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvshare_sglang.bench import common, passages, why
+from kvshare_sglang.bench.models import READER
+from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench.text import arms, prompts, report
+from kvshare_sglang.bench.text.chat import Texts
+from kvshare_sglang.bench.text.lines import fill
+from kvshare_sglang.bench.text.places import PARTS, Places, part_and_side
+from kvshare_sglang.sim.engine import Model
+
+WORDS = "the old town has a long wall and a mill by the river that nobody uses any more".split()
+
+
+def _pool(count):
+    rng = random.Random(0)
+
+    def text(i):
+        said = " ".join(rng.choices(WORDS, k=30))
+        return f"Town {i} is old. It is said that {said}. It has 19{i:02d} people."
+
+    return [passages.Passage(i, text(i), ()) for i in range(count)]
+
+
+class Plain(Texts):
+    """The reader's tokens, and no chat around what the user says."""
+
+    def __init__(self):
+        self._encode, self.stop = Encoder(READER), 0
+
+    def placed(self, text):
+        code = self._encode._tokenizer.encode(text)
+        return np.asarray(code.ids, np.int32), text, np.asarray(code.offsets)
+
+    def told(self, text):
+        return self._encode(text)
+
+    def text(self, ids):
+        return self._encode._tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(READER)
+
+
+@pytest.fixture
+def one():
+    return next(prompts.asked(_pool(12), "codes3", "splice"))
+
+
+def test_prompts_of_a_task_and_case_are_always_the_same_ones():
+    first, again = (
+        list(itertools.islice(prompts.asked(_pool(12), "codes3", "edit"), 3)) for _ in range(2)
+    )
+    assert first == again
+    assert len({one.prompt for one in first}) == 3
+    assert next(prompts.asked(_pool(12), "codes3", "alone")).cached == ()
+
+
+def test_too_few_passages_are_refused_with_how_many_there_are():
+    with pytest.raises(common.ScriptError, match=r"codes3 needs 6 passages .* got 5"):
+        next(prompts.asked(_pool(5), "codes3", "splice"))
+    with pytest.raises(common.ScriptError, match=r"qa1 needs 2 passages .* got 0"):
+        next(prompts.asked(_pool(5), "qa1", "splice"))
+
+
+def test_a_file_of_another_form_is_refused(tmp_path):
+    file = tmp_path / "qa.jsonl"
+    with pytest.raises(common.ScriptError, match="cannot be read: No such file"):
+        prompts.pool(file, longest=700)
+    file.write_text('{"article": 1}\n')
+    with pytest.raises(common.ScriptError, match=r"must hold .* on each line: KeyError"):
+        prompts.pool(file, longest=700)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_next_prompt(tmp_path):
+    file, asked = tmp_path / "a.jsonl", []
+
+    def rows(many):
+        asked.append(many)
+        return [{"n": one} for one in many]
+
+    for n, together in ((2, 1), (7, 3)):
+        with common.Progress(n) as bar:
+            fill(file, itertools.count(), n, rows, bar, together=together)
+    assert asked == [[0], [1], [2, 3, 4], [5, 6]]
+    assert [json.loads(line)["n"] for line in file.read_text().splitlines()] == list(range(7))
+
+
+def test_all_rows_again_are_full_prefill_and_copies_are_not(model, one):
+    chosen = {name: arms.ARMS[name] for name in ("all", "copies", "trace refresh")}
+    row = arms.reused(model, Plain(), one, chosen, seed=0)
+    found = row["arms"]
+    assert list(found) == ["full", *chosen]
+    assert found["all"]["kl"] < 1e-5
+    assert (found["all"]["same"], found["all"]["recomputed"]) == (True, 1)
+    assert found["all"]["margin"] == pytest.approx(found["full"]["margin"], abs=1e-2)
+    assert found["copies"]["kl"] > 10 * found["all"]["kl"]
+    assert found["copies"]["recomputed"] < 0.1 < found["trace refresh"]["recomputed"]
+    assert row["copied"] > 0.5
+
+
+def test_where_every_copy_is_put_right_nothing_is_wrong(model, one, monkeypatch):
+    monkeypatch.setitem(PARTS, "everything", lambda p: np.ones(len(p.ids), bool))
+    names = ("nothing", "everything", "everything | run", "everything | K")
+    found = why.why(model, Plain(), one, {n: part_and_side(n) for n in names})["arms"]
+    assert found["everything"]["share"] == 1
+    assert max(found["everything"]["kl"], found["everything | run"]["kl"]) < 1e-5
+    assert found["nothing"]["share"] == 0
+    assert found["nothing"]["kl"] > found["everything | K"]["kl"] > 1e-5
+
+
+def test_places_are_those_of_the_words(one):
+    texts = Plain()
+    places = Places(texts, one)
+    assert one.answers[0] in texts.text(places.ids[places.digits].tolist()).replace(" ", "")
+    assert not (places.digits & ~places.fact).any()
+    assert not (places.fact & ~places.facts).any()
+    assert not (places.fact & ~places.passage).any()
+    split = [PARTS[name](places) for name in ("before it", "its sentence", "after it")]
+    assert (np.sum(split, axis=0) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("its colour", "--part must be one of nothing, .*, got 'its colour'"),
+        ("its digits | Q", "must be one of K, V, run, got 'Q'"),
+    ],
+)
+def test_a_part_that_is_not_known_is_refused(name, said):
+    with pytest.raises(common.ScriptError, match=said):
+        part_and_side(name)
+
+
+def test_measured_lines_are_still_summed_up():
+    """Margins came later than answers, and one part had another name."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "smollm2"
+    rows = {row["arm"]: row for row in report.summary(folder / "patched-more")}
+    assert rows["all sentences | run"]["kl"] == pytest.approx(0.0123, abs=5e-5)
+    assert report.show(report.summary(folder / "reuse"))

@@ -1,0 +1,49 @@
+"""The table of answers about passages: flips are counted both ways, intervals are of pairs."""
+
+import json
+
+import pytest
+
+from kvshare_sglang.bench.text import report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def one(right, **more):
+        return {"right": right, "text": "", **more}
+
+    lines = [
+        {"tokens": 100, "arms": {"full": one(a), "copies": one(b, kl=k, kl_most=2 * k)}}
+        for a, b, k in ((1, 0, 0.1), (1, 1, 0.2), (0, 1, 0.3), (1, 0, 0.4))
+    ]
+    (tmp_path / "codes3-splice.jsonl").write_text("".join(json.dumps(n) + "\n" for n in lines))
+    return tmp_path
+
+
+@pytest.fixture
+def rows(folder):
+    return report.summary(folder)
+
+
+def test_flips_are_counted_both_ways(rows):
+    full, copies = rows
+    assert (copies["task"], copies["case"], copies["n"]) == ("codes3", "splice", 4)
+    assert (full["right"], copies["right"], copies["right_minus_full"]) == (0.75, 0.5, -0.25)
+    assert (copies["lost"], copies["won"]) == (2, 1)
+    assert (full["lost"], full["won"], full["right_minus_full_ci95"]) == (0, 0, [0.0, 0.0])
+    low, high = copies["right_minus_full_ci95"]
+    assert -1 <= low < -0.25 < high <= 1
+
+
+def test_what_was_not_measured_is_none_and_still_shown(rows):
+    full, copies = rows
+    assert full["kl"] is None
+    assert copies["kl"] == pytest.approx(0.25)
+    assert "nan" in report.show(rows)
+
+
+def test_flips_are_told_by_kl(folder):
+    low, high = report.flips(folder, bins=2)
+    assert (low["n"], low["kl"], low["flips"]) == (2, pytest.approx(0.15), 0.5)
+    assert (high["n"], high["kl"], high["flips"]) == (2, pytest.approx(0.35), 1.0)
+    assert report.flips(folder, bins=5) == []  # fewer answers than bins
