@@ -27,7 +27,11 @@ class KVShareConfig:
         1,
     )
     seam: int = _option(
-        16, "tokens computed again at the start of each run taken from other text", 0, 4096
+        16,
+        "last tokens of a prompt that always run; by window and dhd also tokens computed again at"
+        " the start of each run taken from other text",
+        0,
+        4096,
     )
     select: str = _option(
         "trace", "which reused tokens are computed again: window (after edits and at seams), dhd"

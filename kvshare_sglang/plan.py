@@ -194,8 +194,14 @@ class Rows:
         return Rows._of(starts[gap], stops[gap])
 
     def places_in(self, rows: "Rows") -> np.ndarray:
-        """Where each position is among those of ``rows``, which holds them all; int64 [num]."""
-        return np.searchsorted(rows.positions, self.positions)
+        """Where each position is among those of ``rows``; int64 [num]. Raises ValueError where
+        one is missing."""
+        places = np.searchsorted(rows.positions, self.positions)
+        if self.num and (
+            places[-1] >= rows.num or (rows.positions[places] != self.positions).any()
+        ):
+            raise ValueError(f"{(self - rows).ranges[0]} is not among the rows that are there")
+        return places
 
     def __or__(self, other: "Rows") -> "Rows":
         length = max(self.stop, other.stop)

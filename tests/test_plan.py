@@ -54,6 +54,16 @@ def test_operations_are_those_of_sets(a, b, start, stop):
     assert (mine | other).positions[mine.places_in(mine | other)].tolist() == sorted(a)
 
 
+@given(SETS, SETS)
+def test_a_row_that_is_not_there_has_no_place(a, b):
+    mine, there = rows_of(a), rows_of(b)
+    if a <= b:
+        assert there.positions[mine.places_in(there)].tolist() == sorted(a)
+    else:
+        with pytest.raises(ValueError, match="is not among the rows that are there"):
+            mine.places_in(there)
+
+
 @pytest.mark.parametrize("bad", [[(3, 3)], [(4, 2)], [(0, 3), (2, 5)], [(5, 6), (0, 1)]])
 def test_ranges_out_of_order_are_refused(bad):
     with pytest.raises(ValueError, match="ranges must ascend, be disjoint and not empty, got"):

@@ -75,7 +75,7 @@ def load(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == COMMANDS[name]:
             raise ScriptError(f"{name} is not there: no module {error.name}") from None
-        raise ScriptError(f"{name} needs {error.name}: pip install kvshare-sglang[bench]") from None
+        raise ScriptError(f"{name} needs {error.name}: pip install -e '.[bench]'") from None
 
 
 def about(name: str) -> str:

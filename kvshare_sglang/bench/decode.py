@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     args.model = options.model_directory(args.model)
-    model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
+    model, encode = Model(args.model, dtype=torch.bfloat16, device=args.device), Encoder(args.model)
     config = KVShareConfig(
         select="trace", min_reuse=32, seam=args.seam, window=16, refresh_every=args.every,
         refresh_rows=args.rows, refresh_above=args.above,

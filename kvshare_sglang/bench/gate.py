@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     args.model = options.model_directory(args.model)
-    model, encode = Model(args.model, dtype=torch.bfloat16), Encoder(args.model)
+    model, encode = Model(args.model, dtype=torch.bfloat16, device=args.device), Encoder(args.model)
     options.check_layers(args.layer, of=len(model.layers))
     config = KVShareConfig(min_reuse=32, window=16)
     size = SIZE._replace(facts=args.facts)

@@ -1,4 +1,4 @@
-"""What another SGLang changes for us: every touch of ours on it, settings, pins, the smoke test.
+"""What another SGLang changes for us: what we change or rely on, settings, pins, the smoke test.
 
 Started by scripts/next_sglang.sh. Asks both versions the same questions, each in a process of its
 own, and writes one page: what broke, what differs, what is new and must be served or refused by
@@ -22,7 +22,7 @@ SMOKE = "tests/integration/test_server.py"
 PINNED = ("torch", "transformers", "flashinfer-python", "triton", "xgrammar")
 # Kinds of touches: functions that we wrap, methods that our classes define anew, names that hang
 # on SGLang's objects, fields of its batches.
-KINDS = ("wrapped", "overridden", "attributes", "fields")
+KINDS = ("wrapped", "overridden", "attributes", "fields", "used")
 TAKEN = "taken by SGLang"
 
 
@@ -74,6 +74,8 @@ def _touches(found: dict[str, Any]) -> None:
     names = {name for base in bases for name in inspect.get_annotations(base)}
     for name in hooks.FIELDS:
         found["fields"][f"{hooks._BATCH}.{name}"] = "there" if name in names else None
+    for used in hooks.USED:
+        found["used"][f"{used.owner}.{used.name}"] = "there" if hooks.is_there(used) else None
 
 
 def _cache(found: dict[str, Any]) -> None:
@@ -168,7 +170,7 @@ def page(
 def broken(kind: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The touches of one kind that do not hold in ``new``, which needs them."""
     label = {"wrapped": "function", "overridden": "method", "attributes": "attribute"}
-    what = label.get(kind, "field")
+    what = label.get(kind, "field" if kind == "fields" else "name")
     out = []
     for name in {**old[kind], **new[kind]}:
         was, now = old[kind].get(name), new[kind].get(name)

@@ -29,6 +29,7 @@ from kvshare_sglang.runtime.batch import (
     StopForward,
     cut_tokens,
     few_enough,
+    few_enough_of,
     sub_batch,
     to_device,
 )
@@ -67,7 +68,7 @@ class TraceStage:
             follow(traces, parts, fb, runner, forward, layer=layer)
             for job, trace in zip(self.jobs, traces, strict=True):
                 rows[job.number] = self.selector.rows(job.plan, trace)
-            rows = few_enough(rows, runner)
+            rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
             plans = [job.plan.recompute(rows[job.number]) for job in self.jobs]
         except Exception:
             logger.exception("KVShare's trace failed; the batch runs all its rows")

@@ -111,6 +111,22 @@ def few_enough(rows: Sequence[Rows], runner: "ModelRunner") -> list[Rows]:
     return merge_ranges(rows, limit=max(runner.max_running_requests, len(rows)))
 
 
+def few_enough_of(
+    rows: Sequence[Rows], numbers: Sequence[int], runner: "ModelRunner"
+) -> list[Rows]:
+    """As ``few_enough``, but of the requests ``numbers`` alone: the batch has been cut for the
+    others, so rows between their ranges are not there any more."""
+    out = list(rows)
+    if takes_any_ranges(runner):
+        return out
+    others = sum(one.num_ranges for i, one in enumerate(rows) if i not in numbers)
+    limit = max(max(runner.max_running_requests, len(rows)) - others, len(numbers))
+    merged = merge_ranges([rows[i] for i in numbers], limit=limit)
+    for i, one in zip(numbers, merged, strict=True):
+        out[i] = one
+    return out
+
+
 def cut_tokens(
     fb: "ForwardBatch", have: Sequence[Rows], rows: Sequence[Rows], runner: "ModelRunner"
 ) -> torch.Tensor:

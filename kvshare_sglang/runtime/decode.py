@@ -154,7 +154,7 @@ class RefreshStage:
             watch = one.state.watch
             assert watch is not None
             row = versions.kv_row(one.req).req_pool_idx
-            parts.append(functools.partial(_part, fb, table[row], one))
+            parts.append(functools.partial(_part, fb, table[row], _tokens(one.req), one))
             trace = Trace(watch.open, rows=Rows(), query=Rows(), count=config.refresh_rows)
             trace.feed(mass)
             traces.append(trace)
@@ -180,10 +180,12 @@ class RefreshStage:
         self.report.refreshed(requests=len(wanted), rows=sum(mine.num for mine in rows))
 
 
-def _part(fb: "ForwardBatch", table: torch.Tensor, one: Watched, rows: Rows) -> Part:
-    """Tokens of a watched request; ``table``: its row of slots."""
+def _part(
+    fb: "ForwardBatch", table: torch.Tensor, tokens: np.ndarray, one: Watched, rows: Rows
+) -> Part:
+    """Some of a watched request's ``tokens``; ``table``: its row of slots."""
     at = torch.from_numpy(rows.positions)
-    ids = to_device(torch.from_numpy(_tokens(one.req)[rows.positions]), fb.input_ids.device)
+    ids = to_device(torch.from_numpy(tokens[rows.positions]), fb.input_ids.device)
     slots = table[to_device(at, fb.input_ids.device)]
     return Part(one.number, rows, ids.to(fb.input_ids.dtype), slots.to(fb.out_cache_loc.dtype))
 

@@ -18,7 +18,7 @@ from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.base import RowScores, SelectionRequest, query_rows
 from kvshare_sglang.policy.select.dhd import Dhd
-from kvshare_sglang.runtime.batch import BatchedRequest, LayerView, few_enough, to_device
+from kvshare_sglang.runtime.batch import BatchedRequest, LayerView, few_enough_of, to_device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -50,15 +50,16 @@ class DhdObserver:
         Whatever goes wrong, every row continues: then the request is computed in full."""
         rows = list(self.rows)
         try:
-            plans = []
+            chosen = []
             for job, scores in zip(self.jobs, self._scores(view), strict=True):
                 asked = SelectionRequest(job.plan, job.state.budget, scores)
-                plans.append(self.selector.select(asked))
-                rows[job.number] = plans[-1].compute
-            rows = few_enough(rows, self.runner)
+                chosen.append(self.selector.select(asked))
+                rows[job.number] = chosen[-1].compute
+            rows = few_enough_of(rows, [job.number for job in self.jobs], self.runner)
             # Of the rows as merged for the backend: what ran beside those chosen was not copied.
             plans = [
-                plan.recompute(rows[job.number]) for job, plan in zip(self.jobs, plans, strict=True)
+                plan.recompute(rows[job.number])
+                for job, plan in zip(self.jobs, chosen, strict=True)
             ]
         except Exception:
             logger.exception("KVShare's check failed; the batch runs all its rows")
@@ -66,13 +67,15 @@ class DhdObserver:
             for job in self.jobs:
                 job.state.fall_back(Decline.FAULT)
         else:
-            self._settle(plans)
+            self._settle(chosen, plans)
         self.on_done(rows)
         return rows
 
-    def _settle(self, plans: list[ReusePlan]) -> None:
-        for job, plan in zip(self.jobs, plans, strict=True):
-            job.state.settle(plan, watch=self.watch, otherwise=Decline.DEVIATION)
+    def _settle(self, chosen: list[ReusePlan], plans: list[ReusePlan]) -> None:
+        for job, before, plan in zip(self.jobs, chosen, plans, strict=True):
+            # Without copies before merging all runs were too far off; else merging took the rest.
+            reason = Decline.TOO_LITTLE if before.copies else Decline.DEVIATION
+            job.state.settle(plan, watch=self.watch, otherwise=reason)
 
     def _scores(self, view: LayerView) -> list[RowScores]:
         """What the layer shows of each job's reused rows; waits once for the device."""

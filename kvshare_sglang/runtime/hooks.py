@@ -1,9 +1,10 @@
-"""Every touch on SGLang, by version, and the check that each is really there.
+"""What we change in SGLang and what we rely on, by version, and the check that it is there.
 
 ``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
 backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what its objects
 carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``:
-what else of it we call, rebind or write. Decoder layers get torch's own forward pre-hooks, once an
+what else of its insides we call, rebind or write; calls of its cache's and pools' public methods
+are not listed. Decoder layers get torch's own forward pre-hooks, once an
 observer narrows a batch (``attention.py``).
 """
 
@@ -176,6 +177,7 @@ FIELDS = (
     *("extend_num_tokens", "extend_seq_lens", "extend_seq_lens_cpu", "extend_prefix_lens"),
     *("extend_prefix_lens_cpu", "extend_start_loc", "extend_logprob_start_lens_cpu"),
     *("batch_size", "forward_mode", "orig_seq_lens", "return_logprob", "rids", "input_embeds"),
+    *("mm_inputs", "seq_lens_sum", "top_logprobs_nums", "token_ids_logprobs"),
 )
 _BATCH = f"{_SRT}.model_executor.forward_batch_info.ForwardBatch"
 
@@ -202,7 +204,7 @@ def missing() -> list[str]:
     """Touches of this SGLang's version that are not there: functions that ours do not wrap,
     methods and fields that are gone, attributes whose names SGLang took."""
     have = versions.sglang_version()
-    gone = [point.target for point in WRAPPED if not applied(point)]
+    gone = [point.target for point in (*FLAGS, *WRAPPED) if not applied(point)]
     gone += [
         f"{one.owner}.{one.name}"
         for one in OVERRIDDEN
@@ -213,7 +215,7 @@ def missing() -> list[str]:
         for one in ATTRIBUTES
         if hasattr(_resolve_name(one.owner), one.name)
     ]
-    gone += [f"{one.owner}.{one.name}" for one in USED if not _there(one)]
+    gone += [f"{one.owner}.{one.name}" for one in USED if not is_there(one)]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
     names = {name for base in bases for name in inspect.get_annotations(base)}
@@ -243,7 +245,8 @@ def _find(owner: str, name: str) -> Any:
     return getattr(_resolve_name(owner), name, None)
 
 
-def _there(one: Used) -> bool:
+def is_there(one: Used) -> bool:
+    """Whether this SGLang has the name."""
     cls = _resolve_name(one.owner)
     if not one.by_init:
         return hasattr(cls, one.name)

@@ -115,7 +115,8 @@ def install_flags() -> None:
     from sglang.srt.entrypoints.engine import Engine
 
     hooks.register(hooks.FLAGS)
-    Engine.server_args_class = staticmethod(engine_server_args)
+    if hasattr(Engine, "server_args_class"):  # else the check at start names it
+        Engine.server_args_class = staticmethod(engine_server_args)
 
 
 def install() -> None:

@@ -133,6 +133,7 @@ def _copy_and_cut(
         for member in sharing:
             assert member.state is not None
             member.state.stop_copying(Decline.FAULT)
+            cache.sources.unlock(member.state)
         return False
     num_all = int(fb.extend_num_tokens)
     seconds = time.perf_counter() - started

@@ -3,8 +3,8 @@
 ::
 
     planned -> admitted -> copied -> released
-       |          |
-       +----------+--> declined: the plan is gone, the request is exact to its end
+
+Without a plan, from the start or because it was dropped on the way, a request is exact to its end.
 """
 
 from dataclasses import dataclass, field
@@ -88,6 +88,7 @@ class RequestReuse:
         self.watch = None
         self.decline = reason
         self.record["declined"] = reason.value
+        self.record["source_depth"] = 0
         self.record["select"] = self.record["select_reason"] = None
         self.report.declined(reason)
 

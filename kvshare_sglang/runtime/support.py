@@ -8,6 +8,7 @@ not served, another one chooses, and the answer says which and why.
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
@@ -107,6 +108,12 @@ def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
     sliding = getattr(runner, "sliding_window_size", None)
     if (ctx is not None and (ctx.is_hybrid_swa or ctx.is_hybrid_ssm)) or sliding not in (None, -1):
         raise UnsupportedError("sliding-window and Mamba models", "--kvshare or the model")
+    # It calls the backends inside it, so nothing of ours in front of it would ever run.
+    if isinstance(getattr(runner, "attn_backend", None), HybridAttnBackend):
+        raise UnsupportedError(
+            "one attention backend for prefill and another for decode",
+            "--prefill-attention-backend and --decode-attention-backend",
+        )
     layers = runner.model.model.layers
     rotary = {id(layer.self_attn.rotary_emb) for layer in layers}
     table = getattr(layers[0].self_attn.rotary_emb, "cos_sin_cache", None)

@@ -49,7 +49,7 @@ def test_a_package_that_a_command_lacks_is_named_with_its_extra(monkeypatch, cap
 
     monkeypatch.setattr(bench.importlib, "import_module", absent)
     assert bench.main(["ttft"]) == 1
-    assert "ttft needs httpx: pip install kvshare-sglang[bench]" in capsys.readouterr().err
+    assert "ttft needs httpx: pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_every_result_has_one_form_and_names_no_machine_path(tmp_path):

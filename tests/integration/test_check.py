@@ -24,6 +24,50 @@ def any_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
         yield it
 
 
+@pytest.mark.parametrize("select", ["dhd", "trace"])
+@pytest.mark.parametrize("limit", [4, 12, 40])
+def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
+    llama: Path, texts: Texts, select: str, limit: int
+) -> None:
+    """Exact KV in all that is copied: whatever runs, both get full prefill's logits and KV. The
+    long one comes in parts, so structure chooses for it, and its batch is cut before the other's
+    rows are known; the backend takes few ranges, as on a GPU."""
+    settings = {
+        "chunked_prefill_size": 700,
+        "kvshare_select": select,
+        "kvshare_budget": 0.2,
+        "max_running_requests": limit,
+        "mutation": "probes:stretches_as_on_a_gpu",
+    }
+    long, short = texts.passage(900), texts.passage(300)
+    with lab(llama, kvshare=True, **settings) as it:
+        it.ask("probes:force_plans")
+        for prompt in (long, short):
+            it.one(prompt + texts.passage(32), extra_key="donor", new=1)
+        full = {
+            name: it.one(prompt, extra_key="full", kvshare="exact", keep="kv")
+            for name, prompt in (("long", long), ("short", short))
+        }
+        part = it.play(
+            [
+                [
+                    request("short", short, forced=[(0, 20), (295, 300)], keep="kv"),
+                    request("long", long, forced=[(0, 10), (890, 900)], keep="kv"),
+                ]
+            ]
+        )
+        assert part["short"]["kvshare"]["select"] == select
+        assert part["long"]["kvshare"]["select_reason"] == "chunked"
+        for name in ("short", "long"):
+            told = part[name]["kvshare"]
+            assert told["declined"] is None
+            assert told["copied_tokens"] > 0
+            torch.testing.assert_close(part[name]["logits"], full[name]["logits"], **TOL)
+            for mine, theirs in zip(part[name]["kv"], full[name]["kv"], strict=True):
+                torch.testing.assert_close(mine, theirs, **TOL)
+        assert it.ask("probes:check")["pins"] == 0
+
+
 def moved(texts: Texts, length: int) -> tuple[list[int], list[int]]:
     """A source, and a prompt that holds its two halves in another order."""
     a, b = texts.passage(length), texts.passage(length)

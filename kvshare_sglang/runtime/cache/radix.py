@@ -26,7 +26,7 @@ from kvshare_sglang.runtime.cache.index_sync import IndexSync
 from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
-from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+from kvshare_sglang.runtime.request import RequestReuse, Stage, reuse_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -157,6 +157,7 @@ class FuzzyRadixCache(RadixCache):
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is not None:
             self.sources.unlock(state)
+            state.stage = Stage.RELEASED
             req.kvshare = None
         self.retainer.forget(versions.kv_row(req).req_pool_idx)
 
