@@ -75,7 +75,11 @@ def _touches(found: dict[str, Any]) -> None:
     for name in hooks.FIELDS:
         found["fields"][f"{hooks._BATCH}.{name}"] = "there" if name in names else None
     for used in hooks.USED:
-        found["used"][f"{used.owner}.{used.name}"] = "there" if hooks.is_there(used) else None
+        name = f"{used.owner}.{used.name}"
+        if used.versions[0] <= have <= used.versions[1]:
+            found["used"][name] = "there" if hooks.is_there(used) else None
+        else:
+            found["unneeded"].append(name)
 
 
 def _cache(found: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class Used(NamedTuple):
     name: str
     why: str
     by_init: bool = False
+    versions: tuple[tuple[int, ...], tuple[int, ...]] = ALWAYS
 
 
 class Attribute(NamedTuple):
@@ -129,6 +130,8 @@ WRAPPED = (
     ),
 )
 _ROTARY = f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding"
+_REQ = f"{_SRT}.managers.schedule_batch.Req"
+_KV = f"{_SRT}.managers.schedule_batch.ReqKvInfo"
 _RADIX = f"{_SRT}.mem_cache.radix_cache.RadixCache"
 _BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
 OVERRIDDEN = (
@@ -158,18 +161,16 @@ ATTRIBUTES = (
 USED = (
     Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
-    Used(
-        f"{_SRT}.managers.schedule_batch.Req",
-        "customized_info",
-        "written: the answer's record",
-        by_init=True,
-    ),
-    Used(
-        f"{_SRT}.mem_cache.radix_cache.RadixCache",
-        "eviction_strategy",
-        "written: by frequency",
-        by_init=True,
-    ),
+    Used(_REQ, "customized_info", "written: the answer's record", True),
+    Used(_REQ, "last_node", "written: moved with the lock", True),
+    Used(_REQ, "lock", "written: moved to the exact part", True, FROM_0_5_22),
+    Used(_REQ, "prefix_indices", "written: slots so far", True, UP_TO_0_5_21),
+    Used(_REQ, "prefix_len", "read: the prefix hit", True, FROM_0_5_22),
+    Used(_REQ, "cache_protected_len", "written: what the tree owns", True, UP_TO_0_5_17),
+    Used(_KV, "cache_protected_len", "written: what the tree owns", False, FROM_0_5_18),
+    Used(_KV, "cache_inserted_len", "written: what was inserted", False, FROM_0_5_22),
+    Used(f"{_SRT}.mem_cache.radix_cache.TreeNode", "last_access_time", "written: a copy", True),
+    Used(_RADIX, "eviction_strategy", "written: by frequency", True),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
 FIELDS = (
@@ -215,7 +216,11 @@ def missing() -> list[str]:
         for one in ATTRIBUTES
         if hasattr(_resolve_name(one.owner), one.name)
     ]
-    gone += [f"{one.owner}.{one.name}" for one in USED if not is_there(one)]
+    gone += [
+        f"{one.owner}.{one.name}"
+        for one in USED
+        if one.versions[0] <= have <= one.versions[1] and not is_there(one)
+    ]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
     names = {name for base in bases for name in inspect.get_annotations(base)}
