@@ -89,6 +89,10 @@ SETTINGS = (
 )
 
 
+# Judged where the model is: SGLang may choose the backends itself.
+TWO_BACKENDS = "different attention backends for prefill and decode"
+
+
 def check_settings(server_args: "ServerArgs") -> None:
     """Raise UnsupportedError for the first setting that is not served; fields that this SGLang
     does not have are."""
@@ -111,7 +115,7 @@ def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
     # It calls the backends inside it, so nothing of ours in front of it would ever run.
     if isinstance(getattr(runner, "attn_backend", None), HybridAttnBackend):
         raise UnsupportedError(
-            "one attention backend for prefill and another for decode",
+            TWO_BACKENDS,
             "--prefill-attention-backend and --decode-attention-backend",
         )
     layers = runner.model.model.layers
@@ -176,7 +180,7 @@ def needs_every_row(fb: Any, batch: Any) -> bool:
 
 def as_markdown() -> str:
     """The README's table of limits."""
-    refused = ", ".join(dict.fromkeys(setting.what for setting in SETTINGS))
+    refused = ", ".join(dict.fromkeys([*(setting.what for setting in SETTINGS), TWO_BACKENDS]))
     declined = ", ".join(name.replace("_", " ") for name in RequestView._fields if name != "mode")
     rows = (
         ("models", "served", ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
