@@ -36,6 +36,21 @@ def test_settings_are_named_once() -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_two_attention_backends_are_refused_by_their_flags(wrapped: bool) -> None:
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    from kvshare_sglang.runtime import attention
+
+    backend = HybridAttnBackend.__new__(HybridAttnBackend)
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    runner = SimpleNamespace(model_config=config, attn_backend=backend)
+    if wrapped:  # as it is by the time that the model is judged
+        attention.wrap(backend, runner)
+    with pytest.raises(UnsupportedError, match="drop --prefill-attention-backend and --decode"):
+        support.check_model(runner)
+
+
 def test_the_readme_has_the_table_of_what_is_served() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (held,) = re.findall(r"<!-- served -->\n(.*?)\n<!-- /served -->", text, re.DOTALL)
