@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from kvshare_sglang.errors import SeamError
 from kvshare_sglang.runtime import versions
 
+BACKEND = "kvshare"  # our name among --radix-cache-backend
 ALWAYS = ((0, 0, 0), (9, 9, 9))
 UP_TO_0_5_17 = ((0, 0, 0), (0, 5, 17))
 FROM_0_5_18 = ((0, 5, 18), (9, 9, 9))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, SeamError
 from kvshare_sglang.runtime import hooks, versions
+from kvshare_sglang.runtime.hooks import BACKEND
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENV = "KVSHARE_LAUNCHER"  # process id of a launcher with kvshare on, for those it spawns
-BACKEND = "kvshare"  # our name among --radix-cache-backend
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

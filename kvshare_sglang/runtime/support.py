@@ -18,6 +18,7 @@ from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.policy.select.window import Window
 from kvshare_sglang.runtime.cache.radix import Choosing
+from kvshare_sglang.runtime.hooks import BACKEND
 from kvshare_sglang.runtime.report import Fallback
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
 
-BACKEND = "kvshare"  # our name among --radix-cache-backend
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
 
