@@ -8,6 +8,7 @@ Positions count tokens from the start of a prompt; ranges are half-open. ``Run``
     rows               compute   compute,copy   ..   compute,copy  compute
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -52,9 +53,11 @@ class Run(NamedTuple):
 
     @property
     def depth_after(self) -> int:
-        """Depth of text that is computed after the run. A run that follows the very text that it
-        was computed after is no new reuse."""
-        return self.depth if self.join is Join.SAME else self.depth + 1
+        """Depth of text that is computed after the run. Depth counts reuse of *other* text: it
+        rises at a seam. Behind an edit of its own text a run is inexact, and stays as deep as it
+        was; behind the very text that it was computed after it is no reuse at all."""
+        deeper = {Join.SEAM: self.depth + 1, Join.EDIT: max(self.depth, 1), Join.SAME: self.depth}
+        return deeper[self.join]
 
     def cut(self, start: int, stop: int) -> "Run":
         """The part of the run that covers prompt ``[start, stop)``."""
@@ -255,6 +258,18 @@ def merge_ranges(rows: Sequence[Rows], *, limit: int) -> list[Rows]:
     ]
 
 
+class Blend(NamedTuple):
+    """The part of a prefix hit that is not exact: it was blended for an earlier request.
+
+    ``start``: where it begins, the end of the exact part. ``open``: its rows that were copied and
+    never computed again. ``depth``: of text that is computed after it.
+    """
+
+    start: int
+    open: Rows
+    depth: int
+
+
 def check_runs(runs: Sequence[Run], *, start: int, stop: int) -> None:
     """Raise ValueError unless the runs ascend, are disjoint and lie in ``[start, stop)``."""
     end = start
@@ -269,17 +284,23 @@ class ReusePlan:
     """What one request copies; all else of ``[prefix_len, prompt_len)`` is computed.
 
     ``runs`` are the accepted runs, ``copies`` what of them is copied: at least something of each.
-    Raises ValueError where that does not hold.
+    ``blend``: what of the prefix hit is not exact, None where all of it is. Raises ValueError
+    where that does not hold.
     """
 
     prompt_len: int
     prefix_len: int
     runs: tuple[Run, ...]
     copies: tuple[Run, ...]
+    blend: Blend | None = None
 
     def __post_init__(self) -> None:
         check_runs(self.runs, start=self.prefix_len, stop=self.prompt_len)
         check_runs(self.copies, start=self.prefix_len, stop=self.prompt_len)
+        if self.blend and not self.blend.start < self.prefix_len:
+            raise ValueError(f"{self.blend} is not in the prefix hit of {self.prefix_len}")
+        if self.blend and (self.blend.open - Rows([(self.blend.start, self.prefix_len)])):
+            raise ValueError(f"{self.blend.open} lies outside the blended part of the prefix hit")
         at, used = 0, -1
         for copy in self.copies:
             while at < len(self.runs) and self.runs[at].dst_stop <= copy.dst_start:
@@ -296,7 +317,13 @@ class ReusePlan:
 
     @classmethod
     def computing(
-        cls, rows: Rows, *, prompt_len: int, prefix_len: int, runs: Sequence[Run]
+        cls,
+        rows: Rows,
+        *,
+        prompt_len: int,
+        prefix_len: int,
+        runs: Sequence[Run],
+        blend: Blend | None = None,
     ) -> "ReusePlan":
         """The plan that computes ``rows`` and copies all else, which must be in ``runs``; runs of
         which nothing is copied go. O(runs + ranges): a trace leaves thousands of gaps."""
@@ -319,7 +346,7 @@ class ReusePlan:
         if sum(copy.length for copy in copies) != left.num:
             lost = left - Rows.of_runs(copies)
             raise ValueError(f"{lost.ranges[0]} is neither computed nor part of a run")
-        return cls(prompt_len, prefix_len, tuple(kept), tuple(copies))
+        return cls(prompt_len, prefix_len, tuple(kept), tuple(copies), blend)
 
     @cached_property
     def compute(self) -> Rows:
@@ -356,18 +383,46 @@ class ReusePlan:
 
     @property
     def exact_len(self) -> int:
-        """Length of the exact part: nothing after the first copied row is exact."""
+        """Length of the exact part: nothing after the first row that was copied, here or for the
+        prefix hit, is exact."""
+        if self.blend:
+            return self.blend.start
         return self.copies[0].dst_start if self.copies else self.prompt_len
 
     @property
+    def inexact(self) -> bool:
+        """Whether any of the prompt's KV was copied, here or for the prefix hit."""
+        return bool(self.copies) or self.blend is not None
+
+    @cached_property
+    def open(self) -> Rows:
+        """The rows whose KV is a copy, those of the prefix hit included."""
+        copied = Rows.of_runs(self.copies)
+        return copied | self.blend.open if self.blend else copied
+
+    @property
     def depth(self) -> int:
-        """Largest depth among the copies; 0 without copies."""
-        return max((run.depth for run in self.copies), default=0)
+        """Largest depth among the copies and the prefix hit; 0 without."""
+        depths = [run.depth for run in self.copies]
+        return max(depths, default=0) if not self.blend else max(*depths, self.blend.depth, 0)
 
     def recompute(self, rows: Rows) -> "ReusePlan":
-        """The plan that runs ``rows``, all new text among them, and copies all else of its runs."""
+        """The plan that runs ``rows``, all new text among them, and copies all else of its runs.
+        Rows of the prefix hit that run are open no more."""
+        blend = self.blend and self.blend._replace(open=self.blend.open - rows)
+        return self._with(rows.clip(self.prefix_len, self.prompt_len), self.runs, blend)
+
+    def behind(self, blend: Blend | None) -> "ReusePlan":
+        """The same plan, behind a prefix hit of which ``blend`` is not exact."""
+        return dataclasses.replace(self, blend=blend)
+
+    def nothing(self) -> "ReusePlan":
+        """The plan that copies nothing."""
+        return dataclasses.replace(self, runs=(), copies=())
+
+    def _with(self, rows: Rows, runs: Sequence[Run], blend: Blend | None) -> "ReusePlan":
         return ReusePlan.computing(
-            rows, prompt_len=self.prompt_len, prefix_len=self.prefix_len, runs=self.runs
+            rows, prompt_len=self.prompt_len, prefix_len=self.prefix_len, runs=runs, blend=blend
         )
 
     def stop_at(self, stop: int) -> "ReusePlan":
@@ -380,9 +435,7 @@ class ReusePlan:
         rows = self.compute.clip(0, stop) | Rows(
             [(stop, self.prompt_len)][: stop < self.prompt_len]
         )
-        return ReusePlan.computing(
-            rows, prompt_len=self.prompt_len, prefix_len=self.prefix_len, runs=runs
-        )
+        return self._with(rows, runs, self.blend)
 
     def without(self, dropped: Iterable[Run]) -> "ReusePlan":
         """The plan without some of its runs: their text is computed like new text."""
@@ -396,4 +449,5 @@ class ReusePlan:
                 for copy in self.copies
                 if not any(run.dst_start <= copy.dst_start < run.dst_stop for run in gone)
             ),
+            self.blend,
         )

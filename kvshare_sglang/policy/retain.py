@@ -1,7 +1,7 @@
-"""What a request that reused leaves in the cache, beside its exact part. Pure.
+"""What of a request that reused may be a source for others, beside its exact part. Pure.
 
-Text that it computed after reused text may be a source too, if it is not built on reuse too often.
-Copies are left to their sources.
+Text that it computed after reused text may be one, if it is not built on reuse too often. Copies
+are left to their sources.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,21 @@ class Stretch(NamedTuple):
     depth: int
 
 
+def depth_after(plan: ReusePlan, position: int) -> int:
+    """Depth of text that is computed behind prompt ``position``: 0 where all before it is exact."""
+    depths = [run.depth_after for run in plan.runs if run.dst_start < position]
+    if plan.blend:
+        depths.append(plan.blend.depth)
+    return max(depths, default=0)
+
+
 def fresh_stretches(plan: ReusePlan, length: int, *, max_depth: int) -> list[Stretch]:
     """New text after the exact part of a request of ``length`` tokens, output included."""
+    behind = max(plan.exact_len, plan.prefix_len)
     out = []
-    for start, stop in plan.reused_rows.complement(plan.exact_len, length).ranges:
-        before = [run.depth_after for run in plan.runs if run.dst_stop <= start]
-        if before and (depth := max(before)) <= max_depth:
+    for start, stop in plan.reused_rows.complement(behind, length).ranges:
+        depth = depth_after(plan, start)
+        if 0 < depth <= max_depth:
             out.append(Stretch(start, stop, depth))
     return out
 

@@ -29,6 +29,7 @@ class Segment:
     payload: Any
     root_start: int  # where the path begins
     context: int = 0  # hash of the tokens that stood before the path; 0: not told
+    near: int = 0  # the same of the last few of them
     pins: Counter[int] = field(default_factory=Counter)  # stop of a pinned stretch -> how often
     # By where they hang and their first token; the newest of several.
     children: "dict[tuple[int, int], Segment]" = field(default_factory=dict)

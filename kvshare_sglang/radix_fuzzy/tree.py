@@ -28,7 +28,7 @@ from kvshare_sglang.radix_fuzzy.fingerprints import (
     winnow,
 )
 from kvshare_sglang.radix_fuzzy.index import Bools, FingerprintIndex, Words
-from kvshare_sglang.radix_fuzzy.matching import Hits, find_runs
+from kvshare_sglang.radix_fuzzy.matching import LOOK_BACK, Hits, find_runs
 from kvshare_sglang.radix_fuzzy.segments import (
     Piece,
     Segment,
@@ -124,13 +124,14 @@ class FuzzyTree:
         start: int = 0,
         parent: int | None = None,
         depth: int = 0,
-        context: int = 0,
+        before: Tokens | None = None,
         payload: Any = None,
     ) -> Segment:
         """Add new text after path position ``start`` of ``parent``; the new segment.
 
-        ``context`` is ``context_of`` the tokens that stood before a segment without parent, so
-        that the same prompt, continued, knows the text as its own (``Join.SAME``).
+        ``before`` holds the tokens that stood before a segment without parent, so that the same
+        prompt, continued, knows the text as its own (``Join.SAME``), and one that was edited
+        further up as text that goes on (``Join.EDIT``).
 
         Raises ValueError if the text is empty, does not begin where the parent is alive, or is
         not of the parent's namespace and depth. A segment without parent may begin anywhere.
@@ -157,7 +158,8 @@ class FuzzyTree:
             depth=depth,
             payload=payload,
             root_start=start if above is None else above.root_start,
-            context=context if above is None else above.context,
+            context=self._context_of(before) if above is None else above.context,
+            near=self._context_of(before, LOOK_BACK) if above is None else above.near,
         )
         space.num_segments += 1
         self._note_change(space)
@@ -291,15 +293,28 @@ class FuzzyTree:
         runs = find_runs(prompt, hits, self._segments, start=start, tolerance=tolerance)
         own = self._own(runs, prompt)
         runs = tuple(
-            run._replace(join=Join.SAME) if mine else run
+            run._replace(join=Join.SAME if mine else self._join(run, prompt))
             for run, mine in zip(runs, own, strict=True)
         )
         check_runs(runs, start=start, stop=len(prompt))
         return runs
 
-    def context_of(self, tokens: Tokens) -> int:
-        """Hash of the tokens before a path, never 0. O(n)."""
-        return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).tobytes(), self._secret) or 1
+    def _context_of(self, tokens: Tokens | None, last: int | None = None) -> int:
+        """Hash of the tokens before a path, or of the ``last`` ones, never 0; 0 where they are not
+        known or fewer. O(n)."""
+        if tokens is None or (last is not None and len(tokens) < last):
+            return 0
+        part = np.ascontiguousarray(tokens if last is None else tokens[-last:], np.int32)
+        return xxhash.xxh3_64_intdigest(part.tobytes(), self._secret) or 1
+
+    def _join(self, run: Run, prompt: Tokens) -> Join:
+        """A run from the start of a path goes on after an edit if what stands just before it in
+        the prompt stood there in the cache too: it is the same text, edited further up."""
+        seg = self._segments[run.source]
+        if run.join is not Join.SEAM or not seg.near or run.src_start != seg.root_start:
+            return run.join
+        same = self._context_of(prompt[: run.dst_start], LOOK_BACK) == seg.near
+        return Join.EDIT if same else Join.SEAM
 
     def _own(self, runs: Sequence[Run], prompt: Tokens) -> list[bool]:
         """For each run, whether the prompt up to it is what stood before the run's source.
@@ -320,7 +335,7 @@ class FuzzyTree:
                     whole = reach[node.parent.id] >= node.start
                 else:
                     if node.start not in contexts:
-                        contexts[node.start] = self.context_of(prompt[: node.start])
+                        contexts[node.start] = self._context_of(prompt[: node.start])
                     whole = contexts[node.start] == node.context
                 same = common_prefix(node.tokens, prompt[node.start :]) if whole else -1
                 reach[node.id] = node.start + same if whole else -1

@@ -19,6 +19,7 @@ from kvshare_sglang.kernels.row_scores import attention_mass
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
+from kvshare_sglang.runtime import repair
 from kvshare_sglang.runtime.batch import (
     STOP,
     BatchedRequest,
@@ -48,46 +49,87 @@ MakePart = Callable[[Rows], Part]
 
 @dataclass
 class TraceStage:
-    """A batch whose last choice of rows waits for traces; ``rows`` is what it has till then."""
+    """A batch whose last choice of rows waits for traces; ``rows`` is what it has till then.
+    ``most``: rows that run at once, 0 for any number."""
 
     selector: AttentionTrace
     jobs: list[BatchedRequest]
     rows: list[Rows]
     probe_at: float
     watch: bool
+    most: int
     on_done: Callable[[Sequence[Rows]], None]
 
     def run(self, fb: "ForwardBatch", runner: "ModelRunner", forward: Forward) -> Any:
         """Trace the jobs by small passes through ``forward``, cut the batch down to the rows that
-        are left to run, and run it. Whatever goes wrong, every row runs."""
+        are left to run, those before it included, and run it. Whatever goes wrong, every row of
+        the batch runs."""
         rows = list(self.rows)
+        earlier: list[Part] = []
         try:
-            traces = [self.selector.trace(job.plan, budget=job.state.budget) for job in self.jobs]
-            parts = [functools.partial(self._part, fb, job) for job in self.jobs]
+            traces = [
+                self.selector.trace(job.plan, budget=job.state.budget, start=job.chunk.start)
+                for job in self.jobs
+            ]
+            parts = [functools.partial(_part, fb, runner, job) for job in self.jobs]
             layer = probe_layer(len(runner.model.model.layers), self.probe_at)
             follow(traces, parts, fb, runner, forward, layer=layer)
             for job, trace in zip(self.jobs, traces, strict=True):
-                rows[job.number] = self.selector.rows(job.plan, trace)
+                rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
             rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
-            plans = [job.plan.recompute(rows[job.number]) for job in self.jobs]
+            for job, make in zip(self.jobs, parts, strict=True):
+                before = rows[job.number].clip(0, job.chunk.start)
+                if before:
+                    earlier.append(make(before))
+            plans = [job.plan.recompute(rows[job.number] | _ran(job)) for job in self.jobs]
         except Exception:
             logger.exception("KVShare's trace failed; the batch runs all its rows")
-            rows = list(self.rows)
+            rows, earlier = list(self.rows), []
             for job in self.jobs:
-                job.state.fall_back(Decline.FAULT)
+                job.state.stop_copying(Decline.FAULT, at=job.chunk.start)
         else:
             for job, plan in zip(self.jobs, plans, strict=True):
                 job.state.settle(plan, watch=self.watch, otherwise=Decline.TOO_LITTLE)
         self.on_done(rows)
-        if rows != self.rows:
-            cut_tokens(fb, self.rows, rows, runner)
-        fb.kvshare = BatchReuse(rows=rows)
+        here = list(rows)
+        for job in self.jobs:
+            here[job.number] = rows[job.number].clip(*job.chunk)
+        earlier = [self._in_slices(part, fb, forward) for part in earlier]
+        earlier = [part for part in earlier if part.rows]
+        if here != self.rows or earlier:
+            cut_tokens(fb, self.rows, here, runner, earlier)
+        for part in earlier:
+            here[part.number] = part.rows | here[part.number]
+        fb.kvshare = BatchReuse(rows=here)
         return forward(fb)
 
-    def _part(self, fb: "ForwardBatch", job: BatchedRequest, rows: Rows) -> Part:
-        places = torch.from_numpy(rows.positions - job.plan.prefix_len + job.base)
-        here = to_device(places, fb.input_ids.device)
-        return Part(job.number, rows, fb.input_ids[here], fb.out_cache_loc[here])
+    def _in_slices(self, part: Part, fb: "ForwardBatch", forward: Forward) -> Part:
+        """Run all but the last ``most`` rows of a part, in order of position: what runs later sees
+        their KV. Returns what is left."""
+        while self.most and part.rows.num > self.most:
+            at = part.rows.positions
+            first = Part(
+                part.number, Rows.at(at[: self.most]),
+                part.ids[: self.most], part.slots[: self.most],
+            )  # fmt: skip
+            forward(sub_batch(fb, [first], None))
+            part = Part(
+                part.number, Rows.at(at[self.most :]),
+                part.ids[self.most :], part.slots[self.most :],
+            )  # fmt: skip
+        return part
+
+
+def _part(fb: "ForwardBatch", runner: "ModelRunner", job: BatchedRequest, rows: Rows) -> Part:
+    return repair.part_of(
+        fb, runner, job.req, job.state,
+        number=job.number, chunk=job.chunk, base=job.base, rows=rows,
+    )  # fmt: skip
+
+
+def _ran(job: BatchedRequest) -> Rows:
+    """The rows that earlier chunks of the prompt have computed."""
+    return job.plan.compute.clip(job.plan.prefix_len, job.chunk.start)
 
 
 def follow(

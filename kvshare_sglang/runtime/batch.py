@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from kvshare_sglang.plan import ReusePlan, Rows, merge_ranges
+from kvshare_sglang.plan import Range, ReusePlan, Rows, merge_ranges
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.request import RequestReuse
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -79,11 +80,13 @@ class BatchReuse:
 
 
 class BatchedRequest(NamedTuple):
-    """A request whose whole rest is in a prefill batch: the ``number``-th of it, its tokens after
-    the prefix from the batch's token ``base`` on."""
+    """A request whose prompt ends in a prefill batch: the ``number``-th of it, its ``chunk`` the
+    batch's tokens from ``base`` on."""
 
     number: int
     base: int
+    req: "Req"
+    chunk: Range
     state: RequestReuse
     plan: ReusePlan
 
@@ -128,19 +131,36 @@ def few_enough_of(
 
 
 def cut_tokens(
-    fb: "ForwardBatch", have: Sequence[Rows], rows: Sequence[Rows], runner: "ModelRunner"
+    fb: "ForwardBatch",
+    have: Sequence[Rows],
+    rows: Sequence[Rows],
+    runner: "ModelRunner",
+    earlier: Sequence["Part"] = (),
 ) -> torch.Tensor:
     """Of a batch that runs ``have`` keep only the tokens of ``rows``; requests, and their last
-    tokens, stay. Changes ``fb``. Returns what was kept, as indices into the batch's tokens."""
+    tokens, stay. ``earlier``: rows that are added to their requests, before all that these have.
+    Changes ``fb``. Returns what was kept, as indices into the batch's tokens, those that were
+    added behind all others."""
     keep, counts, base = [], [], 0
-    for old, new in zip(have, rows, strict=True):
+    added, at = {}, sum(old.num for old in have)
+    for part in earlier:
+        added[part.number] = torch.arange(at, at + part.rows.num)
+        at += part.rows.num
+    for i, (old, new) in enumerate(zip(have, rows, strict=True)):
+        if i in added:
+            keep.append(added[i])
         keep.append(base + torch.from_numpy(new.places_in(old)))
-        counts.append(new.num)
+        counts.append(new.num + len(added.get(i, ())))
         base += old.num
     device = fb.input_ids.device
     picked = to_device(torch.cat(keep), device)
-    for name in ("input_ids", "positions", "out_cache_loc"):
-        setattr(fb, name, getattr(fb, name)[picked])
+    where = [to_device(torch.from_numpy(part.rows.positions), device) for part in earlier]
+    for name, more in (
+        ("input_ids", [part.ids for part in earlier]),
+        ("positions", [at.to(fb.positions.dtype) for at in where]),
+        ("out_cache_loc", [part.slots for part in earlier]),
+    ):
+        setattr(fb, name, torch.cat([getattr(fb, name), *more])[picked])
     if fb.extend_logprob_start_lens_cpu is not None:
         # A request with fewer rows asks for no prompt logprobs; the others keep their start.
         fb.extend_logprob_start_lens_cpu = [

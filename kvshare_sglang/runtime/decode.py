@@ -176,7 +176,7 @@ class RefreshStage:
                 pause=config.refresh_every,
                 unchanged=config.refresh_unchanged,
             )
-            one.state.refreshed(mine.num)
+            one.state.refreshed(mine)
         self.report.refreshed(requests=len(wanted), rows=sum(mine.num for mine in rows))
 
 

@@ -65,7 +65,7 @@ class DhdObserver:
             logger.exception("KVShare's check failed; the batch runs all its rows")
             rows = list(self.rows)
             for job in self.jobs:
-                job.state.fall_back(Decline.FAULT)
+                job.state.stop_copying(Decline.FAULT, at=job.chunk.start)
         else:
             self._settle(chosen, plans)
         self.on_done(rows)

@@ -98,6 +98,13 @@ WRAPPED = (
         "match a request, lock its sources, admit it",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".flush_cache_after_weight_update",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_new_weights",
+        "nothing that other weights made is copied or stepped into",
+    ),
+    HookPoint(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
         "AROUND",
         "kvshare_sglang.runtime.forward:hook_init_new",
@@ -138,13 +145,19 @@ _BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
 OVERRIDDEN = (
     *(
         Override(_RADIX, name)
-        for name in ("reset", "_insert_helper", "_split_node", "_delete_leaf", "evict")
+        for name in (
+            "reset",
+            "match_prefix",
+            "_insert_helper",
+            "_split_node",
+            "_delete_leaf",
+            "evict",
+        )
     ),
     Override(_RADIX, "cache_finished_req", UP_TO_0_5_17),
     Override(_RADIX, "cache_unfinished_req", UP_TO_0_5_21),
     Override(_RADIX, "insert_req", FROM_0_5_18_TO_21),
     Override(_RADIX, "checkpoint", FROM_0_5_22),
-    Override(_RADIX, "free_kv_row", FROM_0_5_18),
     Override(_RADIX, "on_release", FROM_0_5_18),
     *(
         Override(_BACKEND, name)
@@ -162,6 +175,8 @@ ATTRIBUTES = (
 USED = (
     Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
+    Used(_REQ, "already_computed", "written: blended tokens are not cached ones", True),
+    Used(_RADIX, "_match_prefix_helper", "called: walk a blended branch"),
     Used(_REQ, "customized_info", "written: the answer's record", True),
     Used(_REQ, "last_node", "written: moved with the lock", True),
     Used(_REQ, "lock", "written: moved to the exact part", True, FROM_0_5_22),

@@ -6,6 +6,7 @@ along to child processes, and an environment variable tells a child's ``register
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -143,6 +144,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     from kvshare_sglang.runtime import support
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
+    from kvshare_sglang.runtime.scheduler import accepts_blended
 
     server_args: ServerArgs = ctx.server_args
     config = getattr(server_args, "_kvshare", None)
@@ -165,4 +167,5 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
         config=config,
         report=Report(prometheus_labels=prometheus_labels(server_args)),
         choosing=choosing,
+        accepts=functools.partial(accepts_blended, config),
     )

@@ -99,15 +99,21 @@ def _members(fb: "ForwardBatch", batch: "ScheduleBatch") -> list[_Member]:
 
 
 def _chooses_later(member: _Member) -> bool:
-    """Whether a selector chooses the rows of the request during the forward pass: it sees all of
-    the prompt after the prefix, as admission has made sure of."""
+    """Whether a selector chooses rows of the request during this forward pass: one that sees
+    attention does so with the last chunk, where the question is; one that compares copies with
+    fresh KV must have all of the prompt at once, as admission has made sure of."""
     state, plan = member.state, member.plan
     if state is None or plan is None or state.stage is not Stage.ADMITTED:
         return False
-    assert state.selector is not None
-    if state.selector.sees is Sees.NOTHING:
+    if not state.chooses or member.chunk.stop < plan.prompt_len:
         return False
-    if member.chunk == Range(plan.prefix_len, plan.prompt_len):
+    assert state.selector is not None
+    if state.selector.sees is Sees.ATTENTION:
+        # Of a prefix hit alone nothing runs again where no slots could be set aside.
+        return bool(plan.runs) or state.spare is not None
+    if state.selector.sees is Sees.NOTHING or not plan.runs:
+        return False
+    if member.chunk.start == plan.prefix_len:
         return True
     logger.error("KVShare: %s is in parts, though admitted whole; it is computed", member.req.rid)
     state.stop_copying(Decline.FAULT)
@@ -201,7 +207,9 @@ def _jobs(members: list[_Member], rows: list[Rows]) -> list[BatchedRequest]:
     jobs, base = [], 0
     for i, (member, mine) in enumerate(zip(members, rows, strict=True)):
         if member.later and member.state is not None and member.plan is not None:
-            jobs.append(BatchedRequest(i, base, member.state, member.plan))
+            jobs.append(
+                BatchedRequest(i, base, member.req, member.chunk, member.state, member.plan)
+            )
         base += mine.num
     return jobs
 
@@ -219,7 +227,8 @@ def _choose_later(
     watch = bool(config.refresh_every)
     match cache.choosing.asked:
         case AttentionTrace() as selector:
-            stage = TraceStage(selector, jobs, rows, config.probe_at, watch, done)
+            most = runner.server_args.chunked_prefill_size or 0
+            stage = TraceStage(selector, jobs, rows, config.probe_at, watch, most, done)
             return BatchReuse(rows=rows, stage=stage)
         case Dhd() as selector:
             assert compared is not None

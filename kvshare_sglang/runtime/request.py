@@ -5,6 +5,7 @@
     planned -> admitted -> copied -> released
 
 Without a plan, from the start or because it was dropped on the way, a request is exact to its end.
+A request whose prefix hit is not exact always has one, though it may copy nothing more.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ class RequestReuse:
     ``asked`` for, ``fallback`` says why. ``budget``: share of the reused rows that may run again.
     ``src_slots`` holds the KV slots of ``plan.runs``, one after the other; they stay what they
     are while ``locked`` holds the tree nodes that own them. ``based_on``: what the lookup rested
-    on. ``record``: what the answer says of the request.
+    on. ``spare``: free slots for rows of the prefix hit that run again, ``private``: rows that
+    have such slots. ``closed``: rows that were refreshed while decoding. ``record``: what the answer says of the request. ``told``: whether it was
+    counted before; a request that was retracted is counted once.
     """
 
     report: Report
@@ -44,6 +47,7 @@ class RequestReuse:
     selector: Selector | None = None
     budget: float = 0.0
     based_on: Any = None
+    weights: int = 0  # how often they had been replaced when the request was planned
     fallback: Fallback | None = None
     stage: Stage = Stage.PLANNED
     src_slots: Any = None
@@ -51,75 +55,103 @@ class RequestReuse:
     touched: list[Any] = field(default_factory=list)  # nodes and the share of each that is copied
     watch: Watch | None = None
     done: int = 0  # prompt positions below this have been through a forward pass
+    spare: Any = None
+    private: Rows = field(default_factory=Rows)
+    closed: Rows = field(default_factory=Rows)
     record: dict[str, Any] = field(default_factory=dict)
+    told: bool = False
 
     @property
     def reuses(self) -> bool:
         """Whether the request was admitted with a plan and still has it."""
         return self.plan is not None and self.stage in (Stage.ADMITTED, Stage.COPIED)
 
-    def admit(self, *, exact: int) -> None:
-        """The request goes to prefill with a prefix hit of ``exact`` tokens."""
+    def admit(self, *, prefix_len: int) -> None:
+        """The request goes to prefill with a prefix hit of so many tokens."""
         self.stage = Stage.ADMITTED
-        self.report.count(exact=exact)
-        if self.decline is not None:
+        blend = self.plan.blend if self.plan else None
+        if self.told:
+            pass
+        elif self.decline is not None:
             self.report.declined(self.decline)
         elif self.fallback is not None and self.selector is not None:
             self.report.fell_back(asked=self.asked, ran=self.selector.name, reason=self.fallback)
         # Rows are counted as they run.
         self.record = {
-            "exact_tokens": exact,
+            "exact_tokens": blend.start if blend else prefix_len,
+            "blended_tokens": prefix_len - blend.start if blend else 0,
             "copied_tokens": 0,
             "recomputed_tokens": 0,
             "fresh_tokens": 0,
             "source_depth": self.plan.depth if self.plan else 0,
-            "select": self.selector.name if self.plan and self.selector else None,
-            "select_reason": self.fallback.value if self.plan and self.fallback else None,
+            "select": self.selector.name if self.chooses and self.selector else None,
+            "select_reason": self.fallback.value if self.chooses and self.fallback else None,
             "declined": self.decline.value if self.decline else None,
         }
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is anything to choose from: rows that were copied, now or earlier."""
+        return self.plan is not None and bool(self.plan.runs or self.plan.open)
 
     def use(self, selector: Selector, plan: ReusePlan, reason: Fallback) -> None:
         """Before admission: another selector than the one asked for chooses, by this plan."""
         self.selector, self.plan, self.fallback = selector, plan, reason
 
     def fall_back(self, reason: Decline) -> None:
-        """Drop the plan; the request is computed in full. Records and counts the reason."""
-        self.plan = None
+        """Copy nothing: all after the prefix hit is computed. Records and counts the reason."""
+        assert self.plan is not None
+        self.plan = self.plan.nothing() if self.plan.blend else None
         self.watch = None
         self.decline = reason
         self.record["declined"] = reason.value
-        self.record["source_depth"] = 0
+        self.record["source_depth"] = self.plan.depth if self.plan else 0
         self.record["select"] = self.record["select_reason"] = None
-        self.report.declined(reason)
+        if not self.told:
+            self.report.declined(reason)
 
     def settle(self, plan: ReusePlan, *, watch: bool, otherwise: Decline) -> None:
         """A selector has chosen: what is copied in the end, and whether decoding watches it.
         ``otherwise``: the reason where nothing is."""
-        if not plan.copies:
+        if self.plan is not None and self.plan.copies and not plan.copies:
+            self.plan = plan
             self.fall_back(otherwise)
             return
         self.plan = plan
-        if watch:
+        if watch and plan.copies:
             self.watch = Watch.of_plan(plan)
 
-    def stop_copying(self, reason: Decline) -> None:
-        """What is not copied yet is computed: its sources are gone, or a copy failed."""
+    def stop_copying(self, reason: Decline, *, at: int | None = None) -> None:
+        """From prompt position ``at`` on, by default all that has not run, nothing is copied: the
+        sources are gone, or a copy or the choice of rows failed."""
         assert self.plan is not None
-        self.plan = self.plan.stop_at(self.done)
+        if not self.plan.copies and reason is not Decline.FAULT:
+            return
+        self.plan = self.plan.stop_at(self.done if at is None else at)
         if not self.plan.copies:
             self.fall_back(reason)
         elif reason is Decline.FAULT:  # shown even where some of the prompt was reused before
             self.record["declined"] = reason.value
-            self.report.declined(reason)
+            if not self.told:
+                self.report.declined(reason)
 
     def ran(self, chunk: Range, rows: Rows, plan: ReusePlan | None) -> int:
-        """``rows`` of a prefill chunk ran, the others were copied by ``plan``; how many were."""
-        copied = chunk.num - rows.num
-        found = plan.reused_rows.clip(chunk.start, chunk.stop).num if plan else 0
-        kinds = {"copied": copied, "recomputed": found - copied, "fresh": chunk.num - found}
-        for kind, count in kinds.items():
-            self.record[f"{kind}_tokens"] += count
-        self.report.count(**kinds)
+        """``rows`` of a prefill chunk ran, and of the prompt before it; the other rows of the chunk
+        were copied by ``plan``. Returns how many."""
+        here, before = rows.clip(*chunk), rows.clip(0, chunk.start)
+        copied = chunk.num - here.num
+        found = plan.reused_rows.clip(*chunk).num if plan else 0
+        record = self.record
+        record["copied_tokens"] += copied
+        record["recomputed_tokens"] += found - copied
+        record["fresh_tokens"] += chunk.num - found
+        if before and plan:
+            record["repaired_tokens"] = record.get("repaired_tokens", 0) + before.num
+            blended = before.clip(0, plan.prefix_len).num
+            copied_before = before.num - (before - plan.reused_rows).num
+            record["blended_tokens"] -= blended
+            record["copied_tokens"] -= copied_before
+            record["recomputed_tokens"] += blended + copied_before
         return copied
 
     def advance(self, stop: int) -> bool:
@@ -130,9 +162,17 @@ class RequestReuse:
         self.stage = Stage.COPIED
         return True
 
-    def refreshed(self, count: int) -> None:
-        """``count`` copied rows ran again while the request decodes."""
-        self.record["refreshed_tokens"] = self.record.get("refreshed_tokens", 0) + count
+    def release(self) -> None:
+        """The request is over, or is planned anew: count what was done with its prompt, once."""
+        if self.record and not self.told:
+            kinds = ("exact", "blended", "copied", "recomputed", "fresh")
+            self.report.count(**{kind: self.record[f"{kind}_tokens"] for kind in kinds})
+        self.stage = Stage.RELEASED
+
+    def refreshed(self, rows: Rows) -> None:
+        """Copied rows ran again while the request decodes."""
+        self.closed |= rows
+        self.record["refreshed_tokens"] = self.record.get("refreshed_tokens", 0) + rows.num
 
 
 def reuse_of(req: Any) -> RequestReuse | None:

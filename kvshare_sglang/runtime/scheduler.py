@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError
-from kvshare_sglang.plan import Run
+from kvshare_sglang.plan import ReusePlan, Run
 from kvshare_sglang.policy.admit import Decline, may_reuse, pays
 from kvshare_sglang.policy.options import parse_options
-from kvshare_sglang.policy.select.base import Sees, Selector
+from kvshare_sglang.policy.select.base import Sees, Selector, repair_rows
 from kvshare_sglang.runtime import support, versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
@@ -36,6 +37,26 @@ def hook_validate_input_length(error: str | None, req: "Req", *args: Any, **kw: 
     return error
 
 
+def hook_new_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw: Any) -> Any:
+    """AROUND ``flush_cache_after_weight_update``, which every way to update weights calls, whether
+    it was told to flush or not, and whether that fails or not."""
+    cache = updater.flush_cache.__self__.tree_cache
+    if isinstance(cache, FuzzyRadixCache):
+        cache.new_weights()
+    return original(updater, *args, **kw)
+
+
+def accepts_blended(config: KVShareConfig, req: "Req") -> bool:
+    """Whether a prefix hit of the request may be KV that is not exact: reuse is served for it, and
+    it does not ask for all of what is reused to be computed again."""
+    try:
+        options = parse_options(req.sampling_params.custom_params)
+    except ConfigError:
+        return False
+    budget = config.budget if options.budget is None else options.budget
+    return budget < 1 and may_reuse(support.view_of(req, options.mode)) is None
+
+
 def hook_add_one_req(
     original: Callable[..., Any], adder: "PrefillAdder", req: "Req", *args: Any, **kw: Any
 ) -> Any:
@@ -48,44 +69,72 @@ def hook_add_one_req(
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
     state = plan_request(cache, req)
-    if state.plan is not None:
+    holds = state.plan is not None and bool(state.plan.runs or state.plan.open)
+    if holds:
         try:
             cache.sources.lock(state)
+            cache.retainer.reserve(req, state, num=_most_repaired(state))
         except Exception:
             logger.exception("KVShare could not lock the sources of request %s", req.rid)
-            cache.sources.unlock(state)
-            state = RequestReuse(cache.report, decline=Decline.FAULT)
+            cache.let_go(req, state)
+            state = _without(cache, state, Decline.FAULT)
     result = original(adder, req, *args, **kw)
-    if state.plan is not None and not _admitted(adder, req):
-        cache.sources.unlock(state)
-        without = RequestReuse(cache.report, decline=Decline.NO_ROOM)
+    if holds and not _admitted(adder, req):
+        cache.let_go(req, state)
+        without = _without(cache, state, Decline.NO_ROOM)
         result = original(adder, req, *args, **kw)
         state = without if _admitted(adder, req) else state
     if _admitted(adder, req):
-        if state.plan is not None and versions.was_cut(adder, req):
+        if state.plan is not None and state.plan.runs and versions.was_cut(adder, req):
             try:
-                state = _for_chunks(cache, state)
+                state = _for_chunks(cache, req, state)
             except Exception:
                 logger.exception("KVShare could not plan request %s in chunks", req.rid)
-                cache.sources.unlock(state)
-                state = RequestReuse(cache.report, decline=Decline.FAULT)
+                cache.let_go(req, state)
+                state = _without(cache, state, Decline.FAULT)
         _attach(cache, req, state)
     else:
         req.kvshare = state
     return result
 
 
+def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> RequestReuse:
+    """The request copies nothing; a prefix hit that is not exact stays what it is."""
+    assert state.plan is not None
+    instead = RequestReuse(cache.report, budget=state.budget, weights=state.weights)
+    if state.plan.blend:
+        instead.plan = state.plan.nothing()
+    # Without runs nothing of the plan is lost but a repair.
+    instead.decline = reason if state.plan.runs or reason is Decline.FAULT else None
+    return instead
+
+
+def _most_repaired(state: RequestReuse) -> int:
+    """How many rows of the prefix hit the selector may run again."""
+    assert state.plan is not None
+    assert state.selector is not None
+    if state.selector.sees is not Sees.ATTENTION:
+        return 0
+    return repair_rows(state.plan, budget=state.budget)
+
+
 def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     """What the request should reuse, or why nothing. A waiting request is looked up again only
     after its namespace or its prefix hit has changed."""
     prefix_len = versions.prefix_len(req)
-    stamp = cache.fuzzy.stamp(versions.namespace(req))
-    based_on = stamp, prefix_len, len(req.full_untruncated_fill_ids)
+    stamp = cache.fuzzy.stamp(cache.sync.space_of(versions.namespace(req)))
+    based_on = (
+        stamp,
+        cache.sync.weights,
+        prefix_len,
+        req.last_node,
+        len(req.full_untruncated_fill_ids),
+    )
     known: RequestReuse | None = getattr(req, "kvshare", None)
     if known is not None and known.stage is Stage.PLANNED and known.based_on == based_on:
         return known
     cache.release(req)
-    state = RequestReuse(cache.report, based_on=based_on)
+    state = RequestReuse(cache.report, based_on=based_on, weights=cache.sync.weights)
     try:
         options = parse_options(req.sampling_params.custom_params)
     except ConfigError as error:  # whatever process took the request let it pass
@@ -102,7 +151,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     except Exception:
         # Reuse must never fail a request; the fault is logged and counted, not hidden.
         logger.exception("KVShare lookup failed for request %s", req.rid)
-        state.plan, state.decline = None, Decline.FAULT
+        state.plan, state.decline = _only_hit(cache, req, prefix_len), Decline.FAULT
     cache.report.looked_up(time.perf_counter() - started)
     return state
 
@@ -110,7 +159,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
 def find_runs(cache: FuzzyRadixCache, req: "Req", prefix_len: int) -> tuple[Run, ...]:
     """Cached text in the request's prompt after its prefix hit."""
     return cache.fuzzy.match(
-        versions.namespace(req),
+        cache.sync.space_of(versions.namespace(req)),
         as_tokens(req.full_untruncated_fill_ids),
         start=prefix_len,
         max_depth=cache.config.source_depth,
@@ -125,36 +174,49 @@ def _plan(cache: FuzzyRadixCache, req: "Req", prefix_len: int, state: RequestReu
     state.asked = choosing.asked.name
     state.selector = choosing.asked if choosing.unserved is None else choosing.structural
     state.fallback = choosing.unserved
-    _plan_with(cache, state, state.selector, runs, len(req.full_untruncated_fill_ids), prefix_len)
+    _plan_with(cache, req, state, state.selector, runs)
+
+
+def _only_hit(cache: FuzzyRadixCache, req: "Req", prefix_len: int) -> ReusePlan | None:
+    """The plan that copies nothing: None where the prefix hit is exact."""
+    blend = cache.branches.blend_of(req)
+    prompt_len = len(req.full_untruncated_fill_ids)
+    return None if blend is None else ReusePlan(prompt_len, prefix_len, (), (), blend)
 
 
 def _plan_with(
     cache: FuzzyRadixCache,
+    req: "Req",
     state: RequestReuse,
     selector: Selector,
     runs: tuple[Run, ...],
-    prompt_len: int,
-    prefix_len: int,
 ) -> None:
+    prompt_len, prefix_len = len(req.full_untruncated_fill_ids), versions.prefix_len(req)
+    hit = _only_hit(cache, req, prefix_len)
     plan = selector.plan(runs, prompt_len=prompt_len, prefix_len=prefix_len, budget=state.budget)
     rows = selector.most_rows(plan, budget=state.budget)
-    state.decline = pays(plan, cache.config, rows=rows, found=bool(runs))
-    state.plan = plan if state.decline is None else None
+    declined = pays(plan, cache.config, rows=rows, found=bool(runs))
+    if declined is None:
+        state.plan = plan.behind(hit.blend if hit else None)
+    else:
+        state.plan = hit
+        # What the prefix hit has of others' text is reuse enough.
+        state.decline = declined if hit is None else None
 
 
-def _for_chunks(cache: FuzzyRadixCache, state: RequestReuse) -> RequestReuse:
-    """SGLang gives the request only a part of its prompt: a selector that must see the whole of
-    it cannot choose, and the structural one does. Whether that pays is asked again."""
+def _for_chunks(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> RequestReuse:
+    """SGLang gives the request only a part of its prompt: a selector that must see every row of it
+    at once cannot choose, and the structural one does. Whether that pays is asked again."""
     assert state.plan is not None
     assert state.selector is not None
-    if state.selector.sees is Sees.NOTHING:
+    if state.selector.sees is not Sees.SCORES:
         return state
     whole, structural = state.plan, cache.choosing.structural
-    instead = RequestReuse(cache.report, budget=state.budget)
-    _plan_with(cache, instead, structural, whole.runs, whole.prompt_len, whole.prefix_len)
+    instead = RequestReuse(cache.report, budget=state.budget, weights=state.weights)
+    _plan_with(cache, req, instead, structural, whole.runs)
     # Nothing is evicted in between: the sources of the new plan are some of those of the old.
-    cache.sources.unlock(state)
-    if instead.plan is None:
+    cache.let_go(req, state)
+    if instead.plan is None or not instead.plan.runs:
         return instead
     state.use(structural, instead.plan, Fallback.CHUNKED)
     cache.sources.lock(state)
@@ -170,9 +232,13 @@ def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
     req.kvshare = state
     if state.plan is not None:
         cache.sources.note_use(state)
-    exact = versions.prefix_len(req)
-    if exact:
+    prefix_len = versions.prefix_len(req)
+    if prefix_len:
         cache.usage.touch_path(req.last_node, cache.root_node)
-    state.admit(exact=exact)
-    column = OncePerAnswer(state.record, req)
-    req.customized_info = {**(req.customized_info or {}), "kvshare": column}
+    known = req.customized_info or {}
+    state.told = "kvshare" in known  # it was retracted: its answer says how it began
+    state.admit(prefix_len=prefix_len)
+    if not state.told:
+        req.customized_info = {**known, "kvshare": OncePerAnswer(state.record, req)}
+        # SGLang counts a prefix hit as cached; for users that word stays with exact KV.
+        req.already_computed += state.record["blended_tokens"]

@@ -160,7 +160,8 @@ def view_of(req: "Req", mode: str) -> RequestView:
         lora=req.lora_id is not None,
         prompt_logprobs=bool(prompt_logprobs),
         hidden_states=bool(req.return_hidden_states),
-        prefill_only=bool(req.is_prefill_only),
+        # Scores; without them it fills the cache, for itself or for ``n`` answers that follow.
+        prefill_only=bool(req.is_prefill_only and req.return_logprob),
         multimodal=any(value is not None for value in inputs),
         session=getattr(req, "session", None) is not None,
         beam_search=getattr(req, "beam_group", None) is not None,

@@ -10,6 +10,8 @@ import os
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from kvshare_sglang.errors import UnsupportedError
 
 OLDEST = (0, 5, 17)
@@ -101,6 +103,26 @@ def path_slots(cache: Any, match: Any) -> Any:
     if hasattr(match, "device_indices"):
         return match.device_indices
     return cache.path_device_indices(match.last_device_node)
+
+
+def match_len(match: Any) -> int:
+    """How many tokens a match covers."""
+    if hasattr(match, "device_prefix_len"):
+        return match.device_prefix_len
+    return len(match.device_indices)
+
+
+def stepped_over(cache: Any, match: Any, node: Any, length: int) -> Any:
+    """``match``, led on to ``node``, where it covers ``length`` tokens."""
+    nodes = {"last_device_node": node, "last_host_node": node, "best_match_node": node}
+    if hasattr(match, "device_prefix_len"):
+        return match._replace(device_prefix_len=length, **nodes)
+    values = []
+    at = node
+    while at is not cache.root_node:
+        values.append(at.value)
+        at = at.parent
+    return match._replace(device_indices=torch.cat(values[::-1]), **nodes)
 
 
 def move_lock(cache: Any, req: Any, node: Any, slots: Any) -> None:

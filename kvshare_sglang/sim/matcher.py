@@ -80,7 +80,7 @@ class KVShare:
             start=text.start,
             parent=text.parent,
             depth=text.depth,
-            context=0 if text.before is None else self.tree.context_of(text.before),
+            before=text.before,
         ).id
 
     def trim(self, segment: int, stop: int) -> None:

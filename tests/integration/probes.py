@@ -20,7 +20,7 @@ def force_plans(child: Any) -> None:
         if forced is None:
             return
         prompt = scheduler.as_tokens(req.full_untruncated_fill_ids)
-        (run,) = cache.fuzzy.match(DONOR, prompt, max_depth=0)
+        (run,) = cache.fuzzy.match(cache.sync.space_of(DONOR), prompt, max_depth=0)
         assert (run.src_start, run.dst_start, run.length) == (0, 0, len(prompt))
         rows = Rows((max(a, prefix_len), b) for a, b in forced if b > prefix_len)
         state.decline = None
@@ -41,8 +41,8 @@ def check(child: Any) -> dict[str, int]:
     return {
         "protected": cache.protected_size(),
         "pins": cache.fuzzy.num_pins,
-        "adopted": cache.retainer.num_kept,
-        "resident": cache.fuzzy.num_tokens,
+        "resident": cache.total_size(),
+        "indexed": cache.fuzzy.num_tokens,
         "evictable": cache.evictable_size(),
         "available": child.scheduler.token_to_kv_pool_allocator.available_size(),
         "total": child.scheduler.max_total_num_tokens,
@@ -63,18 +63,22 @@ def layer_rows(child: Any) -> list[list[int]]:
 
 
 def tagged_sizes(child: Any) -> list[tuple[int, int]]:
-    """(depth, tokens) of each stretch of inexact KV in the tree."""
+    """(depth, tokens) of each stretch of inexact KV that may be a source."""
     segments = child.cache.fuzzy._segments.values()
     return [(s.depth, len(s.tokens)) for s in segments if s.depth]
 
 
 def plain_keys_of_depth(child: Any) -> set[int]:
     """Depths found in the plain branch; it must hold exact KV only."""
-    return {
-        node.kvshare.segment.depth
-        for node in child.cache.root_node.children.values()
-        if not hasattr(node.key.extra_key, "depth")
-    }
+    from kvshare_sglang.runtime.cache.index_sync import BranchKey
+
+    depths, stack = set(), list(child.cache.root_node.children.values())
+    while stack:
+        node = stack.pop()
+        if not isinstance(node.key.extra_key, BranchKey):
+            depths.add(node.kvshare.segment.depth)
+            stack.extend(node.children.values())
+    return depths
 
 
 def hook_points(child: Any) -> dict[str, bool]:

@@ -762,7 +762,7 @@ def test_a_prompt_that_goes_on_knows_its_own_text():
     """Inexact text is at home where all that stood before it stands before it again."""
     tree = FuzzyTree(secret=5)
     before, own, more = TEXT[:300], TEXT[300:500], TEXT[500:600]
-    tree.insert(None, own, start=300, depth=1, context=tree.context_of(before))
+    tree.insert(None, own, start=300, depth=1, before=before)
     (run,) = tree.match(None, TEXT[:600], max_depth=1)
     assert (run.dst_start, run.length, run.join) == (300, 200, Join.SAME)
     other = before.copy()
@@ -771,15 +771,17 @@ def test_a_prompt_that_goes_on_knows_its_own_text():
     edited = np.concatenate([before, own[:90], [7], own[91:], more]).astype(np.int32)
     for prompt in (np.concatenate([other, own, more]), moved):
         (run,) = tree.match(None, prompt, max_depth=1)
-        assert run.join is Join.SEAM
+        assert run.join is Join.EDIT  # what stood just before it stands there still
+    elsewhere = np.concatenate([before[:280], own, more])
+    (run,) = tree.match(None, elsewhere, max_depth=1)
+    assert run.join is Join.SEAM
     first, second = tree.match(None, edited, max_depth=1)
     assert (first.join, second.join) == (Join.SAME, Join.EDIT)
 
 
 def test_a_child_has_its_parents_context():
     tree = FuzzyTree()
-    context = tree.context_of(TEXT[:300])
-    home = tree.insert(None, TEXT[300:400], start=300, depth=1, context=context).id
+    home = tree.insert(None, TEXT[300:400], start=300, depth=1, before=TEXT[:300]).id
     tree.insert(None, TEXT[400:500], start=400, parent=home, depth=1)
     (run,) = tree.match(None, TEXT[:500], max_depth=1, start=350)
     assert (run.dst_start, run.dst_stop, run.join) == (350, 500, Join.SAME)
@@ -795,11 +797,11 @@ def test_own_text_is_told_as_by_comparing_all_that_stood_before():
             if rng.random() < 0.7:
                 path[rng.integers(len(path))] += 1
             root = at = int(rng.integers(0, 120))
-            context, parent = tree.context_of(path[:root]), None
+            parent = None
             while at < len(path):
                 stop = min(at + int(rng.integers(20, 90)), len(path))
                 seg = tree.insert(
-                    None, path[at:stop], start=at, parent=parent, depth=1, context=context
+                    None, path[at:stop], start=at, parent=parent, depth=1, before=path[:root]
                 )
                 parent, at = seg.id, stop
                 stood[seg.id] = path

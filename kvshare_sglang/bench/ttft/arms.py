@@ -110,7 +110,7 @@ def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -
     for server in servers:
         name = server.spec.name
         if config := bench.config_of(name):
-            choice = choice_of(mirror, case.prompt, config, chunk=server.spec.chunk)
+            choice = choice_of(mirror, case.prompt, config)
             work[name] = work_of(
                 bench.model.config, choice, answers[name].kvshare, server.spec, config
             )

@@ -8,7 +8,6 @@ from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import ServerSpec
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import ReusePlan
-from kvshare_sglang.policy.admit import pays
 from kvshare_sglang.policy.select.attention_trace import SHARES, AttentionTrace, probe_layer
 from kvshare_sglang.policy.select.base import budget_rows, required_rows
 from kvshare_sglang.policy.select.window import Window
@@ -38,20 +37,14 @@ class Choice(NamedTuple):
     reason: str | None = None
 
 
-def choice_of(mirror: Mirror, prompt: Tokens, config: KVShareConfig, *, chunk: int) -> Choice:
-    """A trace must see the whole prompt after the prefix in one chunk; else structure chooses."""
+def choice_of(mirror: Mirror, prompt: Tokens, config: KVShareConfig) -> Choice:
+    """The plan of the selector asked for, whatever the length."""
     window = Window(config.seam, config.window)
     if config.select == "window":
         return Choice(mirror.plan(prompt, config, window), window)
     trace = AttentionTrace(config.seam)
     plan = mirror.plan(prompt, config, trace)
-    if not plan.runs or plan.prompt_len - plan.prefix_len <= chunk:
-        return Choice(plan, trace)
-    lengths = {"prompt_len": plan.prompt_len, "prefix_len": plan.prefix_len}
-    instead = window.plan(plan.runs, **lengths, budget=config.budget)
-    if pays(instead, config, rows=instead.computed) is not None:
-        instead = ReusePlan(**lengths, runs=(), copies=())
-    return Choice(instead, window, "chunked")
+    return Choice(plan, trace)
 
 
 def work_of(

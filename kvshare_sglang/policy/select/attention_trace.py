@@ -17,6 +17,7 @@ from kvshare_sglang.policy.select.base import (
     budget_rows,
     copy_all,
     query_rows,
+    repair_rows,
     required_rows,
     rows_after_edits,
     rows_at_most,
@@ -45,11 +46,29 @@ class AttentionTrace(NamedTuple):
     def most_rows(self, plan: ReusePlan, *, budget: float) -> int:
         return rows_at_most(plan, budget=budget, suffix=self.seam)
 
-    def trace(self, plan: ReusePlan, *, budget: float, shares: Sequence[float] = SHARES) -> "Trace":
+    def trace(
+        self,
+        plan: ReusePlan,
+        *,
+        budget: float,
+        start: int | None = None,
+        shares: Sequence[float] = SHARES,
+    ) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them
-        follow edits: nothing attends to rows that meant another thing there."""
-        required = required_rows(plan, suffix=self.seam)
-        candidates = plan.reused_rows - required
+        follow edits: nothing attends to rows that meant another thing there.
+
+        ``start``: the rows before it have KV by now, by default those of the prefix hit. Where a
+        prompt came in chunks, those that were copied and the new text computed over them may run
+        once more, and where a prefix hit has open rows, these.
+        """
+        start = plan.prefix_len if start is None else start
+        required = self.required(plan, start)
+        candidates = plan.reused_rows
+        if plan.copies and start > plan.copies[0].dst_start:
+            candidates |= plan.fresh_rows.clip(plan.copies[0].dst_start, start)
+        if plan.blend:
+            candidates |= plan.blend.open
+        candidates -= required
         count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
         after = rows_after_edits(plan, each=AFTER_EDIT, limit=int(AFTER_EDITS * count)) - required
         rows = required | after
@@ -58,14 +77,19 @@ class AttentionTrace(NamedTuple):
             candidates.mask(plan.prompt_len),
             rows=rows,
             query=query,
-            count=count,
+            count=count + repair_rows(plan, budget=budget),
             at_first=after,
             shares=shares,
         )
 
-    def rows(self, plan: ReusePlan, trace: "Trace") -> Rows:
+    def required(self, plan: ReusePlan, start: int) -> Rows:
+        """What runs in any case from ``start`` on; the question too where it began before."""
+        first = min(start, query_rows(plan, suffix=self.seam).start)
+        return required_rows(plan, suffix=self.seam).clip(first, plan.prompt_len)
+
+    def rows(self, plan: ReusePlan, trace: "Trace", start: int | None = None) -> Rows:
         """The rows that run once a trace of the plan is done."""
-        return required_rows(plan, suffix=self.seam) | trace.chosen
+        return self.required(plan, plan.prefix_len if start is None else start) | trace.chosen
 
 
 class Trace:

@@ -16,6 +16,7 @@ from kvshare_sglang.plan import Join, ReusePlan, Rows, Run, check_runs
 MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it saves
 MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
+REPAIR = 1.5  # a new row buys as many open rows before it as so many reused ones do
 QUERY = 64  # of so many rows the attention is looked at, the last ones
 
 
@@ -93,6 +94,21 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
     return min(reused, int(budget * (reused + NEW * new)))
 
 
+def repair_rows(plan: ReusePlan, *, budget: float) -> int:
+    """How many open rows of the prefix hit a budget buys: a share of ``REPAIR`` times the new text
+    of the turn, whatever the length of the conversation. Bounds what a turn costs beside its text.
+
+    >>> from kvshare_sglang.plan import Blend
+    >>> blend = Blend(0, Rows([(10, 900)]), depth=1)
+    >>> repair_rows(ReusePlan(1060, 1000, (), (), blend), budget=0.15)
+    13
+    """
+    if plan.blend is None:
+        return 0
+    new = plan.prompt_len - plan.prefix_len - plan.reused
+    return min(plan.blend.open.num, int(REPAIR * budget * new))
+
+
 def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:
     """The plan that copies all it can: every run of ``MIN_COPY`` tokens or more before the last
     ``max(suffix, 1)`` tokens, which choose the next token and always run."""
@@ -110,16 +126,18 @@ def required_rows(plan: ReusePlan, *, suffix: int) -> Rows:
 
 
 def rows_at_most(plan: ReusePlan, *, budget: float, suffix: int) -> int:
-    """How many rows run at most where they are chosen later, new text included."""
+    """How many rows run at most where they are chosen later, new text and repair included."""
     bought = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
     every = plan.prompt_len - plan.prefix_len
-    return min(required_rows(plan, suffix=suffix).num + bought, every)
+    most = min(required_rows(plan, suffix=suffix).num + bought, every)
+    return most + repair_rows(plan, budget=budget)
 
 
 def query_rows(plan: ReusePlan, *, suffix: int) -> Rows:
     """The rows whose attention says which reused rows matter: the last of those after all runs,
     and at least the end of the prompt."""
-    after = min(plan.runs[-1].dst_stop, plan.prompt_len - max(suffix, 1))
+    end = plan.runs[-1].dst_stop if plan.runs else plan.prefix_len
+    after = min(end, plan.prompt_len - max(suffix, 1))
     return Rows([(max(after, plan.prompt_len - QUERY, plan.prefix_len), plan.prompt_len)])
 
 

@@ -33,10 +33,14 @@ class Usage:
 
 
 class ByFrequency(EvictionStrategy):
-    """SGLang evicts the leaf of smallest priority: ties go to what was used longest ago."""
+    """SGLang evicts the leaf of smallest priority: ties go to what was used longest ago. What is
+    no source, the copies of blended branches, goes first: it can be copied again."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
 
     def get_priority(self, node: "TreeNode") -> tuple[int, float]:
-        return rank(node.kvshare.frequency, now=self._usage.fills), node.last_access_time
+        note = node.kvshare
+        if note.segment is None:
+            return -1, node.last_access_time
+        return rank(note.frequency, now=self._usage.fills), node.last_access_time

@@ -5,12 +5,15 @@ A *segment* of the fuzzy tree is text that was inserted at once; SGLang may spli
 """
 
 import bisect
+import contextlib
+import dataclasses
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvshare_sglang.policy.evict import NEW, Frequency
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
@@ -22,14 +25,11 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
 
-class TaggedKey:
-    """The ``extra_key`` of inexact KV. Equal only to itself, so no user's key is ever equal."""
+class BranchKey:
+    """The ``extra_key`` of blended KV of one namespace, made by the weights of its time. Equal only
+    to itself, so no user's key is ever equal."""
 
-    __slots__ = ("context", "depth", "namespace", "start")
-
-    def __init__(self, namespace: object, *, start: int, depth: int, context: int) -> None:
-        self.namespace, self.start, self.depth = namespace, start, depth
-        self.context = context  # FuzzyTree.context_of what was before
+    __slots__ = ()
 
 
 class NodeSpan:
@@ -62,54 +62,103 @@ class NodeSpan:
 
 @dataclass(slots=True)
 class NodeNote:
-    """What a tree node carries as ``node.kvshare``: the segment it is part of, the path position
-    where it starts, and how often it was used."""
+    """What a tree node carries as ``node.kvshare``: the path position where it starts, the segment
+    it is part of (None where it is no source), and how often it was used. In a blended branch also
+    ``open`` [len], its rows that are copies, and ``depth``, of text computed after it."""
 
-    segment: Segment
+    segment: Segment | None
     start: int
     frequency: Frequency = NEW
+    open: npt.NDArray[np.bool_] | None = None
+    depth: int = 0
 
 
 class IndexSync:
-    """Tells the fuzzy tree what SGLang's tree does. ``root``: the node that has no text."""
+    """Tells the fuzzy tree what SGLang's tree does. ``weights``: how often they were replaced;
+    nothing that others made is a source."""
 
     def __init__(self, fuzzy: FuzzyTree) -> None:
         self.fuzzy = fuzzy
+        self.weights = self._made_by = 0
+
+    def new_weights(self) -> None:
+        self.weights += 1
+        self._made_by = self.weights
+
+    @contextlib.contextmanager
+    def made_by(self, weights: int) -> Iterator[None]:
+        """What is added meanwhile was made by these weights: a request may outlive its own."""
+        self._made_by = weights
+        try:
+            yield
+        finally:
+            self._made_by = self.weights
+
+    def space_of(self, namespace: object) -> object:
+        """Where a request looks: the fuzzy tree's namespace is its own, and the weights."""
+        return namespace, self.weights
 
     def added(self, node: "TreeNode", root: "TreeNode") -> None:
-        """``node`` is new, at the end of its path."""
-        tag = node.key.extra_key
-        start = depth = context = 0
-        space: object = versions.namespace(node.key)
-        if isinstance(tag, TaggedKey):
-            start, depth, space, context = tag.start, tag.depth, tag.namespace, tag.context
-        parent = None
+        """``node``, of exact KV, is new, at the end of its path."""
+        space = versions.namespace(node.key), self._made_by
+        parent, start = None, 0
         if node.parent is not root:
             above = node.parent.kvshare
-            parent, start = above.segment.id, above.start + len(node.parent.key)
+            start = above.start + len(node.parent.key)
+            if above.segment.namespace == space:  # else other weights made it
+                parent = above.segment.id
         segment = self.fuzzy.insert(
-            space,
-            as_tokens(node.key.token_ids),
-            start=start,
-            parent=parent,
-            depth=depth,
-            context=context,
+            space, as_tokens(node.key.token_ids), start=start, parent=parent
         )
         segment.payload = NodeSpan(start, node)
         node.kvshare = NodeNote(segment, start)
 
+    def added_blended(
+        self,
+        node: "TreeNode",
+        *,
+        space: object,
+        start: int,
+        depth: int,
+        open_rows: npt.NDArray[np.bool_],
+        source_depth: int | None,
+        before: Any,
+    ) -> None:
+        """``node`` of a blended branch is new. A source (with a depth) that goes on right after
+        another one is of the same path; ``before``: all tokens before it."""
+        node.kvshare = NodeNote(None, start, open=open_rows, depth=depth)
+        if source_depth is None:
+            return
+        space = self.space_of(space)
+        above = node.parent.kvshare.segment if start else None
+        goes_on = above is not None and (above.namespace, above.depth) == (space, source_depth)
+        segment = self.fuzzy.insert(
+            space,
+            as_tokens(node.key.token_ids),
+            start=start,
+            parent=above.id if above is not None and goes_on else None,
+            depth=source_depth,
+            before=as_tokens(before),
+        )
+        segment.payload = NodeSpan(start, node)
+        node.kvshare.segment = segment
+
     def split(self, upper: "TreeNode", lower: "TreeNode", at: int) -> None:
         """``upper`` took over the first ``at`` tokens of the node that is ``lower`` now."""
         note = lower.kvshare
-        upper.kvshare = NodeNote(note.segment, note.start, note.frequency)
+        upper.kvshare = dataclasses.replace(note)
         note.start += at
-        note.segment.payload.split(upper.kvshare.start, upper, at=note.start)
+        if note.open is not None:
+            upper.kvshare.open, note.open = note.open[:at].copy(), note.open[at:].copy()
+        if note.segment is not None:
+            note.segment.payload.split(upper.kvshare.start, upper, at=note.start)
 
     def removed(self, node: "TreeNode") -> None:
         """``node``, a leaf, was evicted."""
         note = node.kvshare
-        note.segment.payload.drop_last()
-        self.fuzzy.trim(note.segment.id, note.start)
+        if note.segment is not None:
+            note.segment.payload.drop_last()
+            self.fuzzy.trim(note.segment.id, note.start)
 
     def check(self, root: "TreeNode") -> None:
         """Restate how the two trees agree; AssertionError on the first that does not hold."""
@@ -121,6 +170,15 @@ class IndexSync:
             node = stack.pop()
             stack.extend(node.children.values())
             segment, start = node.kvshare.segment, node.kvshare.start
+            blended = isinstance(node.key.extra_key, BranchKey)
+            if blended:
+                assert len(node.kvshare.open) == len(node.key) == len(node.value)
+            else:
+                # Exact KV hangs on exact KV only.
+                assert not isinstance(node.parent.key.extra_key, BranchKey)
+            if segment is None:
+                assert blended
+                continue
             total += len(node.key)
             seen.add(segment.id)
             assert segment is self.fuzzy.segment(segment.id)
@@ -128,8 +186,7 @@ class IndexSync:
             assert held is node
             have = self.fuzzy.path_tokens(segment.id, start, start + len(node.key))
             assert have.tolist() == as_tokens(node.key.token_ids).tolist()
-            # Inexact KV is under tagged keys only, and exact KV never is.
-            assert (segment.depth > 0) == isinstance(node.key.extra_key, TaggedKey)
+            assert (segment.depth > 0) == blended
         assert total == self.fuzzy.num_tokens
         assert len(seen) == self.fuzzy.num_segments
 

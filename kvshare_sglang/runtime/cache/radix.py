@@ -1,32 +1,33 @@
 """FuzzyRadixCache: SGLang's RadixCache with a fuzzy index over all that it holds.
 
 The plain branch of the tree holds exact KV only. A request that reused anything is exact up to
-``exact_len``: only that much of it enters the plain branch. Of the rest, stretches of fresh text
-are stored under *tagged* keys, which no prefix walk can follow because the tag is an object that
-no request can name; only the fuzzy index leads there. Copies are never stored: their sources are.
+``exact_len``: that much of it enters the plain branch. The rest hangs there in a *blended* branch,
+whose key no request can name; requests that accept reuse are led over (``branches.py``). New text
+of blended branches may be a source for others; copies never are: their sources are.
 
 This class only says where SGLang's tree changes; the parts in this folder say what follows.
 """
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
-from kvshare_sglang.runtime.cache.index_sync import IndexSync
+from kvshare_sglang.runtime.cache.index_sync import BranchKey, IndexSync
 from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
-from kvshare_sglang.runtime.request import RequestReuse, Stage, reuse_of
+from kvshare_sglang.runtime.request import RequestReuse, reuse_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -46,14 +47,22 @@ class FuzzyRadixCache(RadixCache):
     """What SGLang builds for ``--radix-cache-backend kvshare``."""
 
     def __init__(
-        self, params: Any, *, config: KVShareConfig, report: Report, choosing: Choosing
+        self,
+        params: Any,
+        *,
+        config: KVShareConfig,
+        report: Report,
+        choosing: Choosing,
+        accepts: Callable[["Req"], bool],
     ) -> None:
-        self.config, self.report, self.choosing = config, report, choosing
+        """``accepts``: whether a request may be served from KV that is not exact."""
+        self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
         self.usage = Usage(params.token_to_kv_pool_allocator.size)
         self.sync = IndexSync(self.fuzzy)
         self.sources = Sources(self, self.usage)
-        self.retainer = Retainer(self)
+        self.branches = Branches(self)
+        self.retainer = Retainer(self, self.branches)
         super().__init__(params)
         if config.eviction == "frequency":
             self.eviction_strategy = ByFrequency(self.usage)
@@ -63,15 +72,30 @@ class FuzzyRadixCache(RadixCache):
     def reset(self) -> None:
         super().reset()
         self.sources.forget()
-        self.retainer.clear()
+        self.branches.forget()
         self.fuzzy.clear()
+
+    def new_weights(self) -> None:
+        """Other weights than those that made what is here: SGLang may go on with its exact
+        prefixes, if it was told not to flush; we neither copy from them nor lead into branches."""
+        self.sources.give_back()
+        self.branches.forget()
+        self.sync.new_weights()
+
+    def match_prefix(self, params: MatchPrefixParams) -> Any:
+        """SGLang's match; for a request that accepts it, a blended one that covers more."""
+        match = super().match_prefix(params)
+        if self.disable or params.req is None or not self._accepts(params.req):
+            return match
+        return self.branches.step_over(params.key, match)
 
     def _insert_helper(
         self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any
     ) -> Any:
         prefix_len, last_node = result = super()._insert_helper(node, key, value, *args, **kw)
         if prefix_len < len(key):
-            self.sync.added(last_node, self.root_node)
+            if not isinstance(key.extra_key, BranchKey):  # its parts say themselves what they are
+                self.sync.added(last_node, self.root_node)
             self.usage.took_in(len(last_node.key))
         return result
 
@@ -99,33 +123,28 @@ class FuzzyRadixCache(RadixCache):
     def checkpoint(self, req: "Req", *, up_to: int, **kw: Any) -> None:
         """0.5.22 and later: for a request that continues, and for one that has ended."""
         if (state := self._reusing(req)) is None:
-            super().checkpoint(req, up_to=up_to, **kw)
+            with self._made_by_those_of(req):
+                super().checkpoint(req, up_to=up_to, **kw)
         elif req.finished():
             versions.kv_row(req).cache_protected_len = self.retainer.store(req, state, up_to)
         else:
-            self.retainer.keep_exact_part(req, state, chunked=False)
+            self.retainer.keep(req, state, chunked=False)
 
     def cache_unfinished_req(self, req: "Req", chunked: bool = False, **kw: Any) -> None:
         """Up to 0.5.21: for a request that continues."""
         if (state := self._reusing(req)) is None:
-            super().cache_unfinished_req(req, chunked=chunked, **kw)
+            with self._made_by_those_of(req):
+                super().cache_unfinished_req(req, chunked=chunked, **kw)
         else:
-            self.retainer.keep_exact_part(req, state, chunked=chunked)
+            self.retainer.keep(req, state, chunked=chunked)
 
     def insert_req(self, req: "Req", *, up_to: int, **kw: Any) -> None:
         """0.5.18 to 0.5.21: for one that has ended; the caller frees the rest."""
         if (state := self._reusing(req)) is None:
-            super().insert_req(req, up_to=up_to, **kw)
+            with self._made_by_those_of(req):
+                super().insert_req(req, up_to=up_to, **kw)
         else:
             versions.kv_row(req).cache_protected_len = self.retainer.store(req, state, up_to)
-
-    def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
-        """Give back slots, except those that the tree took over a moment ago."""
-        kept = self.retainer.kept_of(kv.req_pool_idx)
-        if kept:
-            left = Rows(r for r in ranges if r[0] < r[1]) - kept
-            ranges = [(start, stop) for start, stop in left.ranges]
-        super().free_kv_row(kv, ranges)
 
     def on_release(self, req: "Req", **kw: Any) -> None:
         """0.5.18 and later: the row is freed."""
@@ -136,7 +155,8 @@ class FuzzyRadixCache(RadixCache):
         """0.5.17: for one that has ended; frees the rest itself."""
         state = self._reusing(req)
         if state is None:
-            super().cache_finished_req(req, is_insert=is_insert, **kw)
+            with self._made_by_those_of(req):
+                super().cache_finished_req(req, is_insert=is_insert, **kw)
         else:
             up_to = kw["kv_len_to_handle"]
             row = versions.kv_row(req)
@@ -144,10 +164,7 @@ class FuzzyRadixCache(RadixCache):
             if is_insert:
                 start = self.retainer.store(req, state, up_to)
             kv_indices = self.req_to_token_pool.req_to_token[row.req_pool_idx, :up_to]
-            left = self.retainer.kept_of(row.req_pool_idx).complement(start, up_to)
-            self.token_to_kv_pool_allocator.free_segments(
-                [(kv_indices[a:b], a) for a, b in left.ranges]
-            )
+            self.token_to_kv_pool_allocator.free_segments([(kv_indices[start:], start)])
             if req.last_node is not None:
                 self.dec_lock_ref(req.last_node)
         self.release(req)
@@ -156,10 +173,19 @@ class FuzzyRadixCache(RadixCache):
         """Forget a request that finished, was aborted or retracted, or is planned anew."""
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is not None:
-            self.sources.unlock(state)
-            state.stage = Stage.RELEASED
+            self.let_go(req, state)
+            state.release()
             req.kvshare = None
-        self.retainer.forget(versions.kv_row(req).req_pool_idx)
+
+    def let_go(self, req: "Req", state: RequestReuse) -> None:
+        """Free what a request holds that is not admitted, or not as it was planned."""
+        self.sources.unlock(state)
+        self.retainer.release(req, state)
+
+    def _made_by_those_of(self, req: "Req") -> AbstractContextManager[None]:
+        """What the request leaves was made by the weights that it was admitted under."""
+        state: RequestReuse | None = getattr(req, "kvshare", None)
+        return self.sync.made_by(self.sync.weights if state is None else state.weights)
 
     def _reusing(self, req: "Req") -> RequestReuse | None:
         return None if self.disable else reuse_of(req)

@@ -4,148 +4,139 @@
 
     position   0 .......... exact_len ................................ up_to
     KV         | exact     | copy |recomputed| fresh | copy | fresh | output |
-    in tree    | plain key |  -       -      |tagged |  -   |tagged | tagged |
-    slot owner | the tree  | request         | tree  | req. | tree  | tree   |
+    in tree    | plain key | blended branch: fresh text and output may be sources  |
+    slot owner | the tree  | the tree, once the prompt is through                  |
 
-Before the request is released its prefix hit is in the tree already: ``[0, protected)`` is shared.
-Inserting the exact part takes over ``[protected, exact_len)``, except what another request has
-inserted meanwhile, which is freed here. Slots that the request owns are freed by SGLang on release.
+Before the request is released its prefix hit is in the tree already: ``[0, protected)`` is shared,
+except rows that the request computes again in slots of their own (``RequestReuse.private``).
+Slots that the request owns are freed by SGLang on release.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 
-from kvshare_sglang.plan import Range, Rows
-from kvshare_sglang.policy.retain import Stretch, fresh_stretches, page_borders
-from kvshare_sglang.radix_fuzzy.chunks import Bounds
-from kvshare_sglang.radix_fuzzy.fingerprints import SPAN
+from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime import versions
-from kvshare_sglang.runtime.cache.index_sync import TaggedKey, as_tokens
-from kvshare_sglang.runtime.request import RequestReuse
+from kvshare_sglang.runtime.cache.branches import Branches, Row
+from kvshare_sglang.runtime.cache.index_sync import BranchKey
+from kvshare_sglang.runtime.request import RequestReuse, Stage
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.radix_cache import TreeNode
 
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
 
 class Retainer:
-    """Inserts what requests leave. ``kept`` remembers, until a row is freed, what of it the tree
-    took over beside the exact part."""
+    """Inserts what requests leave."""
 
-    def __init__(self, cache: "FuzzyRadixCache") -> None:
-        self._cache = cache
-        config = cache.config
-        self._bounds = Bounds(config.chunk_min, config.chunk_target, config.chunk_max)
-        self._kept: dict[int, Rows] = {}  # by req_pool_idx
+    def __init__(self, cache: "FuzzyRadixCache", branches: Branches) -> None:
+        self._cache, self._branches = cache, branches
 
-    @property
-    def num_kept(self) -> int:
-        return len(self._kept)
-
-    def keep_exact_part(self, req: "Req", state: RequestReuse, *, chunked: bool) -> None:
-        """The request continues: insert its exact part and move its lock there. All after the
-        exact part stays the request's own."""
+    def keep(self, req: "Req", state: RequestReuse, *, chunked: bool) -> None:
+        """The request continues: insert what will not change any more and move its lock there. In
+        the middle of a prompt, and while decoding watches copies, that is the exact part: rows
+        after it may be computed again."""
         cache = self._cache
         row = versions.kv_row(req)
-        fill_ids = req.get_fill_ids()
-        kv_indices = cache.req_to_token_pool.req_to_token[row.req_pool_idx, : len(fill_ids)]
-        key = self._insert_exact_part(req, state, fill_ids, chunked=chunked)
-        match = cache.match_prefix(MatchPrefixParams(key=key))
-        exact = versions.path_slots(cache, match)
-        assert len(exact) == len(key), f"{len(exact)=} {len(key)=}"
-        cache.req_to_token_pool.write(
-            (row.req_pool_idx, slice(row.cache_protected_len, len(exact))),
-            exact[row.cache_protected_len :],
-        )
-        row.cache_protected_len = len(exact)
-        slots = torch.cat([exact, kv_indices[len(exact) :].to(exact.dtype)])
-        versions.move_lock(cache, req, match.last_device_node, slots)
+        token_ids = req.get_fill_ids()
+        slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx, : len(token_ids)]
+        if state.stage is Stage.COPIED and state.watch is None:
+            node, protected = self._store(req, state, token_ids, ended=False)
+        elif state.plan is not None and state.plan.blend:
+            node, protected = req.last_node, row.cache_protected_len
+        else:
+            node, protected = self._store_exact_part(req, state, token_ids, chunked=chunked)
+        row.cache_protected_len = protected
+        versions.move_lock(cache, req, node, slots.to(torch.int64, copy=True))
 
     def store(self, req: "Req", state: RequestReuse, up_to: int) -> int:
-        """The request has ended: insert its exact part and its fresh text. Returns the exact
-        length; ``kept_of`` says what else of the row the tree owns, until it is freed."""
+        """The request has ended: insert all of it, in whole pages. Returns how much of its row the
+        tree owns."""
         token_ids = (req.origin_input_ids + req.output_ids)[:up_to]
-        key = self._insert_exact_part(req, state, token_ids, chunked=False)
-        self._kept[versions.kv_row(req).req_pool_idx] = self._store_fresh(req, state, token_ids)
-        return len(key)
+        return self._store(req, state, token_ids, ended=True)[1]
 
-    def kept_of(self, req_pool_idx: int) -> Rows:
-        return self._kept.get(req_pool_idx, Rows())
+    def _store(
+        self, req: "Req", state: RequestReuse, token_ids: Any, *, ended: bool
+    ) -> tuple["TreeNode", int]:
+        """Insert the exact part, and all behind it in a blended branch; what other weights than
+        today's made is no blend that anyone may step into. The last node, and where it ends."""
+        assert state.plan is not None
+        cache, row = self._cache, versions.kv_row(req)
+        if state.weights != cache.sync.weights and state.plan.blend:
+            return req.last_node, row.cache_protected_len
+        with cache.sync.made_by(state.weights):
+            above, exact_len = self._store_exact_part(req, state, token_ids, chunked=False)
+        if not state.plan.inexact or state.weights != cache.sync.weights:
+            return above, exact_len
+        slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx]
+        still_open = state.plan.open - state.closed
+        mine = Row(slots, row.cache_protected_len, state.private, still_open)
+        node, state.private = self._branches.store(
+            req, state.plan, token_ids, mine, above, ended=ended
+        )
+        return node, len(token_ids) // cache.page_size * cache.page_size
 
-    def forget(self, req_pool_idx: int | None) -> None:
-        """The row was freed."""
-        if req_pool_idx is not None:
-            self._kept.pop(req_pool_idx, None)
-
-    def clear(self) -> None:
-        self._kept.clear()
-
-    def _insert_exact_part(
+    def _store_exact_part(
         self, req: "Req", state: RequestReuse, token_ids: Any, *, chunked: bool
-    ) -> "RadixKey":
-        """Put ``[0, exact_len)`` in the plain branch and free the slots it had already."""
+    ) -> tuple["TreeNode", int]:
+        """Put ``[0, exact_len)`` in the plain branch and take over the slots that it has already.
+        The node where it ends, and where that is."""
         assert state.plan is not None
         cache, row = self._cache, versions.kv_row(req)
         page = cache.page_size
         exact_len = min(state.plan.exact_len, len(token_ids)) // page * page
         key = versions.make_key(token_ids[:exact_len], req)
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx, :exact_len]
-        value = slots.to(dtype=torch.int64, copy=True)
-        result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
-        cache.token_to_kv_pool_allocator.free_segment(
-            slots[row.cache_protected_len : result.prefix_len],
-            start_pos=row.cache_protected_len,
-        )
-        return key
-
-    def _store_fresh(self, req: "Req", state: RequestReuse, token_ids: Any) -> Rows:
-        """Insert newly computed text after ``exact_len`` under tagged keys. Returns the row ranges
-        that the tree now owns."""
-        assert state.plan is not None
-        taken: list[Range] = []
-        for stretch in fresh_stretches(
-            state.plan, len(token_ids), max_depth=self._cache.config.source_depth
-        ):
-            taken += self._store_stretch(req, stretch, token_ids)
-        return Rows(taken)
-
-    def _store_stretch(self, req: "Req", stretch: Stretch, token_ids: Any) -> list[Range]:
-        """One stretch, cut into chunks; chunks that are stored already at this depth or less are
-        left out. Each chunk is a node of its own, so that eviction takes a stretch from its end.
-        """
-        cache, page = self._cache, self._cache.page_size
-        space, tokens = versions.namespace(req), as_tokens(token_ids)
-        slots = cache.req_to_token_pool.req_to_token[versions.kv_row(req).req_pool_idx]
-        fresh = tokens[stretch.start : stretch.stop]
-        taken = []
-        for chunks in cache.fuzzy.new_chunks(
-            space, fresh, depth=stretch.depth, bounds=self._bounds
-        ):
-            first, borders = page_borders(
-                stretch.start, [Range(chunk.start, chunk.stop) for chunk in chunks], page=page
+        protected = row.cache_protected_len
+        if protected < exact_len:
+            value = slots.to(dtype=torch.int64, copy=True)
+            result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
+            if protected < result.prefix_len:
+                cache.token_to_kv_pool_allocator.free_segment(
+                    slots[protected : result.prefix_len], start_pos=protected
+                )
+        if protected > exact_len:  # all of it is in the tree, and blended text behind it
+            node = req.last_node
+            while isinstance(node.key.extra_key, BranchKey):
+                node = node.parent
+            return node, exact_len
+        match = cache.match_prefix(MatchPrefixParams(key=key))
+        if protected < exact_len:
+            exact = versions.path_slots(cache, match)
+            assert len(exact) == exact_len, f"{len(exact)=} {exact_len=}"
+            cache.req_to_token_pool.write(
+                (row.req_pool_idx, slice(protected, exact_len)), exact[protected:]
             )
-            if borders[-1] - first < max(SPAN, page):
-                continue
-            tag = TaggedKey(
-                space,
-                start=first,
-                depth=stretch.depth,
-                context=cache.fuzzy.context_of(tokens[:first]),
-            )
-            node, at = cache.root_node, first
-            for chunk, border in zip(chunks, borders, strict=True):
-                if border <= at:
-                    continue
-                # Nothing is under a new tag yet: each chunk follows the one before, and the
-                # chain is not walked again.
-                key = versions.make_key(token_ids[at:border], req, extra_key=tag)
-                value = slots[at:border].to(dtype=torch.int64, copy=True)
-                _, node = cache._insert_helper(node, key, value)
-                cache.fuzzy.remember_chunk(chunk, node.kvshare.segment)
-                at = border
-            taken.append(Range(first, borders[-1]))
-        return taken
+            row.cache_protected_len = exact_len
+        return match.last_device_node, exact_len
+
+    def reserve(self, req: "Req", state: RequestReuse, *, num: int) -> None:
+        """Set free slots aside for ``num`` rows of the prefix hit that may run again: others may
+        read the old ones. Where memory does not have them, nothing is repaired."""
+        cache = self._cache
+        allocator = cache.token_to_kv_pool_allocator
+        need = num * cache.page_size
+        if not need:
+            return
+        if allocator.available_size() < need:
+            cache.inc_lock_ref(req.last_node)  # not evicted to make room for its repair
+            cache.evict(EvictParams(num_tokens=need - allocator.available_size()))
+            cache.dec_lock_ref(req.last_node)
+        if allocator.available_size() >= need:
+            state.spare = allocator.alloc(need)
+
+    def release(self, req: "Req", state: RequestReuse) -> None:
+        """The row is freed: so are the slots that the request has beside it."""
+        row = versions.kv_row(req)
+        free = self._cache.token_to_kv_pool_allocator.free
+        if state.private:
+            slots = self._cache.req_to_token_pool.req_to_token[row.req_pool_idx]
+            free(slots[torch.from_numpy(state.private.positions).to(slots.device)].long())
+            state.private = Rows()
+        if state.spare is not None and len(state.spare):
+            free(state.spare)
+        state.spare = None

@@ -43,7 +43,7 @@ class Sources:
             pin = cache.fuzzy.pin(run)
             cache.inc_lock_ref(last)
             state.locked.append((pin, last))
-        state.src_slots = torch.cat(slots)
+        state.src_slots = torch.cat(slots) if slots else None
 
     def note_use(self, state: RequestReuse) -> None:
         """The request was admitted: its sources, locked a moment ago, are used."""
@@ -68,7 +68,7 @@ class Sources:
         What they have not copied yet they will compute: memory is short, and reuse must not cost
         another request its place.
         """
-        holders = [state for state in self._holders.values() if state.reuses]
+        holders = [state for state in self._holders.values() if state.reuses and state.locked]
         for state in holders:
             self.unlock(state)
             state.stop_copying(Decline.NO_ROOM)

@@ -1,0 +1,75 @@
+"""Rows of a prefill batch that are before its chunk: their tokens, and slots to write them to.
+
+A request's last chunk may compute rows again that are before it. What the request owns is computed
+in place. What the tree owns, the blended part of its prefix hit, others may be reading: such a row
+gets a slot of the request's own first, out of those set aside at admission, page by page.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvshare_sglang.plan import Range, Rows
+from kvshare_sglang.runtime import copying, versions
+from kvshare_sglang.runtime.batch import Part, to_device
+from kvshare_sglang.runtime.cache.index_sync import as_tokens
+from kvshare_sglang.runtime.request import RequestReuse
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def part_of(
+    fb: "ForwardBatch",
+    runner: "ModelRunner",
+    req: "Req",
+    state: RequestReuse,
+    *,
+    number: int,
+    chunk: Range,
+    base: int,
+    rows: Rows,
+) -> Part:
+    """``rows`` of the batch's request ``number``, whose ``chunk`` is the batch's tokens from
+    ``base`` on. Those before it get slots that may be written. Raises RuntimeError where there are
+    not enough."""
+    device = fb.input_ids.device
+    before, here = rows.clip(0, chunk.start), rows.clip(*chunk)
+    places = to_device(torch.from_numpy(here.positions - chunk.start + base), device)
+    ids, slots = fb.input_ids[places], fb.out_cache_loc[places]
+    if before:
+        table = runner.req_to_token_pool.req_to_token[versions.kv_row(req).req_pool_idx]
+        own_slots(runner, req, state, table, before)
+        tokens = as_tokens(req.full_untruncated_fill_ids)[before.positions]
+        earlier = to_device(torch.from_numpy(tokens), device).to(ids.dtype)
+        where = to_device(torch.from_numpy(before.positions), device)
+        ids = torch.cat([earlier, ids])
+        slots = torch.cat([table[where].to(slots.dtype), slots])
+    return Part(number, rows, ids, slots)
+
+
+def own_slots(
+    runner: "ModelRunner", req: "Req", state: RequestReuse, table: torch.Tensor, rows: Rows
+) -> None:
+    """Give those of ``rows`` that the tree owns slots of the request's own, and note them in
+    ``table``, the request's row of slots."""
+    page = runner.token_to_kv_pool_allocator.page_size
+    shared = rows.clip(0, versions.kv_row(req).cache_protected_len) - state.private
+    if not shared:
+        return
+    pages = np.unique(shared.positions // page)
+    positions = (pages[:, None] * page + np.arange(page)).ravel()
+    spare = state.spare
+    if spare is None or len(spare) < len(positions):
+        have = 0 if spare is None else len(spare)
+        raise RuntimeError(f"{len(positions)} slots are needed, {have} were set aside")
+    new, state.spare = spare[: len(positions)], spare[len(positions) :]
+    where = to_device(torch.from_numpy(positions), table.device)
+    if page > 1:  # the rest of a page stays what it is
+        old = table[where].to(torch.int64)
+        copying.copy_kv(runner, copying.Copy(old, new, where, where))
+    table[where] = new.to(table.dtype)
+    state.private |= Rows.at(positions)
