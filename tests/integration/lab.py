@@ -54,6 +54,7 @@ class Lab:
 
         Its items: a request (dict, see ``request``) or a list of them that arrive together;
         ``("abort", rid)``; ``("flush",)``; ``("idle",)``: go on when all is served;
+        ``("call", "module:function", *args)``: as ``ask``, in between;
         ``("polls", n)``: go on after n rounds of the event loop.
         """
         self._pipe.send(("play", script))
@@ -314,6 +315,8 @@ class Child:
             return [AbortReq(rid=item[1])]
         elif item[0] == "flush":
             self.scheduler.flush_cache()
+        elif item[0] == "call":
+            self.ask(item[1], tuple(item[2:]))
         else:
             raise ValueError(f"unknown script item {item!r}")
         return []

@@ -199,12 +199,12 @@ def yield_once_between(child: Any, low: int, high: int) -> None:
     scheduler.get_next_batch_to_run = get_next
 
 
-def update_weights(child: Any, path: str) -> bool:
+def update_weights(child: Any, path: str, flush: bool = True) -> bool:
     """What /update_weights_from_disk does in the scheduler."""
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
     output = child.scheduler.weight_updater.update_weights_from_disk(
-        UpdateWeightFromDiskReqInput(model_path=path, load_format="auto")
+        UpdateWeightFromDiskReqInput(model_path=path, load_format="auto", flush_cache=flush)
     )
     return bool(output.success)
 

@@ -126,7 +126,7 @@ def test_exact_beside_its_fuzzy_twin(both: tuple[Lab, Lab], texts: Texts) -> Non
         assert together["exact"]["output"] == alone["output"]
         assert together["late"]["output"] == alone["output"]
     state = ours.ask("probes:check")
-    assert state["protected"] == state["pins"] == state["adopted"] == 0
+    assert state["protected"] == state["pins"] == 0
     assert ours.ask("probes:plain_keys_of_depth") <= {0}
 
 
@@ -172,7 +172,7 @@ def test_exact_requests_in_any_history(both: tuple[Lab, Lab], history: list[tupl
         if rid.endswith("-exact"):
             assert answers[rid]["output"] == theirs.known[i], (rid, history)
     state = ours.ask("probes:check")
-    assert state["protected"] == state["pins"] == state["adopted"] == 0
+    assert state["protected"] == state["pins"] == 0
     assert state["resident"] == state["evictable"] == state["total"] - state["available"]
 
 
@@ -260,6 +260,6 @@ def test_exact_answers_under_every_order_of_service(
                 assert answers[rid]["output"] == alone["output"], rid
             reused += sum(a["kvshare"]["copied_tokens"] > 0 for a in answers.values())
             state = it.ask("probes:check")
-            assert state["protected"] == state["pins"] == state["adopted"] == 0
+            assert state["protected"] == state["pins"] == 0
         assert reused > 0
         assert it.ask("probes:plain_keys_of_depth") <= {0}

@@ -90,7 +90,7 @@ def test_refresh_in_batches_touches_nobody_else(eager_lab: Lab, texts: Texts) ->
     for mine, theirs in zip(answers["d0"]["kv"], alone["kv"], strict=True):
         torch.testing.assert_close(mine, theirs, **TOL)
     state = it.ask("probes:check")
-    assert state["pins"] == state["adopted"] == state["protected"] == 0
+    assert state["pins"] == state["protected"] == 0
     assert state["available"] + state["resident"] == state["total"]
     assert it.ask("probes:plain_keys_of_depth") <= {0}
 
@@ -106,7 +106,7 @@ def test_refreshed_requests_survive_retraction(llama: Path, texts: Texts) -> Non
         assert sum(a["retractions"] for a in answers.values()) > 0
         assert all(len(a["output"]) == 40 for a in answers.values())
         state = it.ask("probes:check")
-        assert state["pins"] == state["adopted"] == state["protected"] == 0
+        assert state["pins"] == state["protected"] == 0
         assert state["available"] + state["resident"] == state["total"]
 
 

@@ -1,0 +1,290 @@
+"""What was blended once is a prefix from then on: conversations cost what they cost without us, and
+nobody reads a row that another request changes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Texts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lab import Lab, computed, lab, request
+from test_life import assert_clean
+
+TOL = {"atol": 2e-3, "rtol": 1e-3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "whole prompts, overlap": {"disable_overlap_schedule": False},
+    "chunks of 112, page 16": {"chunked_prefill_size": 112, "page_size": 16},
+}
+REPAIR = 1.5 * 0.15  # rows that may be repaired for each new one, by default
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def talk(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    it = Lab(llama, kvshare=True, kvshare_select="trace", **SETTINGS[request.param])
+    it.page = SETTINGS[request.param].get("page_size", 1)  # type: ignore[attr-defined]
+    it.chunk = SETTINGS[request.param].get("chunked_prefill_size", 4096)  # type: ignore[attr-defined]
+    it.ask("probes:force_plans")
+    yield it
+    it.close()
+
+
+class Stock:
+    """What SGLang would have cached: every prompt and its answer but for the last token."""
+
+    def __init__(self, page: int) -> None:
+        self.page, self.texts = page, []
+
+    def rows(self, prompt: list[int]) -> int:
+        """How many rows SGLang runs for a prompt. In ten lines: the longest common prefix."""
+        best = 0
+        for text in self.texts:
+            same = 0
+            for a, b in zip(text, prompt[:-1], strict=False):
+                if a != b:
+                    break
+                same += 1
+            best = max(best, same // self.page * self.page)
+        return len(prompt) - best
+
+    def served(self, prompt: list[int], output: list[int]) -> None:
+        self.texts.append([*prompt, *output[:-1]])
+
+    @property
+    def slots(self) -> int:
+        """Distinct prefixes in whole pages."""
+        pages = set()
+        for text in self.texts:
+            for stop in range(self.page, len(text) + 1, self.page):
+                pages.add(hash(tuple(text[:stop])))
+        return len(pages) * self.page
+
+
+def adds_up(answer: dict[str, Any], prompt: list[int]) -> None:
+    told = answer["kvshare"]
+    kinds = ("exact", "blended", "copied", "recomputed", "fresh")
+    assert sum(told[f"{kind}_tokens"] for kind in kinds) == len(prompt), told
+    assert min(told[f"{kind}_tokens"] for kind in kinds) >= 0, told
+    # An exact prefix is what SGLang calls cached, and nothing else is.
+    assert answer["cached"] == told["exact_tokens"]
+
+
+def edge(it: Lab) -> int:
+    """Rows that a turn may cost beside its text and repair: a page, the end of each chunk, and
+    the question where it began in a chunk before the last."""
+    return it.page + 1 + (0 if it.chunk > 2000 else 64)
+
+
+def test_the_same_prompt_again_costs_one_row(talk: Lab, texts: Texts) -> None:
+    talk.flush()
+    document = texts.passage(400)
+    talk.one(document)
+    prompt = texts.passage(30) + document + texts.passage(50)
+    first = talk.one(prompt)
+    adds_up(first, prompt)
+    assert first["kvshare"]["copied_tokens"] > 200
+    again = talk.one(prompt)
+    adds_up(again, prompt)
+    assert computed(again["kvshare"]) <= talk.page + 1
+    assert again["output"] == first["output"]
+    # Not for whom only exact KV is good enough, nor for another tenant.
+    assert talk.one(prompt, kvshare="exact")["kvshare"]["blended_tokens"] == 0
+    assert talk.one(prompt, kvshare={"budget": 1})["kvshare"]["blended_tokens"] == 0
+    assert talk.one(prompt, extra_key="other")["kvshare"]["declined"] == "no_match"
+    assert_clean(talk)
+
+
+def test_turns_after_an_edit_cost_what_they_cost_without_us(talk: Lab, texts: Texts) -> None:
+    talk.flush()
+    stock = Stock(talk.page)
+    header, document, history = texts.passage(60), texts.passage(500), []
+    ours, theirs = 0, 0
+    for turn in range(9):
+        edited = turn in (2, 3, 6)
+        if edited:
+            header = texts.passage(60)
+        prompt = header + document + history + texts.passage(60)
+        answer = talk.one(prompt, new=6)
+        adds_up(answer, prompt)
+        rows, would = computed(answer["kvshare"]), stock.rows(prompt)
+        if not edited:
+            assert rows <= would * (1 + REPAIR) + 1, (turn, answer["kvshare"])
+        ours, theirs = ours + rows, theirs + would
+        stock.served(prompt, answer["output"])
+        history = prompt[560:] + answer["output"] + texts.passage(54)
+    assert ours < 0.75 * theirs
+    assert talk.ask("probes:check")["resident"] <= stock.slots
+    assert_clean(talk)
+
+
+def test_a_header_that_is_new_in_every_turn_costs_about_the_turn(talk: Lab, texts: Texts) -> None:
+    """However long the conversation gets: what was said behind reused text can be reused. The
+    budget is a share of what is reused, so a turn costs that share and its own text."""
+    talk.flush()
+    document, history, costs = texts.passage(500), [], []
+    for _ in range(9):
+        prompt = texts.passage(20) + document + history + texts.passage(60)
+        answer = talk.one(prompt, new=6)
+        adds_up(answer, prompt)
+        costs.append(computed(answer["kvshare"]) - 0.15 * len(prompt))
+        history = prompt[520:] + answer["output"] + texts.passage(54)
+    assert max(costs[2:]) < 180, costs
+    assert_clean(talk)
+
+
+def exact_branch(it: Lab, texts: Texts, length: int, key: str) -> list[int]:
+    """A prompt whose KV is a blended branch, all of its copies exact: from the same positions of
+    the same text."""
+    prompt = texts.passage(length)
+    it.one(prompt + texts.passage(40), extra_key="donor", new=1)
+    told = it.one(prompt, forced=[(0, 20), (length - 20, length)], extra_key=key, new=1)["kvshare"]
+    assert told["copied_tokens"] > length / 2, told
+    return prompt
+
+
+def test_turns_over_a_branch_of_exact_copies_are_full_prefill(
+    talk: Lab, plain_lab: Lab, texts: Texts
+) -> None:
+    """An oracle for all that moves slots: repair, take-over, chunks, pages, batches."""
+    talk.flush()
+    branches = [exact_branch(talk, texts, length, f"k{length}") for length in (130, 300, 470)]
+    keys = ["k130", "k300", "k470"]
+    for _ in range(3):
+        for prompt in branches:
+            prompt += texts.passage(texts.rng.randrange(30, 150))
+        batch = [
+            request(key, prompt, extra_key=key, new=5, keep="kv")
+            for key, prompt in zip(keys, branches, strict=True)
+        ]
+        answers = talk.play([batch])
+        for key, prompt in zip(keys, branches, strict=True):
+            mine = answers[key]
+            adds_up(mine, prompt)
+            assert mine["kvshare"]["blended_tokens"] > 0
+            assert mine["kvshare"]["repaired_tokens"] > 0
+            theirs = plain_lab.one(prompt, new=5, keep="kv")
+            assert mine["output"] == theirs["output"]
+            for ours, full in zip(mine["kv"], theirs["kv"], strict=True):
+                torch.testing.assert_close(ours, full, **TOL)
+            prompt += mine["output"]
+    assert_clean(talk)
+
+
+def test_a_repair_changes_no_row_that_another_request_reads(talk: Lab, texts: Texts) -> None:
+    talk.flush()
+    document = texts.passage(400)
+    talk.one(document)
+    prompt = texts.passage(30) + document + texts.passage(20)
+    talk.one(prompt)
+    asks = [prompt + texts.passage(150) for _ in range(2)]
+    before = talk.one(prompt, new=40, keep="kv")
+    during = talk.play(
+        [
+            request("reads", prompt, new=60, keep="kv"),
+            ("polls", 6),
+            *(request(f"repairs{i}", ask, new=2) for i, ask in enumerate(asks)),
+        ]
+    )
+    for i in range(2):
+        assert during[f"repairs{i}"]["kvshare"]["repaired_tokens"] > 10
+    for mine, theirs in zip(during["reads"]["kv"], before["kv"], strict=True):
+        assert torch.equal(mine, theirs)
+    assert during["reads"]["output"][:40] == before["output"]
+    assert_clean(talk)
+    # Where nobody else reads them the branch takes the repaired rows over: the oracle can fail.
+    assert talk.one(asks[0] + texts.passage(150), new=2)["kvshare"]["repaired_tokens"] > 10
+    after = talk.one(prompt, new=2, keep="kv")
+    assert not all(torch.equal(a, b) for a, b in zip(after["kv"], before["kv"], strict=True))
+    assert_clean(talk)
+
+
+def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) -> None:
+    """SGLang may keep exact prefixes, if told so; copies and blended text of other weights go."""
+    document = texts.passage(300)
+    prompt = texts.passage(30) + document + texts.passage(40)
+    with lab(llama, kvshare=True) as it:
+        it.one(document)
+        assert it.one(prompt)["kvshare"]["copied_tokens"] > 200
+        assert it.one(prompt)["kvshare"]["blended_tokens"] > 200
+        script = [
+            request("outlives", prompt + texts.passage(20), new=60),
+            ("polls", 8),
+            ("call", "probes:update_weights", str(llama), False),
+            ("polls", 2),
+        ]
+        it.play(script)
+        told = it.one(prompt + texts.passage(20))["kvshare"]
+        assert told["blended_tokens"] == told["copied_tokens"] == 0
+        assert told["exact_tokens"] < 64
+        # From here on as ever.
+        it.one(texts.passage(7) + prompt)
+        assert it.one(texts.passage(9) + prompt)["kvshare"]["copied_tokens"] > 200
+        assert_clean(it)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("turn"), st.integers(0, 2), st.integers(1, 90)),
+        st.tuples(st.just("edit"), st.integers(0, 2), st.integers(0, 300)),
+        st.tuples(st.just("again"), st.integers(0, 2), st.sampled_from([None, "exact"])),
+        st.tuples(st.just("many"), st.integers(0, 2), st.integers(2, 4)),
+        st.tuples(st.just("abort"), st.integers(0, 2), st.integers(1, 6)),
+        st.tuples(st.just("flush")),
+    ),
+    min_size=4,
+    max_size=14,
+)
+
+
+@settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
+@given(history=STEPS)
+def test_any_history_costs_at_most_stock_and_repair(
+    talk: Lab, plain_lab: Lab, history: list[tuple[Any, ...]]
+) -> None:
+    """Turns, edits, repeats, batches, aborts and flushes of three conversations."""
+    texts = Texts(11)
+    talk.flush()
+    stock = Stock(talk.page)
+    talks = [texts.passage(160 + 90 * i) for i in range(3)]
+    said = [list(text) for text in talks]
+    aborted = False
+
+    def check(answer: dict[str, Any], prompt: list[int], would: int, mode: str | None) -> None:
+        adds_up(answer, prompt)
+        if mode == "exact":
+            assert answer["output"] == plain_lab.one(prompt, new=4)["output"]
+        elif not aborted:
+            rows = computed(answer["kvshare"])
+            assert rows <= would * (1 + REPAIR) + edge(talk), (answer["kvshare"], would)
+
+    for kind, *rest in history:
+        i = rest[0] if rest else 0
+        if kind == "flush":
+            talk.flush()
+            stock, aborted = Stock(talk.page), False
+            continue
+        if kind == "turn":
+            said[i] = said[i] + texts.passage(rest[1])
+        elif kind == "edit":
+            at = min(rest[1], len(said[i]) - 2)
+            said[i] = said[i][:at] + texts.passage(3) + said[i][at + 2 :]
+        prompt = said[i]
+        would = stock.rows(prompt)
+        if kind == "many":
+            batch = [request(f"m{j}", prompt, new=4) for j in range(rest[1])]
+            for answer in talk.play([batch]).values():
+                check(answer, prompt, would, None)
+                stock.served(prompt, answer["output"])
+        elif kind == "abort":
+            talk.play([request("gone", prompt, new=50), ("polls", rest[1]), ("abort", "gone")])
+            aborted = True  # what SGLang keeps of it depends on when it came
+        else:
+            mode = rest[1] if kind == "again" else None
+            answer = talk.one(prompt, new=4, kvshare=mode)
+            check(answer, prompt, would, mode)
+            stock.served(prompt, answer["output"])
+            if kind == "turn":
+                said[i] = said[i] + answer["output"]
+        assert_clean(talk)
