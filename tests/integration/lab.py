@@ -122,13 +122,15 @@ def request(
     lora: bool = False,
     hidden_states: bool = False,
     priority: int | None = None,
+    fields: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """One request, greedy.
 
     ``forced``: ranges of rows to compute; everything else is copied from the same positions of the
     same text cached under extra_key "donor" (exact KV in the skipped slots). ``keep``: "kv" keeps
-    the KV of the whole row at release. ``lora``: run with the server's first adapter.
+    the KV of the whole row at release. ``lora``: run with the server's first adapter. ``fields``:
+    fields of SGLang's request that have no name here.
     """
     return {
         "rid": rid,
@@ -142,6 +144,7 @@ def request(
         "lora": lora,
         "hidden_states": hidden_states,
         "priority": priority,
+        "fields": fields or {},
         "sampling": sampling,
     }
 
@@ -338,6 +341,7 @@ class Child:
         want_logprob = spec["logprob_start"] is not None
         names = getattr(TokenizedGenerateReqInput, "__struct_fields__", ())
         more = {"token_type_ids": None} if "token_type_ids" in names else {}
+        more |= spec["fields"]
         if spec["lora"]:
             more["lora_id"] = next(iter(self.runner.lora_manager.loras))
         return TokenizedGenerateReqInput(

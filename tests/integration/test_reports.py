@@ -1,0 +1,139 @@
+"""What users of other engines reported, tried on the real scheduler: docs/reports.md names each."""
+
+import random
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from conftest import Texts
+from lab import Lab, computed, lab, request
+
+
+@pytest.fixture(scope="module")
+def traced(llama: Path) -> Iterator[Lab]:
+    """The default selector, and chunks so short that long prompts need several."""
+    with lab(llama, kvshare=True, kvshare_select="trace", chunked_prefill_size=400) as it:
+        yield it
+
+
+def assert_clean(it: Lab) -> None:
+    state = it.ask("probes:check")
+    assert state["protected"] == state["pins"] == state["adopted"] == 0
+    assert state["available"] + state["evictable"] == state["total"]
+
+
+@pytest.mark.parametrize("sizes", [(20, 110, 90, 70), (20, 210, 190, 160)], ids=["whole", "chunks"])
+def test_a_prompt_of_nothing_but_cached_text_in_another_order_is_served(
+    sizes: tuple[int, ...], traced: Lab, texts: Texts
+) -> None:
+    """LMCache 938 and 854: no new token at all, and the same prompt once more."""
+    traced.flush()
+    system, a, b, c = (texts.passage(size) for size in sizes)
+    source = traced.one(system + a + b + c)
+    for prompt in (system + b + a + c, system + c + b + a, c + b + a, b + c):
+        answer = traced.one(prompt)
+        assert answer["finish"]["type"] == "length"
+        assert answer["kvshare"]["copied_tokens"] > len(prompt) // 3
+        assert computed(answer["kvshare"]) < len(prompt) // 2
+        again = traced.one(prompt)
+        assert again["finish"]["type"] == "length"
+        assert computed(again["kvshare"]) <= computed(answer["kvshare"])
+    again = traced.one(system + a + b + c)
+    assert again["output"] == source["output"]
+    assert computed(again["kvshare"]) == 1
+    assert_clean(traced)
+
+
+def test_cached_text_is_found_behind_new_text(traced: Lab, texts: Texts) -> None:
+    """LMCache 835 and 3238: a new chunk, or a new question, before text that is cached."""
+    traced.flush()
+    system, a, b, document = (texts.passage(size) for size in (20, 120, 150, 300))
+    traced.one(a + b)
+    new = texts.passage(80)
+    answer = traced.one(a + new + b)["kvshare"]
+    assert answer["exact_tokens"] == len(a)
+    assert answer["fresh_tokens"] == len(new)
+    assert answer["copied_tokens"] > len(b) // 3
+    traced.one(system + texts.passage(30) + document)
+    answer = traced.one(system + texts.passage(25) + document)["kvshare"]
+    assert answer["exact_tokens"] + answer["copied_tokens"] > 0.7 * len(document)
+
+
+def test_orders_that_were_never_asked_for_cost_no_more_in_the_end(
+    llama: Path, texts: Texts
+) -> None:
+    """LMCache 4663: what new orders leave behind must not push the documents out."""
+    head, documents = texts.passage(40), [texts.passage(100) for _ in range(16)]
+    with lab(llama, kvshare=True, max_total_tokens=2600) as it:
+        for i in range(0, 16, 4):
+            it.one([*head, *chain.from_iterable(documents[i : i + 4])], new=1)
+        shares = []
+        for _ in range(8):
+            rows = tokens = 0
+            for _ in range(8):
+                chosen = chain.from_iterable(texts.rng.sample(documents, 6))
+                prompt = [*head, *chosen, *texts.passage(30)]
+                rows += computed(it.one(prompt, new=4)["kvshare"])
+                tokens += len(prompt)
+            shares.append(rows / tokens)
+        # 64 questions and their answers are about as many tokens as the pool has.
+        assert max(shares) <= 1.25 * shares[0], shares
+        assert max(shares) < 0.25, shares
+        assert_clean(it)
+
+
+def test_cache_salts_keep_tenants_apart(traced: Lab, texts: Texts) -> None:
+    """SGLang 37160, LMCache 4825. The salt's owner still reuses, or this would prove nothing."""
+    traced.flush()
+    document = texts.passage(250)
+    prompt = texts.passage(9) + document + texts.passage(20)
+    owner = {"cache_salt": "owner"}
+    traced.one(document, fields=owner)
+    for fields, text in (
+        ({"cache_salt": "other"}, prompt),
+        ({"cache_salt": "another"}, document),
+        ({}, prompt),
+    ):
+        answer = traced.one(text, fields=fields)
+        assert answer["kvshare"]["declined"] == "no_match", fields
+        assert answer["cached"] == 0
+    assert traced.one(prompt, extra_key="owner")["kvshare"]["declined"] == "no_match"
+    mine = traced.one(prompt, fields=owner)
+    assert mine["kvshare"]["copied_tokens"] > 150
+
+
+def test_a_request_kept_out_of_the_cache_is_served_in_chunks_and_leaves_nothing(
+    traced: Lab, texts: Texts
+) -> None:
+    """SGLang 36855: a client can set the host that marks such requests."""
+    traced.flush()
+    document = texts.passage(600)
+    traced.one(document)
+    before = traced.ask("probes:check")["resident"]
+    fields = {"bootstrap_host": "2.2.2.2"}
+    for prompt in (
+        document + texts.passage(500),
+        texts.passage(9) + document + texts.passage(500),
+        texts.passage(900),
+    ):
+        answer = traced.one(prompt, fields=fields)
+        assert answer["finish"]["type"] == "length"
+        assert traced.ask("probes:check")["resident"] == before
+        assert_clean(traced)
+
+
+def test_what_aborted_requests_leave_behind_is_exact(
+    traced: Lab, plain_lab: Lab, texts: Texts
+) -> None:
+    """SGLang 28374 and 38319: aborted in any chunk or while decoding, then asked for again."""
+    traced.flush()
+    source = texts.passage(300)
+    traced.one(source)
+    rng = random.Random(3)
+    for polls in (1, 2, 3, 4, 6, 9):
+        prompt = texts.passage(rng.randrange(5, 40)) + source + texts.passage(700)
+        traced.play([request("gone", prompt, new=40), ("polls", polls), ("abort", "gone")])
+        assert_clean(traced)
+        want = plain_lab.play([("flush",), request("x", prompt, new=12)])["x"]["output"]
+        assert traced.one(prompt, kvshare="exact", new=12)["output"] == want
