@@ -10,7 +10,7 @@ from kvshare_sglang.plan import Run
 from kvshare_sglang.policy.admit import Decline, may_reuse, pays
 from kvshare_sglang.policy.options import parse_options
 from kvshare_sglang.policy.select.base import Sees, Selector
-from kvshare_sglang.runtime import support, versions
+from kvshare_sglang.runtime import charging, support, versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Fallback
@@ -47,6 +47,8 @@ def hook_add_one_req(
     cache = adder.tree_cache
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
+    if charging.must_wait(adder, req):
+        return versions.full_batch()
     state = plan_request(cache, req)
     if state.plan is not None:
         try:
@@ -55,7 +57,8 @@ def hook_add_one_req(
             logger.exception("KVShare could not lock the sources of request %s", req.rid)
             cache.sources.unlock(state)
             state = RequestReuse(cache.report, decline=Decline.FAULT)
-    result = original(adder, req, *args, **kw)
+    with charging.by_rows(adder, req, state):
+        result = original(adder, req, *args, **kw)
     if state.plan is not None and not _admitted(adder, req):
         cache.sources.unlock(state)
         without = RequestReuse(cache.report, decline=Decline.NO_ROOM)
