@@ -76,7 +76,7 @@ def pays(
     return None
 
 
-def goes_whole(tokens: int, *, rows: int, room: int, chunk: int, held: int = 0) -> bool:
+def goes_whole(tokens: int, rows: int, *, room: int, chunk: int, held: int = 0) -> bool:
     """Whether a prompt of which ``tokens`` are not in the prefix and at most ``rows`` of them run
     goes to prefill in one piece: it is charged its rows, which must fit the ``room`` that is left
     of the chunk; the tokens that the batch holds in all are bounded too. ``held``: so far."""

@@ -2,14 +2,16 @@
 
 Its budgets bound the rows of a batch, so that activations fit. They are raised for the length of
 one admission by the tokens that will be copied; memory for KV stays charged in full. Whole, or as
-before: where a request's rows do not fit what is left of the chunk, nothing is raised. A batch
-that must run every row of every request after all (a copy failed) runs them in parts
-(``slices.py``); one with inputs or outputs by token could not, so none is ever raised.
+before: where the rows do not fit the chunk, nothing is raised; where they only do not fit what
+the batch has left of it, the request waits for the next one rather than be cut.
+
+A batch that must run every row after all (a copy failed) runs them in parts (``slices.py``). One
+with inputs or outputs by token could not, so none such is ever raised.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvshare_sglang.policy.admit import goes_whole
 from kvshare_sglang.policy.select.base import Sees
@@ -21,10 +23,23 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
 
-def must_wait(adder: "PrefillAdder", req: "Req") -> bool:
-    """Whether a request must not share the batch so far: it needs every row of a batch that holds
-    more tokens than SGLang would let in. It is the first of the next batch."""
-    return _raised(adder) > 0 and support.is_by_token(req)
+class Cost(NamedTuple):
+    """Of one request, in whole pages: what SGLang charges, and the rows that run at most."""
+
+    tokens: int
+    rows: int
+
+
+def must_wait(adder: "PrefillAdder", req: "Req", state: RequestReuse) -> bool:
+    """Whether a request is for the next batch: it needs every row of one that holds more tokens
+    than SGLang would let in, or only its neighbours keep it from coming whole."""
+    if _raised(adder) and support.is_by_token(req):
+        return True
+    cost, chunk = _cost(adder, state), versions.chunk_size()
+    if cost is None or chunk is None or not adder.can_run_list:
+        return False
+    is_cut = cost.tokens > adder.rem_chunk_tokens and not _saved(adder, state)
+    return is_cut and goes_whole(*cost, room=chunk, chunk=chunk)
 
 
 @contextmanager
@@ -41,20 +56,26 @@ def by_rows(adder: "PrefillAdder", req: "Req", state: RequestReuse) -> Iterator[
         _raise(adder, -saved)
 
 
+def _cost(adder: "PrefillAdder", state: RequestReuse) -> Cost | None:
+    """None where all of a request is charged as ever."""
+    plan, selector = state.plan, state.selector
+    if plan is None or selector is None or adder.rem_chunk_tokens is None:
+        return None
+    if selector.sees is Sees.SCORES:  # up to its check layer every row runs
+        return None
+    page = 1 if getattr(adder, "exact_chunk_fill", False) else adder.page_size
+    most = selector.most_rows(plan, budget=state.budget)
+    return Cost(_in_pages(plan.prompt_len - plan.prefix_len, page), _in_pages(most, page))
+
+
 def _saved(adder: "PrefillAdder", state: RequestReuse) -> int:
     """Tokens of the request that SGLang would charge and that do not run; 0 where all that it has
     is charged."""
-    plan, selector, room = state.plan, state.selector, adder.rem_chunk_tokens
-    if plan is None or selector is None or selector.sees is Sees.SCORES:  # dhd runs all, at first
+    cost, room, chunk = _cost(adder, state), adder.rem_chunk_tokens, versions.chunk_size()
+    if cost is None or room is None or chunk is None or not _may_raise(adder):
         return 0
-    chunk = versions.chunk_size()
-    if chunk is None or room is None or not _may_raise(adder):
-        return 0
-    page = 1 if getattr(adder, "exact_chunk_fill", False) else adder.page_size
-    tokens = _in_pages(plan.prompt_len - plan.prefix_len, page)
-    rows = _in_pages(selector.most_rows(plan, budget=state.budget), page)
     held = chunk - room + _raised(adder)
-    return tokens - rows if goes_whole(tokens, rows=rows, room=room, chunk=chunk, held=held) else 0
+    return cost.tokens - cost.rows if goes_whole(*cost, room=room, chunk=chunk, held=held) else 0
 
 
 def _may_raise(adder: "PrefillAdder") -> bool:

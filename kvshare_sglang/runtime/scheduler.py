@@ -47,9 +47,10 @@ def hook_add_one_req(
     cache = adder.tree_cache
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
-    if charging.must_wait(adder, req):
-        return versions.full_batch()
     state = plan_request(cache, req)
+    if charging.must_wait(adder, req, state):
+        req.kvshare = state
+        return versions.full_batch()
     if state.plan is not None:
         try:
             cache.sources.lock(state)

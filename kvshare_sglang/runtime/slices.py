@@ -61,7 +61,7 @@ def sliced(rows: Sequence[Rows], *, most: int) -> list[list[Rows]]:
     [[Rows([(0, 2)]), Rows([(8, 9)])], [Rows([(2, 4)]), Rows([(8, 9)])], [Rows([(4, 5)]), \
 Rows([(7, 9)])]]
     """
-    if sum(one.num for one in rows) <= most:
+    if sum(one.num for one in rows) <= max(most, len(rows) + 1):
         return [list(rows)]
     room = max(most - len(rows), 1)
     stops = np.cumsum([one.num - 1 for one in rows])

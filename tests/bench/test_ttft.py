@@ -52,15 +52,21 @@ def test_the_share_that_was_asked_for_is_reused(choose):
     assert choose(chunk=SIZE).plan.reused == pytest.approx(0.98 * SIZE, rel=0.01)
 
 
-def test_a_prompt_longer_than_a_chunk_is_expected_to_go_by_structure_and_to_say_so(choose):
-    choice = choose(chunk=2048)
+def test_a_prompt_of_more_rows_than_a_chunk_is_expected_to_go_by_structure_and_to_say_so(choose):
+    chunk = 256  # rows: 2% of new text, and 5% again
+    choice = choose(chunk=chunk)
     assert (choice.selector.name, choice.reason) == ("window", "chunked")
-    count = len(row_positions(choice.plan, chunk=2048, max_rows=2048))
-    rows, merged = expected_rows(choice, says(choice, count), spec(chunk=2048), CONFIG)
+    count = len(row_positions(choice.plan, chunk=chunk, max_rows=2048))
+    rows, merged = expected_rows(choice, says(choice, count), spec(chunk=chunk), CONFIG)
     assert (len(rows), merged) == (count, 0)
     told = {**says(choice, count), "select_reason": None}
     with pytest.raises(ScriptError, match="the planner alone"):
-        expected_rows(choice, told, spec(chunk=2048), CONFIG)
+        expected_rows(choice, told, spec(chunk=chunk), CONFIG)
+
+
+def test_a_prompt_longer_than_a_chunk_that_runs_few_rows_is_expected_to_be_traced(choose):
+    choice = choose(chunk=512)
+    assert (choice.selector.name, choice.reason) == ("trace", None)
 
 
 def test_rows_that_a_gpu_merged_are_counted_and_make_the_ceiling_lower(choose):

@@ -38,7 +38,7 @@ def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
         "kvshare_select": select,
         "kvshare_budget": 0.2,
         "max_running_requests": limit,
-        "mutation": "probes:stretches_as_on_a_gpu",
+        "mutation": "probes:few_stretches_and_all_tokens_charged",
     }
     long, short = texts.passage(900), texts.passage(300)
     with lab(llama, kvshare=True, **settings) as it:
@@ -132,7 +132,9 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
 
 
 def test_a_prompt_in_chunks_is_chosen_by_structure_and_says_so(llama: Path, texts: Texts) -> None:
+    """Its rows are more than a chunk: 135 are new."""
     source, prompt = moved(texts, 150)
+    prompt = texts.passage(90) + prompt
     found = []
     for select in ("dhd", "trace", "window"):
         settings = {"chunked_prefill_size": 128, "kvshare_select": select}

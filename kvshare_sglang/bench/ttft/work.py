@@ -8,7 +8,7 @@ from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import ServerSpec
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import ReusePlan
-from kvshare_sglang.policy.admit import pays
+from kvshare_sglang.policy.admit import goes_whole, pays
 from kvshare_sglang.policy.select.attention_trace import SHARES, AttentionTrace, probe_layer
 from kvshare_sglang.policy.select.base import budget_rows, required_rows
 from kvshare_sglang.policy.select.window import Window
@@ -39,19 +39,28 @@ class Choice(NamedTuple):
 
 
 def choice_of(mirror: Mirror, prompt: Tokens, config: KVShareConfig, *, chunk: int) -> Choice:
-    """A trace must see the whole prompt after the prefix in one chunk; else structure chooses."""
+    """A trace must see the whole prompt after the prefix in one batch; else structure chooses."""
     window = Window(config.seam, config.window)
     if config.select == "window":
         return Choice(mirror.plan(prompt, config, window), window)
     trace = AttentionTrace(config.seam)
     plan = mirror.plan(prompt, config, trace)
-    if not plan.runs or plan.prompt_len - plan.prefix_len <= chunk:
+    if not plan.runs or _is_whole(plan, trace, config, chunk=chunk):
         return Choice(plan, trace)
     lengths = {"prompt_len": plan.prompt_len, "prefix_len": plan.prefix_len}
     instead = window.plan(plan.runs, **lengths, budget=config.budget)
     if pays(instead, config, rows=instead.computed) is not None:
         instead = ReusePlan(**lengths, runs=(), copies=())
     return Choice(instead, window, "chunked")
+
+
+def _is_whole(
+    plan: ReusePlan, selector: AttentionTrace | Window, config: KVShareConfig, *, chunk: int
+) -> bool:
+    """Whether a prompt that is alone is one batch."""
+    tokens = plan.prompt_len - plan.prefix_len
+    rows = selector.most_rows(plan, budget=config.budget)
+    return tokens <= chunk or goes_whole(tokens, rows, room=chunk, chunk=chunk)
 
 
 def work_of(
@@ -101,7 +110,9 @@ def expected_rows(
         rows = np.union1d(required.positions, evenly)
     else:
         max_rows = None if spec.device == "cpu" else spec.max_running
-        rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
+        whole = _is_whole(plan, selector, config, chunk=spec.chunk)
+        chunk = plan.prompt_len - plan.prefix_len if whole else spec.chunk
+        rows = row_positions(plan, chunk=chunk, max_rows=max_rows)
     keys = ("exact_tokens", "copied_tokens", "select", "select_reason")
     told = {"rows": ran, **{key: info[key] for key in keys}}
     want = {
