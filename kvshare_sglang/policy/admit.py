@@ -26,6 +26,9 @@ class Decline(StrEnum):
     FAULT = "fault"
 
 
+MOST_CHUNKS = 32  # that a batch may hold in tokens: copying one costs about 1% of running it
+
+
 class RequestView(NamedTuple):
     """All that admission may see of a request."""
 
@@ -71,3 +74,10 @@ def pays(
     if every - rows < max(config.min_reuse, config.min_share * every):
         return Decline.TOO_LITTLE
     return None
+
+
+def goes_whole(tokens: int, rows: int, *, room: int, chunk: int, held: int = 0) -> bool:
+    """Whether a prompt of which ``tokens`` are not in the prefix and at most ``rows`` of them run
+    goes to prefill in one piece: it is charged its rows, which must fit the ``room`` that is left
+    of the chunk; the tokens that the batch holds in all are bounded too. ``held``: so far."""
+    return rows <= room and held + tokens <= MOST_CHUNKS * chunk

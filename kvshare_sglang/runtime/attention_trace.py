@@ -49,15 +49,13 @@ MakePart = Callable[[Rows], Part]
 
 @dataclass
 class TraceStage:
-    """A batch whose last choice of rows waits for traces; ``rows`` is what it has till then.
-    ``most``: rows that run at once, 0 for any number."""
+    """A batch whose last choice of rows waits for traces; ``rows`` is what it has till then."""
 
     selector: AttentionTrace
     jobs: list[BatchedRequest]
     rows: list[Rows]
     probe_at: float
     watch: bool
-    most: int
     on_done: Callable[[Sequence[Rows]], None]
 
     def run(self, fb: "ForwardBatch", runner: "ModelRunner", forward: Forward) -> Any:
@@ -94,30 +92,12 @@ class TraceStage:
         here = list(rows)
         for job in self.jobs:
             here[job.number] = rows[job.number].clip(*job.chunk)
-        earlier = [self._in_slices(part, fb, forward) for part in earlier]
-        earlier = [part for part in earlier if part.rows]
         if here != self.rows or earlier:
             cut_tokens(fb, self.rows, here, runner, earlier)
         for part in earlier:
             here[part.number] = part.rows | here[part.number]
         fb.kvshare = BatchReuse(rows=here)
         return forward(fb)
-
-    def _in_slices(self, part: Part, fb: "ForwardBatch", forward: Forward) -> Part:
-        """Run all but the last ``most`` rows of a part, in order of position: what runs later sees
-        their KV. Returns what is left."""
-        while self.most and part.rows.num > self.most:
-            at = part.rows.positions
-            first = Part(
-                part.number, Rows.at(at[: self.most]),
-                part.ids[: self.most], part.slots[: self.most],
-            )  # fmt: skip
-            forward(sub_batch(fb, [first], None))
-            part = Part(
-                part.number, Rows.at(at[self.most :]),
-                part.ids[self.most :], part.slots[self.most :],
-            )  # fmt: skip
-        return part
 
 
 def _part(fb: "ForwardBatch", runner: "ModelRunner", job: BatchedRequest, rows: Rows) -> Part:

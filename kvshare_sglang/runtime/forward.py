@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvshare_sglang.runtime import attention, decode, prefill
+from kvshare_sglang.runtime import attention, decode, prefill, slices
 from kvshare_sglang.runtime.batch import BatchReuse
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
@@ -30,7 +30,7 @@ def hook_init_new(
     fb = original(cls, batch, runner, **kw)
     cache = getattr(batch, "tree_cache", None)
     if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
-        fb.kvshare = prefill.narrow(fb, batch, runner, cache)
+        fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))
     elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
         fb.kvshare = decode.watch(fb, batch, runner, cache)
     return fb
@@ -44,11 +44,13 @@ def hook_forward(
     backend = runner.attn_backend.kvshare
 
     def forward(part: Any) -> Any:
-        backend.batch = getattr(part, "kvshare", None)
-        try:
-            return original(runner, part, *args, **kw)
-        finally:
-            backend.batch = None
+        for one in slices.passes(part, runner):
+            backend.batch = getattr(one, "kvshare", None)
+            try:
+                out = original(runner, one, *args, **kw)
+            finally:
+                backend.batch = None
+        return out
 
     reuse: BatchReuse | None = getattr(fb, "kvshare", None)
     if reuse is not None and reuse.stage is not None:

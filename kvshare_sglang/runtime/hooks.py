@@ -140,6 +140,7 @@ WRAPPED = (
 _ROTARY = f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding"
 _REQ = f"{_SRT}.managers.schedule_batch.Req"
 _KV = f"{_SRT}.managers.schedule_batch.ReqKvInfo"
+_ADDER = f"{_SRT}.managers.schedule_policy.PrefillAdder"
 _RADIX = f"{_SRT}.mem_cache.radix_cache.RadixCache"
 _BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
 OVERRIDDEN = (
@@ -169,6 +170,7 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
     Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
+    Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
     Attribute(_ROTARY, "kvshare_table", "torch.Tensor"),
 )
@@ -187,6 +189,9 @@ USED = (
     Used(_KV, "cache_inserted_len", "written: what was inserted", False, FROM_0_5_22),
     Used(f"{_SRT}.mem_cache.radix_cache.TreeNode", "last_access_time", "written: a copy", True),
     Used(_RADIX, "eviction_strategy", "written: by frequency", True),
+    Used(_ADDER, "rem_chunk_tokens", "written: rows are charged", True),
+    Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
+    Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
 FIELDS = (

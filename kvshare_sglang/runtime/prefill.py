@@ -227,8 +227,7 @@ def _choose_later(
     watch = bool(config.refresh_every)
     match cache.choosing.asked:
         case AttentionTrace() as selector:
-            most = runner.server_args.chunked_prefill_size or 0
-            stage = TraceStage(selector, jobs, rows, config.probe_at, watch, most, done)
+            stage = TraceStage(selector, jobs, rows, config.probe_at, watch, done)
             return BatchReuse(rows=rows, stage=stage)
         case Dhd() as selector:
             assert compared is not None

@@ -35,9 +35,10 @@ class RequestReuse:
     ``asked`` for, ``fallback`` says why. ``budget``: share of the reused rows that may run again.
     ``src_slots`` holds the KV slots of ``plan.runs``, one after the other; they stay what they
     are while ``locked`` holds the tree nodes that own them. ``based_on``: what the lookup rested
-    on. ``spare``: free slots for rows of the prefix hit that run again, ``private``: rows that
-    have such slots. ``closed``: rows that were refreshed while decoding. ``record``: what the answer says of the request. ``told``: whether it was
-    counted before; a request that was retracted is counted once.
+    on. ``spare``: free slots for rows of the prefix hit that run again; ``private``: the rows that
+    have such slots. ``closed``: rows that were refreshed while decoding. ``record``: what the
+    answer says of the request. ``told``: whether it was counted before; a request that was
+    retracted is counted once.
     """
 
     report: Report

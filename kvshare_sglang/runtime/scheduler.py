@@ -11,7 +11,7 @@ from kvshare_sglang.plan import ReusePlan, Run
 from kvshare_sglang.policy.admit import Decline, may_reuse, pays
 from kvshare_sglang.policy.options import parse_options
 from kvshare_sglang.policy.select.base import Sees, Selector, repair_rows
-from kvshare_sglang.runtime import support, versions
+from kvshare_sglang.runtime import charging, support, versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Fallback
@@ -69,6 +69,9 @@ def hook_add_one_req(
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
     state = plan_request(cache, req)
+    if charging.must_wait(adder, req, state):
+        req.kvshare = state
+        return versions.full_batch()
     holds = state.plan is not None and bool(state.plan.runs or state.plan.open)
     if holds:
         try:
@@ -78,7 +81,8 @@ def hook_add_one_req(
             logger.exception("KVShare could not lock the sources of request %s", req.rid)
             cache.let_go(req, state)
             state = _without(cache, state, Decline.FAULT)
-    result = original(adder, req, *args, **kw)
+    with charging.by_rows(adder, req, state):
+        result = original(adder, req, *args, **kw)
     if holds and not _admitted(adder, req):
         cache.let_go(req, state)
         without = _without(cache, state, Decline.NO_ROOM)

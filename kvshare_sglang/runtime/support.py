@@ -168,6 +168,13 @@ def view_of(req: "Req", mode: str) -> RequestView:
     )
 
 
+def is_by_token(req: "Req") -> bool:
+    """Whether a request has inputs or outputs for each of its tokens: a batch with it runs all of
+    its rows at once."""
+    view = view_of(req, "auto")
+    return view.hidden_states or view.multimodal or view.prompt_logprobs
+
+
 def needs_every_row(fb: Any, batch: Any) -> bool:
     """Whether any request of a batch has per-token inputs or outputs (hidden states, embeddings,
     images): cutting tokens would misalign them."""

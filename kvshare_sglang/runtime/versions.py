@@ -68,6 +68,28 @@ def was_cut(adder: Any, req: Any) -> bool:
     return adder.new_chunked_req is req
 
 
+def full_batch() -> Any:
+    """What ``PrefillAdder`` answers where a batch takes no more requests."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.OTHER
+
+
+def chunk_size() -> int | None:
+    """Tokens that SGLang gives to prefill at a time, all requests together; None without chunks."""
+    from sglang.srt.runtime_context import get_schedule
+
+    chunk = get_schedule().chunked_prefill_size
+    return chunk if chunk and chunk > 0 else None
+
+
+def mixes_decodes() -> bool:
+    """Whether requests that decode may share a batch with prefill."""
+    from sglang.srt.runtime_context import get_schedule
+
+    return bool(get_schedule().enable_mixed_chunk)
+
+
 def set_num_tokens(fb: Any, num: int) -> None:
     """Tell a ForwardBatch how many tokens it has; 0.5.17 keeps the counts under shorter names."""
     prefix = "global_" if hasattr(fb, "global_num_token_non_padded_cpu") else ""

@@ -13,7 +13,7 @@ from kvshare_sglang.bench.server import ServerSpec
 from kvshare_sglang.bench.ttft.cases import moved_case
 from kvshare_sglang.bench.ttft.work import choice_of, expected_rows, work_of
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.sim.mirror import Mirror, row_positions
+from kvshare_sglang.sim.mirror import Mirror
 
 MODEL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128,
@@ -27,12 +27,12 @@ SIZE = 4096
 
 @pytest.fixture(scope="module")
 def choose():
-    """The choice of a server with chunks of some size."""
+    """The choice of a server."""
     case = moved_case(np.random.default_rng(0), SIZE, 4096, reused=0.98)
     mirror = Mirror()
     for tokens in case.sources:
         mirror.add(tokens)
-    return lambda *, chunk: choice_of(mirror, case.prompt, CONFIG, chunk=chunk)
+    return lambda: choice_of(mirror, case.prompt, CONFIG)
 
 
 def spec(*, chunk, device="cuda"):
@@ -49,22 +49,25 @@ def says(choice, computed):
 
 
 def test_the_share_that_was_asked_for_is_reused(choose):
-    assert choose(chunk=SIZE).plan.reused == pytest.approx(0.98 * SIZE, rel=0.01)
+    assert choose().plan.reused == pytest.approx(0.98 * SIZE, rel=0.01)
 
 
-def test_a_prompt_longer_than_a_chunk_is_expected_to_go_by_structure_and_to_say_so(choose):
-    choice = choose(chunk=2048)
-    assert (choice.selector.name, choice.reason) == ("window", "chunked")
-    count = len(row_positions(choice.plan, chunk=2048, max_rows=2048))
-    rows, merged = expected_rows(choice, says(choice, count), spec(chunk=2048), CONFIG)
-    assert (len(rows), merged) == (count, 0)
-    told = {**says(choice, count), "select_reason": None}
+def test_a_prompt_of_more_rows_than_a_chunk_may_run_its_chunks_ends_too(choose):
+    chunk = 256  # rows: 2% of new text, and 5% again
+    choice = choose()
+    assert (choice.selector.name, choice.reason) == ("trace", None)
+    count = choice.selector.most_rows(choice.plan, budget=CONFIG.budget)
+    for more in (0, 15):
+        info = says(choice, count + more)
+        rows, merged = expected_rows(choice, info, spec(chunk=chunk, device="cpu"), CONFIG)
+        assert (len(rows), merged) == (count + more, more)
+    told = {**says(choice, count), "select_reason": "chunked"}
     with pytest.raises(ScriptError, match="the planner alone"):
-        expected_rows(choice, told, spec(chunk=2048), CONFIG)
+        expected_rows(choice, told, spec(chunk=chunk), CONFIG)
 
 
 def test_rows_that_a_gpu_merged_are_counted_and_make_the_ceiling_lower(choose):
-    choice = choose(chunk=4096)
+    choice = choose()
     count = choice.selector.most_rows(choice.plan, budget=CONFIG.budget)
     without = work_of(MODEL, choice, says(choice, count), spec(chunk=4096), CONFIG)
     merged = work_of(MODEL, choice, says(choice, count + 70), spec(chunk=4096), CONFIG)

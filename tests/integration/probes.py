@@ -227,6 +227,18 @@ def no_pinning() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
 
 
+def charge_all_tokens() -> None:
+    """Admit by tokens, not by rows, as where a request with hidden states decodes in the batch."""
+    from kvshare_sglang.runtime import charging
+
+    charging._cost = lambda adder, state: None
+
+
+def few_stretches_and_all_tokens_charged() -> None:
+    stretches_as_on_a_gpu()
+    charge_all_tokens()
+
+
 def stretches_as_on_a_gpu() -> None:
     """Bound the stretches of rows by --max-running-requests, as attention on a GPU does; the CPU's
     own attention takes any number."""

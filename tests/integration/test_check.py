@@ -38,7 +38,7 @@ def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
         "kvshare_select": select,
         "kvshare_budget": 0.2,
         "max_running_requests": limit,
-        "mutation": "probes:stretches_as_on_a_gpu",
+        "mutation": "probes:few_stretches_and_all_tokens_charged",
     }
     long, short = texts.passage(900), texts.passage(300)
     with lab(llama, kvshare=True, **settings) as it:
@@ -131,23 +131,27 @@ def test_a_batch_of_checked_and_plain_requests_gives_each_what_it_gets_alone(
     assert any_lab.ask("probes:check")["pins"] == 0
 
 
-def test_a_prompt_in_chunks_is_chosen_by_structure_and_says_so(llama: Path, texts: Texts) -> None:
+def test_who_chooses_in_a_prompt_in_chunks(llama: Path, texts: Texts) -> None:
+    """Its rows are more than a chunk: 135 are new. A trace looks with the last chunk; dhd must see
+    every row at once."""
     source, prompt = moved(texts, 150)
-    found = []
+    prompt = texts.passage(90) + prompt
+    found = {}
     for select in ("dhd", "trace", "window"):
         settings = {"chunked_prefill_size": 128, "kvshare_select": select}
         with lab(llama, kvshare=True, **settings) as it:
             it.one(source, new=1)
-            answer = it.one(prompt, new=4)
-            told, count = answer["kvshare"], it.ask("probes:counts")["fallbacks"]
-        assert told["select"] == "window"
-        reason = None if select == "window" else "chunked"
-        assert told.pop("select_reason") == reason
+            found[select] = it.one(prompt, new=4)
+            count = it.ask("probes:counts")["fallbacks"]
+        told = found[select]["kvshare"]
+        assert told["select"] == ("window" if select == "dhd" else select)
+        reason = told.pop("select_reason")
+        assert reason == ("chunked" if select == "dhd" else None)
         assert count == ({(select, "window", "chunked"): 1} if reason else {})
-        found.append(answer)
-    assert found[0]["kvshare"]["copied_tokens"] > 0
-    assert found[0]["kvshare"] == found[1]["kvshare"] == found[2]["kvshare"]
-    assert found[0]["output"] == found[1]["output"] == found[2]["output"]
+        assert told["copied_tokens"] > 0
+    assert found["dhd"]["kvshare"] == found["window"]["kvshare"]
+    assert found["dhd"]["output"] == found["window"]["output"]
+    assert found["trace"]["kvshare"]["repaired_tokens"] > 0
 
 
 @pytest.mark.parametrize(

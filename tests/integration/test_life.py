@@ -257,11 +257,11 @@ def test_a_fault_while_a_prompt_is_planned_in_chunks_costs_reuse_only(
     llama: Path, texts: Texts
 ) -> None:
     a = texts.passage(300)
-    settings = {"chunked_prefill_size": 128, "kvshare_select": "trace"}
+    settings = {"chunked_prefill_size": 128, "kvshare_select": "dhd"}
     with lab(llama, kvshare=True, **settings) as it:
         it.one(a)
         it.ask("probes:break_structural_plans")
-        answer = it.one(texts.passage(9) + a)
+        answer = it.one(texts.passage(140) + a)
         assert answer["kvshare"]["declined"] == "fault"
         assert len(answer["output"]) == 8
         assert_clean(it)
@@ -300,8 +300,9 @@ def test_hidden_states_in_a_batch_with_reuse(llama: Path, texts: Texts) -> None:
         batch = it.play(
             [
                 [
-                    request("reuse", texts.passage(4) + a),
+                    # First: a batch that is charged by rows would have it wait.
                     request("mine", mine, hidden_states=True, new=3, extra_key="x"),
+                    request("reuse", texts.passage(4) + a),
                     request("other", other),
                 ]
             ]
@@ -326,9 +327,10 @@ def test_prompt_logprobs_and_plain_requests_share_a_batch_with_reuse(
     answers = kv_lab.play(
         [
             [
-                request("reuse", texts.passage(4) + a, logprob_start=-1),
+                # First: a batch that is charged by rows would have them wait.
                 request("logprobs", b, logprob_start=0, extra_key="y"),
                 request("both", texts.passage(4) + a, logprob_start=10),
+                request("reuse", texts.passage(4) + a, logprob_start=-1),
             ]
         ]
     )

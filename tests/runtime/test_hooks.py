@@ -1,5 +1,6 @@
 """Every touch on SGLang is in the table, and the live check names each that is gone."""
 
+import builtins
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,6 @@ def test_types_of_attributes_exist() -> None:
     from kvshare_sglang.runtime.cache import index_sync
 
     rooms: Any = SimpleNamespace(**{"torch.Tensor": True})
-    for module in (kvshare_sglang.config, attention, batch, request, index_sync):
+    for module in (builtins, kvshare_sglang.config, attention, batch, request, index_sync):
         vars(rooms).update(vars(module))
     assert all(hasattr(rooms, one.holds) for one in hooks.ATTRIBUTES)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="bench-100m", help="directory, shape file, a shape here, or smollm2")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
     add("--chunk", type=int, default=8192,
-        help="chunked prefill size of all arms but plain; longer prompts take window")  # fmt: skip
+        help="chunked prefill size of all arms but plain; of more rows: window")  # fmt: skip
     add("--plain-chunk", type=int, help="chunk size of plain (default: the best of a probe)")
     add("--plain-threads", type=int, help="threads of plain (default: the best of a probe)")
     add("--miss-pairs", type=int, default=120,

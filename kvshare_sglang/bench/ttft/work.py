@@ -8,6 +8,7 @@ from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import ServerSpec
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import ReusePlan
+from kvshare_sglang.policy.admit import goes_whole
 from kvshare_sglang.policy.select.attention_trace import SHARES, AttentionTrace, probe_layer
 from kvshare_sglang.policy.select.base import budget_rows, required_rows
 from kvshare_sglang.policy.select.window import Window
@@ -47,6 +48,15 @@ def choice_of(mirror: Mirror, prompt: Tokens, config: KVShareConfig) -> Choice:
     return Choice(plan, trace)
 
 
+def _is_whole(
+    plan: ReusePlan, selector: AttentionTrace | Window, config: KVShareConfig, *, chunk: int
+) -> bool:
+    """Whether a prompt that is alone is one batch."""
+    tokens = plan.prompt_len - plan.prefix_len
+    rows = selector.most_rows(plan, budget=config.budget)
+    return tokens <= chunk or goes_whole(tokens, rows, room=chunk, chunk=chunk)
+
+
 def work_of(
     model: dict[str, Any],
     choice: Choice,
@@ -79,22 +89,25 @@ def expected_rows(
     ScriptError if it ran other numbers, or another selector chose.
 
     A trace goes by attention: the rows that it adds are taken to be spread evenly. Nobody can tell
-    beforehand how many ranges they make, so on a GPU more of them may run than were chosen."""
+    beforehand how many ranges they make, so on a GPU more of them may run than were chosen. In a
+    prompt that comes in chunks the last row of each runs too, and the question twice."""
     plan, selector, reason = choice
     merged = 0
+    whole = _is_whole(plan, selector, config, chunk=spec.chunk)
     ran = info["recomputed_tokens"] + info["fresh_tokens"]
     if isinstance(selector, AttentionTrace) and plan.copies:
         count = selector.most_rows(plan, budget=config.budget)
         required = required_rows(plan, suffix=config.seam)
         left = (plan.reused_rows - required).positions
-        if spec.device != "cpu":
+        if spec.device != "cpu" or not whole:
             merged = max(0, ran - count)
         added = min(len(left), count + merged - required.num)
         evenly = left[np.linspace(0, len(left) - 1, added).astype(int)]
         rows = np.union1d(required.positions, evenly)
     else:
         max_rows = None if spec.device == "cpu" else spec.max_running
-        rows = row_positions(plan, chunk=spec.chunk, max_rows=max_rows)
+        chunk = plan.prompt_len - plan.prefix_len if whole else spec.chunk
+        rows = row_positions(plan, chunk=chunk, max_rows=max_rows)
     keys = ("exact_tokens", "copied_tokens", "select", "select_reason")
     told = {"rows": ran, **{key: info[key] for key in keys}}
     want = {
