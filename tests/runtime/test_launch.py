@@ -117,7 +117,7 @@ def test_a_port_is_free_until_someone_listens(host: str) -> None:
 
 
 def test_an_address_that_is_not_this_machines_is_named() -> None:
-    with pytest.raises(StartError, match="--host 192.0.2.1"):
+    with pytest.raises(StartError, match=r"--host 192\.0\.2\.1"):
         preflight.check_port("192.0.2.1", 0)
     with pytest.raises(StartError, match="--port 65536"):
         preflight.check_port("127.0.0.1", 65536)
