@@ -145,10 +145,11 @@ def hook_check_server_args(
         # Here SGLang's default cannot be told from an "lru" that was asked for.
         config = config_from(values, eviction_given=server_args.radix_eviction_policy != "lru")
         build(lambda: server_args, config, values)
-    if getattr(server_args, "_kvshare", None) is not None:
-        os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
-    else:
+    if getattr(server_args, "_kvshare", None) is None:
         os.environ.pop(ENV, None)
+    else:
+        install()  # it may have been built in another process
+        os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     return original(server_args, *args, **kw)
 
 

@@ -108,18 +108,17 @@ def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> N
 
 @dataclasses.dataclass(frozen=True)
 class ServeSpec(bench.ServerSpec):
-    """``sglang serve`` with every option in a file."""
+    """``sglang serve`` with our options in a file; the model it wants on the command line."""
 
     options: Path = Path()
 
     def command(self, port: int) -> list[str]:
         flags = self.flags()
         self.options.write_text(
-            f"model-path: {self.model}\nhost: 127.0.0.1\nkvshare: true\nkvshare-seam: 8\n"
-            "radix-eviction-policy: lru\n"
+            "host: 127.0.0.1\nkvshare: true\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
         )
         return [
-            *(str(SGLANG), "serve", "--port", str(port)),
+            *(str(SGLANG), "serve", str(self.model), "--port", str(port)),
             *("--config", str(self.options), *flags),
         ]
 
