@@ -29,7 +29,7 @@ def model(models: Path) -> Path:
 
 
 def run(
-    *command: str, path: Path | None = None, timeout: int = 240
+    *command: str, path: Path | None = None, timeout: int = 600
 ) -> subprocess.CompletedProcess[str]:
     """A command to its end; ``path`` is a folder to import from, before all others."""
     env = environment()
