@@ -42,5 +42,8 @@ setup(
             "ruff>=0.14,<0.18",
         ],
     },
-    entry_points={"sglang.srt.plugins": ["kvshare = kvshare_sglang.plugin:register"]},
+    entry_points={
+        "sglang.srt.plugins": ["kvshare = kvshare_sglang.plugin:register"],
+        "sglang.serve_backends": ["kvshare = kvshare_sglang.runtime.launch:serve_backend"],
+    },
 )

@@ -77,7 +77,8 @@ class KVShareConfig:
     chunk_max: int = _option(512, "longest such piece", 512, 8192)
     eviction: str = _option(
         "frequency",
-        "what is evicted first: frequency (least used, with age) or sglang (its own policy)",
+        "what is evicted first: frequency (least used, with age) or sglang (its own policy, also"
+        " where --radix-eviction-policy is given and this is not)",
     )
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 

@@ -27,6 +27,10 @@ class UnsupportedError(KVShareError, ValueError):
         super().__init__(f"--kvshare does not serve {what} yet: drop {drop}")
 
 
+class StartError(KVShareError, ValueError):
+    """A server cannot start from what it was given; the message names it and what to do."""
+
+
 class SeamError(KVShareError, RuntimeError):
     """A place in SGLang that kvshare must touch is not there; carries their names."""
 

@@ -32,6 +32,7 @@ LAYERS = {
     SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", PURE, POLICY, KERNELS, *FLOOR},
     f"{PACKAGE}.plugin": {RUNTIME},
+    f"{PACKAGE}.__main__": {"sglang"},
     # Over all rooms: nothing imports it.
     f"{PACKAGE}.bench": {
         *("torch", "sglang", "transformers", "tokenizers", "numpy", "rapidfuzz"),
@@ -53,7 +54,7 @@ RUNTIME_ORDER = (
     ("charging",),
     ("scheduler", "attention_trace", "dhd"),
     ("prefill", "decode"),
-    ("forward",),
+    ("forward", "preflight"),
     ("launch",),
 )
 

@@ -1,5 +1,6 @@
 """Copy cached KV into the slots of a prefill batch, K re-rotated."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +24,22 @@ def _rotary(runner: Any) -> Any:
     return runner.model.model.layers[0].self_attn.rotary_emb
 
 
-def _rope_table(rotary: Any, length: int) -> torch.Tensor:
-    """cos and sin by position in fp32; recomputed where the model keeps them in less."""
-    if rotary.cos_sin_cache.dtype == torch.float32:
-        return rotary.cos_sin_cache
+def _rope_table(rotary: Any) -> torch.Tensor:
+    """cos and sin by position in fp32; recomputed where the model keeps them in less.
+
+    It has as many rows as the model's own, which SGLang makes as long as the context: past what
+    the checkpoint says where a longer context is asked for.
+    """
+    own = rotary.cos_sin_cache
+    if own.dtype == torch.float32:
+        return own
     table = getattr(rotary, "kvshare_table", None)
-    if table is None or len(table) < length:
-        table = rotary._compute_cos_sin_cache().to(rotary.cos_sin_cache.device, torch.float32)
-        rotary.__dict__["kvshare_table"] = table
+    if table is None or len(table) < len(own):
+        twin = copy.copy(rotary)
+        first = rotary._compute_cos_sin_cache().to(own.device, torch.float32)
+        twin._buffers = {"cos_sin_cache": first}
+        twin._ensure_cos_sin_cache_length(len(own) - 1)
+        table = rotary.__dict__["kvshare_table"] = twin.cos_sin_cache
     return table
 
 
@@ -88,7 +97,7 @@ def moved_kv(runner: Any, rows: Copy, layer: int) -> tuple[torch.Tensor, torch.T
 
 
 def _rotation(runner: Any, rows: Copy) -> rope_shift.Shift:
-    table = _rope_table(_rotary(runner), runner.model_config.context_len)
+    table = _rope_table(_rotary(runner))
     return rope_shift.plan_shift(table, rows.old_positions, rows.new_positions)
 
 

@@ -62,7 +62,7 @@ class Attribute(NamedTuple):
 
 
 _SRT = "sglang.srt"
-# In every process, kvshare on or off: they add flags and change nothing else.
+# In every process, kvshare on or off: without --kvshare they change nothing but the flags.
 FLAGS = (
     HookPoint(
         f"{_SRT}.server_args.ServerArgs.add_cli_args",
@@ -75,6 +75,18 @@ FLAGS = (
         "AROUND",
         "kvshare_sglang.runtime.launch:hook_from_cli_args",
         "their values",
+    ),
+    HookPoint(
+        f"{_SRT}.server_args.prepare_server_args",
+        "AFTER",
+        "kvshare_sglang.runtime.launch:hook_prepare_server_args",
+        "refuse a port that is taken",
+    ),
+    HookPoint(
+        f"{_SRT}.server_args.ServerArgs.check_server_args",
+        "AROUND",
+        "kvshare_sglang.runtime.launch:hook_check_server_args",
+        "before processes start, whoever built the ServerArgs",
     ),
 )
 # Only with --kvshare.
@@ -179,6 +191,7 @@ USED = (
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
     Used(_REQ, "already_computed", "written: blended tokens are not cached ones", True),
     Used(_RADIX, "_match_prefix_helper", "called: walk a blended branch"),
+    Used(_ROTARY, "_ensure_cos_sin_cache_length", "called: as many rows as the model's own"),
     Used(_REQ, "customized_info", "written: the answer's record", True),
     Used(_REQ, "last_node", "written: moved with the lock", True),
     Used(_REQ, "lock", "written: moved to the exact part", True, FROM_0_5_22),

@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.errors import KVShareError, SeamError
+from kvshare_sglang.errors import KVShareError, SeamError, StartError
 from kvshare_sglang.runtime import hooks, versions
 from kvshare_sglang.runtime.hooks import BACKEND
 
@@ -46,33 +47,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def config_from(values: dict[str, Any]) -> KVShareConfig | None:
+def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfig | None:
     """Take ``kvshare`` and ``kvshare_*`` out of ``values``; None when kvshare is off.
 
-    Raises ConfigError on a bad value, also when kvshare is off but an option was given.
+    ``--radix-cache-backend kvshare`` switches it on as well: the way where only SGLang's own names
+    pass. ``eviction_given``: the user named a policy of SGLang's, which stays unless ours is named
+    too. Raises ConfigError on a bad value, also when kvshare is off but an option was given.
     """
     names = [spec.name for spec in dataclasses.fields(KVShareConfig)]
     given = {name: values.pop("kvshare_" + name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    on = bool(values.pop("kvshare", False))
-    config = KVShareConfig(**given)
+    on = bool(values.pop("kvshare", False)) or values.get("radix_cache_backend") == BACKEND
     if given and not on:
+        KVShareConfig(**given)
         flags = ", ".join("--kvshare-" + name.replace("_", "-") for name in given)
         raise KVShareError(f"{flags} given without --kvshare")
-    return config if on else None
+    if not on:
+        return None
+    if eviction_given:
+        given.setdefault("eviction", "sglang")
+    if values.get("radix_cache_backend") is None:
+        values["radix_cache_backend"] = BACKEND
+    return KVShareConfig(**given)
 
 
-def build(make: Callable[[], Any], config: KVShareConfig | None) -> Any:
-    """Build a ServerArgs with kvshare on (a config) or off (None); publish which it is."""
+def build(make: Callable[[], Any], config: KVShareConfig | None, values: dict[str, Any]) -> Any:
+    """Build a ServerArgs with kvshare on (a config) or off (None). ``values``: its fields."""
     if config is None:
-        os.environ.pop(ENV, None)
         return make()
-    from kvshare_sglang.runtime import support
+    from kvshare_sglang.runtime import preflight, support
 
     versions.check_version()
+    preflight.check(values, config)
     server_args = make()
     support.check_settings(server_args)
-    os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     server_args._kvshare = config
     install()
     return server_args
@@ -85,27 +93,93 @@ def hook_add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentPar
     """AROUND ``ServerArgs.add_cli_args``."""
     original(parser)
     add_flags(parser)
+    for action in parser._actions:
+        if action.dest == "radix_eviction_policy":
+            # Absent unless given: an "lru" that was asked for is told from SGLang's default.
+            action.default = argparse.SUPPRESS
 
 
 def hook_from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """AROUND ``ServerArgs.from_cli_args``: a bad setting ends the start with one line."""
+    values = vars(args)
     try:
-        config = config_from(vars(args))
-        if config is not None and args.radix_cache_backend is None:
-            args.radix_cache_backend = BACKEND
-        return build(lambda: original(cls, args), config)
+        check_config_file(values.get("config"))
+        config = config_from(values, eviction_given="radix_eviction_policy" in values)
+        return build(lambda: original(cls, args), config, values)
     except KVShareError as error:
         sys.exit(f"error: {error}")
+
+
+def check_config_file(path: str | None) -> None:
+    """Raise StartError where a file of options asks for kvshare and SGLang has not read it:
+    it reads ``--config FILE`` of a server, no other spelling and in no benchmark."""
+    if path is not None and Path(path).is_file() and "kvshare" in Path(path).read_text():
+        raise StartError(
+            f"SGLang does not read {path} here, and it asks for kvshare: give --config {path} to a "
+            "server, with a space and no '=', or --kvshare on the command line"
+        )
+
+
+def hook_prepare_server_args(server_args: Any, *args: Any, **kw: Any) -> None:
+    """AFTER ``prepare_server_args``, which only servers call."""
+    from kvshare_sglang.runtime import preflight
+
+    if getattr(server_args, "_kvshare", None) is not None:
+        try:
+            preflight.check_port(server_args.host, server_args.port)
+        except KVShareError as error:
+            sys.exit(f"error: {error}")
+
+
+def hook_check_server_args(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kw: Any
+) -> Any:
+    """AROUND ``ServerArgs.check_server_args``, the last before the processes start. A ServerArgs
+    that was built without us has kvshare on if it names our cache backend."""
+    if (
+        getattr(server_args, "_kvshare", None) is None
+        and server_args.radix_cache_backend == BACKEND
+    ):
+        from kvshare_sglang.runtime import preflight
+
+        values = {name: getattr(server_args, name) for name in preflight.FIELDS}
+        # Here SGLang's default cannot be told from an "lru" that was asked for.
+        config = config_from(values, eviction_given=server_args.radix_eviction_policy != "lru")
+        build(lambda: server_args, config, values)
+    if getattr(server_args, "_kvshare", None) is None:
+        os.environ.pop(ENV, None)
+    else:
+        install()  # it may have been built in another process
+        os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
+    return original(server_args, *args, **kw)
 
 
 def engine_server_args(**kwargs: Any) -> Any:
     """What ``sglang.Engine`` builds its ServerArgs with, so that ``Engine(kvshare=True)`` works."""
     from sglang.srt.server_args import ServerArgs
 
-    config = config_from(kwargs)
-    if config is not None and kwargs.get("radix_cache_backend") is None:
-        kwargs["radix_cache_backend"] = BACKEND
-    return build(lambda: ServerArgs(**kwargs), config)
+    config = config_from(kwargs, eviction_given="radix_eviction_policy" in kwargs)
+    return build(lambda: ServerArgs(**kwargs), config, kwargs)
+
+
+def serve_backend() -> Any:
+    """``sglang serve --model-type kvshare``: its servers for language models, with ``--kvshare``.
+
+    ``sglang serve --help`` loads no plug-ins, but names the types of models that these add and
+    where their help is; this is our place in it (SGLang 0.5.21 and later).
+    """
+    from sglang.cli.serve_backends import SERVE_BACKEND_API_VERSION, ServeBackend
+
+    return ServeBackend(api_version=SERVE_BACKEND_API_VERSION, run=_serve)
+
+
+def _serve(request: Any) -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    run_server(prepare_server_args(["--kvshare", *request.argv]))
 
 
 # ---- in place --------------------------------------------------------------------------------
@@ -141,7 +215,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
 
     Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
     """
-    from kvshare_sglang.runtime import support
+    from kvshare_sglang.runtime import preflight, support
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
     from kvshare_sglang.runtime.scheduler import accepts_blended
@@ -149,10 +223,11 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     server_args: ServerArgs = ctx.server_args
     config = getattr(server_args, "_kvshare", None)
     if config is None:
-        raise SeamError(["ServerArgs._kvshare (give --kvshare, not --radix-cache-backend)"])
+        raise SeamError(["ServerArgs._kvshare (of ServerArgs.check_server_args)"])
     hooks.check()
     runner = ctx.tp_worker.model_runner
     support.check_model(runner, ctx)
+    preflight.check_pool(ctx.params.token_to_kv_pool_allocator.size, config)
     choosing = support.choosing(config, runner)
     if choosing.unserved is not None:
         logger.warning(

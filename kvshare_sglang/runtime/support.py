@@ -104,11 +104,16 @@ def check_settings(server_args: "ServerArgs") -> None:
             raise UnsupportedError(setting.what, f"{setting.flag} (got {value!r})")
 
 
-def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
-    """Raise UnsupportedError unless the model is one whose K can be re-rotated."""
-    arch = (runner.model_config.hf_config.architectures or ["unknown"])[0]
+def check_architecture(hf_config: Any) -> None:
+    """Raise UnsupportedError unless the checkpoint's architecture is one that is served."""
+    arch = (getattr(hf_config, "architectures", None) or ["unknown"])[0]
     if arch not in ARCHITECTURES:
         raise UnsupportedError(f"the architecture {arch}", "--kvshare or the model")
+
+
+def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
+    """Raise UnsupportedError unless the model is one whose K can be re-rotated."""
+    check_architecture(runner.model_config.hf_config)
     sliding = getattr(runner, "sliding_window_size", None)
     if (ctx is not None and (ctx.is_hybrid_swa or ctx.is_hybrid_ssm)) or sliding not in (None, -1):
         raise UnsupportedError("sliding-window and Mamba models", "--kvshare or the model")
@@ -123,6 +128,9 @@ def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
     table = getattr(layers[0].self_attn.rotary_emb, "cos_sin_cache", None)
     if len(rotary) != 1 or not isinstance(table, torch.Tensor):
         raise UnsupportedError("models without one RoPE table", "--kvshare or the model")
+    # SGLang makes the table as long as the context, so no request has a position past its end.
+    if len(table) < runner.model_config.context_len:
+        raise UnsupportedError("a RoPE table shorter than the context", "--context-length")
     # Copies address K and V as [slot, head, dim].
     if getattr(runner.token_to_kv_pool, "kv_cache_layout", "nhd") != "nhd":
         raise UnsupportedError("a KV cache with heads before tokens", "SGLANG_USE_HND_KVCACHE")

@@ -87,7 +87,7 @@ def test_the_same_prompt_again_costs_one_row(talk: Lab, texts: Texts) -> None:
     assert first["kvshare"]["copied_tokens"] > 200
     again = talk.one(prompt)
     adds_up(again, prompt)
-    assert computed(again["kvshare"]) <= talk.page + 1
+    assert computed(again["kvshare"]) <= talk.page
     assert again["output"] == first["output"]
     # Not for whom only exact KV is good enough, nor for another tenant.
     assert talk.one(prompt, kvshare="exact")["kvshare"]["blended_tokens"] == 0

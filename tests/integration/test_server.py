@@ -276,7 +276,7 @@ import os, sys
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 from sglang.srt.managers import schedule_policy
 del schedule_policy.PrefillAdder.add_one_req
-sys.argv = ["launch", "--model-path", "x", "--kvshare", *sys.argv[1:]]
+sys.argv = ["launch", "--model-path", "dummy", "--kvshare", *sys.argv[1:]]
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args

@@ -17,6 +17,7 @@ MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it save
 MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
 REPAIR = 1.5  # a new row buys as many open rows before it as so many reused ones do
+FEWEST = 4  # a turn that buys fewer open rows, as the end of a page does, has nothing to ask
 QUERY = 64  # of so many rows the attention is looked at, the last ones
 
 
@@ -106,7 +107,8 @@ def repair_rows(plan: ReusePlan, *, budget: float) -> int:
     if plan.blend is None:
         return 0
     new = plan.prompt_len - plan.prefix_len - plan.reused
-    return min(plan.blend.open.num, int(REPAIR * budget * new))
+    bought = int(REPAIR * budget * new)
+    return min(plan.blend.open.num, bought) if bought >= FEWEST else 0
 
 
 def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:

@@ -1,0 +1,285 @@
+"""Every way to start: ``--kvshare`` works there, or one line says why not; none runs without."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Texts
+from lab import lab, request
+from server import SPEC, Server, environment
+from tiny_models import add_tokenizer, make_model
+
+from kvshare_sglang.bench import server as bench
+from kvshare_sglang.config import KVShareConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SGLANG = Path(sys.executable).with_name("sglang")
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> Path:
+    path = make_model(models, "llama")
+    add_tokenizer(path)
+    return path
+
+
+def run(
+    *command: str, path: Path | None = None, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """A command to its end; ``path`` is a folder to import from, before all others."""
+    env = environment()
+    if path is not None:
+        env["PYTHONPATH"] = ":".join(filter(None, [str(path), env.get("PYTHONPATH")]))
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> None:
+    """As ``sglang.launch_server`` starts, many times in one process."""
+    config = json.loads((model / "config.json").read_text())
+    for name in ("tokenizer", "gone", "other", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+    (tmp_path / "gone" / "config.json").write_text(json.dumps(config))
+    # Not even a header: whoever reads these weights fails otherwise.
+    for name in ("other", "broken"):
+        (tmp_path / name / "model.safetensors").touch()
+    other = {**config, "architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    (tmp_path / "broken" / "config.json").write_text("{")
+    options = tmp_path / "options.yaml"
+    options.write_text("kvshare: true\nkvshare-budget: 7.5\n")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = str(sock.getsockname()[1])
+        good = ["--model-path", str(model)]
+        cases = [
+            (["--model-path", str(tmp_path / "misspelt")], "there is no such directory"),
+            (["--model-path", "misspelt/name"], "is no directory and no model of the hub: "),
+            (["--model-path", str(tmp_path / "tokenizer")], "is not a model (only a tokenizer)"),
+            (["--model-path", str(tmp_path / "gone")], "has no weights"),
+            (["--model-path", str(tmp_path / "broken")], "cannot be read: "),
+            (["--model-path", str(tmp_path / "other")], "the architecture GemmaForCausalLM yet"),
+            ([*good, "--max-total-tokens", "100"], "a KV pool of 100 tokens is too small"),
+            ([*good, "--port", port], f"--port {port} cannot be listened on"),
+            ([*good, "--config", str(options)], "--kvshare-budget must be float in [0, 1], got"),
+            ([*good, f"--config={options}"], f"SGLang does not read {options} here"),
+        ]
+        script = tmp_path / "starts.py"
+        script.write_text(
+            """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+for argv in json.loads(sys.argv[1]):
+    try:
+        prepare_server_args(argv)
+        print("STARTED")
+    except SystemExit as end:
+        print(json.dumps(end.code))
+"""
+        )
+        starts = [[*argv, "--device", "cpu", "--kvshare"] for argv, _ in cases]
+        done = run(sys.executable, str(script), json.dumps(starts))
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
+    assert len(said) == len(cases), done.stdout
+    for line, (_, expected) in zip(said, cases, strict=True):
+        assert line.startswith("error: ")
+        assert expected in line
+        assert "\n" not in line
+
+
+def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, "-m", "sglang.launch_server", "--device", "cpu", "--kvshare"),
+        *("--model-path", str(tmp_path / "misspelt")),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: --model-path {tmp_path / 'misspelt'}:")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSpec(bench.ServerSpec):
+    """``sglang serve`` with our options in a file; the model it wants on the command line."""
+
+    options: Path = Path()
+
+    def command(self, port: int) -> list[str]:
+        flags = self.flags()
+        self.options.write_text(
+            "host: 127.0.0.1\nkvshare: true\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
+        )
+        return [
+            *(str(SGLANG), "serve", str(self.model), "--port", str(port)),
+            *("--config", str(self.options), *flags),
+        ]
+
+
+@pytest.fixture
+def served(model: Path, tmp_path: Path) -> Iterator[Server]:
+    spec = {field.name: getattr(SPEC, field.name) for field in dataclasses.fields(SPEC)}
+    spec.update(name="serve", model=model, env=environment())
+    server = Server(ServeSpec(**spec, options=tmp_path / "options.yaml"), tmp_path)
+    try:
+        bench.wait_ready([server])
+        yield server
+    finally:
+        server.stop()
+
+
+def test_sglang_serve_with_a_file_of_options_reuses(served: Server, texts: Texts) -> None:
+    a = texts.passage(300)
+    served.generate(a)
+    answer = served.generate([*texts.passage(6), *a])
+    assert answer["meta_info"]["kvshare"][0]["copied_tokens"] > 200
+    log = served.log.read_text()
+    # An eviction policy of SGLang's was named, if only its default: it stays.
+    assert str(KVShareConfig(seam=8, eviction="sglang")) in log
+
+
+def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
+    """It loads no plug-ins, but lists the types of models they add, and shows the help of one."""
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert made.returncode == 0, made.stderr
+    general = run(str(SGLANG), "serve", "--help", path=tmp_path)
+    assert "--model-type {auto,llm,diffusion,kvshare}" in general.stdout
+    ours = run(str(SGLANG), "serve", "--model-type", "kvshare", "--help", path=tmp_path)
+    assert ours.returncode == 0, ours.stderr
+    for field in dataclasses.fields(KVShareConfig):
+        assert "--kvshare-" + field.name.replace("_", "-") in ours.stdout
+
+
+def test_an_engine_of_a_server_args_reuses(model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "engines.py"
+    script.write_text(
+        """
+import sys
+import sglang
+from sglang.srt.server_args import ServerArgs
+from kvshare_sglang.plugin import server_args
+
+if __name__ == "__main__":
+    common = dict(
+        model_path=sys.argv[1], device="cpu", attention_backend="torch_native", dtype="float32",
+        skip_tokenizer_init=True, max_total_tokens=4096, max_running_requests=4,
+        mem_fraction_static=0.3, grammar_backend="none", random_seed=1, log_level="info",
+    )
+    try:
+        ServerArgs(**common, kvshare=True)
+    except TypeError as error:
+        print("REFUSED", error)
+    ours = server_args(**common, kvshare=True, kvshare_seam=8)
+    for args in (ServerArgs(**common, radix_cache_backend="kvshare"), ours):
+        engine = sglang.Engine(server_args=args)
+        a = list(range(100, 400))
+        params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        engine.generate(input_ids=a, sampling_params=params)
+        answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
+        print("COPIED", answer["meta_info"]["kvshare"][0]["copied_tokens"])
+        engine.shutdown()
+"""
+    )
+    done = run(sys.executable, str(script), str(model))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "REFUSED" in done.stdout
+    copied = [int(line.split()[1]) for line in done.stdout.splitlines() if "COPIED" in line]
+    assert len(copied) == 2
+    assert min(copied) > 200
+    configs = [str(KVShareConfig()), str(KVShareConfig(seam=8))]
+    said = done.stdout + done.stderr
+    assert all(said.count(config) == 1 for config in configs)
+
+
+# ---- benchmarks ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> Path:
+    """A folder with what SGLang's benchmarks import and this test does not use."""
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "datasets.py").write_text("load_dataset = None\n")
+    return tmp_path / "stand-in"
+
+
+def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
+    model: Path, datasets: Path, tmp_path: Path
+) -> None:
+    text = " ".join(f"word{i} = compute({i})" for i in range(60))
+    talks = [[{"value": f"case {i}: {text}"}, {"value": "yes"}] for i in range(3)]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    module = "sglang.benchmark.offline_throughput"
+    arguments = [
+        *("--model-path", str(model), "--kvshare", "--kvshare-seam", "8"),
+        *dataclasses.replace(SPEC, max_total_tokens=8192).flags(),
+        *("--max-running-requests", "1", "--dataset-name", "sharegpt", "--skip-warmup"),
+        *("--dataset-path", str(prompts), "--num-prompts", "3", "--sharegpt-output-len", "4"),
+    ]
+    done = run(sys.executable, "-m", "kvshare_sglang", module, *arguments, path=datasets)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    assert str(KVShareConfig(seam=8)) in said
+    assert "KVShare batch, #reuse-seq: 1" in said
+    # Alone it reads its arguments before it loads plug-ins, and does not run.
+    alone = run(sys.executable, "-m", module, *arguments, path=datasets)
+    assert alone.returncode == 2
+    assert "unrecognized arguments: --kvshare" in alone.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", ["sglang.benchmark.one_batch", "sglang.bench_one_batch"])
+def test_a_benchmark_without_a_cache_names_another(module: str) -> None:
+    done = run(sys.executable, "-m", "kvshare_sglang", module, "--kvshare", "--model-path", "x")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {module} runs a model without a scheduler and a cache")
+    assert "call sglang.benchmark.one_batch_server" in line
+
+
+# ---- positions past what the checkpoint says -------------------------------------------------
+
+
+def test_positions_past_the_table_of_the_checkpoint_are_served(
+    models: Path, llama: Path, texts: Texts
+) -> None:
+    """SGLang makes its table of angles as long as the context that was asked for, so ours is."""
+    short = models / "short-context"
+    short.mkdir()
+    for file in llama.iterdir():
+        (short / file.name).symlink_to(file)
+    config = json.loads((llama / "config.json").read_text())
+    (short / "config.json").unlink()
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    context = 1024
+    a = texts.passage(400)
+    prompt = [*texts.passage(context - 450), *a, *texts.passage(20)]
+    settings = {
+        "kvshare": True,
+        "dtype": "bfloat16",  # here SGLang keeps the table in less than fp32
+        "context_length": context,
+        "env": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
+    }
+    with lab(short, **settings) as it:
+        it.one(a)
+        reused = it.one(prompt, new=4, keep="kv")
+        assert reused["kvshare"]["declined"] is None
+        assert reused["kvshare"]["copied_tokens"] > 100
+        it.flush()
+        fresh = it.one(prompt, new=4, kvshare="exact", keep="kv")
+        # K of the first layer hangs on a token and its position alone: the copies are right.
+        ours, exact = reused["kv"][0][0].float(), fresh["kv"][0][0].float()
+        assert (ours - exact).abs().max() < 0.03 * exact.abs().max()
+        too_long = it.play([request("long", texts.passage(context + 5), new=2)])["long"]
+        assert too_long["finish"]["type"] == "abort"
