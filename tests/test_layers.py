@@ -30,7 +30,7 @@ LAYERS = {
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
     SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
-    RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", PURE, POLICY, KERNELS, *FLOOR},
+    RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", "pydantic", PURE, POLICY, KERNELS, *FLOOR},
     f"{PACKAGE}.plugin": {RUNTIME},
     # Over all rooms: nothing imports it.
     f"{PACKAGE}.bench": {
@@ -45,7 +45,7 @@ LAYERS = {
 RUNTIME_ORDER = (
     ("versions", "report"),
     ("hooks", "request"),
-    ("batch", "cache.eviction", "cache.index_sync"),
+    ("batch", "doors", "cache.eviction", "cache.index_sync"),
     ("attention", "copying", "cache.sources", "cache.retain"),
     ("cache.radix",),
     ("support",),

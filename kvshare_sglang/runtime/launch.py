@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, SeamError
-from kvshare_sglang.runtime import hooks, versions
+from kvshare_sglang.runtime import doors, hooks, versions
 from kvshare_sglang.runtime.hooks import BACKEND
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def build(make: Callable[[], Any], config: KVShareConfig | None) -> Any:
     support.check_settings(server_args)
     os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     server_args._kvshare = config
+    # In its dictionary: ServerArgs lets no one set a name that does not begin with an underscore.
+    server_args.__dict__["get_tokenizer_worker_class"] = tokenizer_worker_class
     install()
+    doors.install()
     return server_args
 
 
@@ -133,6 +136,19 @@ def install() -> None:
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, build_cache)
     hooks.check()
+
+
+def tokenizer_worker_class() -> type:
+    """What SGLang asks the ServerArgs for in each worker of ``--tokenizer-worker-num``.
+
+    It loads no plug-ins there, so we come with the ServerArgs.
+    """
+    from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+
+    install_flags()
+    install()
+    doors.install()
+    return TokenizerWorker
 
 
 def build_cache(ctx: Any) -> "FuzzyRadixCache":

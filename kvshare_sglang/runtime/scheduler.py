@@ -87,7 +87,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     cache.release(req)
     state = RequestReuse(cache.report, based_on=based_on)
     try:
-        options = parse_options(req.sampling_params.custom_params)
+        options = parse_options(req.sampling_params.custom_params, default=cache.config.default)
     except ConfigError as error:  # whatever process took the request let it pass
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS
