@@ -30,7 +30,10 @@ LAYERS = {
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
     SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
-    RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", "pydantic", PURE, POLICY, KERNELS, *FLOOR},
+    RUNTIME: {
+        *("sglang", "torch", "numpy", "prometheus_client", "pydantic"),
+        *(PURE, POLICY, KERNELS, *FLOOR),
+    },
     f"{PACKAGE}.plugin": {RUNTIME},
     # Over all rooms: nothing imports it.
     f"{PACKAGE}.bench": {

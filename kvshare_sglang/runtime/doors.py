@@ -1,4 +1,4 @@
-"""What a request may say at any door of a server, and what its answer says: header, options, record.
+"""What a request may say at any door of a server, and where its answer says what was reused.
 
 Every door (``/generate``, completions, chat, Responses, Anthropic's messages, gRPC, ``Engine``)
 ends in ``TokenizerManager.generate_request``, in the process that tokenises.
@@ -32,13 +32,14 @@ def hook_generate_request(
                 obj.sampling_params = options.with_header(obj.sampling_params, asked)
             options.check(obj.sampling_params)
         except ConfigError as error:
-            return _refusal(error)
+            return _refusal(obj, error)
     answers = original(manager, obj, request)
     return answers if request is None else _watched(answers)
 
 
-async def _refusal(error: ConfigError) -> AsyncIterator[Any]:
+async def _refusal(obj: Any, error: ConfigError) -> AsyncIterator[Any]:
     """Raise where SGLang's own refusals are raised: as the first answer is asked for."""
+    obj.normalize_batch_and_arguments()  # what cleans up after a stream reads what this sets
     raise error
     yield
 
@@ -101,9 +102,9 @@ def open_answers() -> None:
         for name in names:
             held[name].model_config["extra"] = "allow"
         for model in list(held.values()):  # in the order of their definitions: parts before wholes
-            if isinstance(model, type) and issubclass(model, BaseModel):
-                if model.__module__ == module:
-                    model.model_rebuild(force=True)
+            is_model = isinstance(model, type) and issubclass(model, BaseModel)
+            if is_model and model.__module__ == module:
+                model.model_rebuild(force=True)
 
 
 def install() -> None:

@@ -142,7 +142,7 @@ DOORS = (
         "read the header, refuse bad options, see what was reused",
     ),
     *(
-        HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "say what was reused")
+        HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "show the record")
         for target in (
             f"{_USAGE}.calculate_response_usage",
             f"{_USAGE}.calculate_streaming_usage",
@@ -183,7 +183,11 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
-    *(Attribute(f"{module}.{name}", "kvshare", "list") for module, names in ANSWERS for name in names),
+    *(
+        Attribute(f"{module}.{name}", "kvshare", "list")
+        for module, names in ANSWERS
+        for name in names
+    ),
     Attribute(_ROTARY, "kvshare_table", "torch.Tensor"),
 )
 USED = (
