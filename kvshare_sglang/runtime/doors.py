@@ -50,9 +50,12 @@ async def _watched(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
     _records.set(seen)
     async with aclosing(answers):
         async for answer in answers:
-            for i, one in enumerate(answer if isinstance(answer, list) else [answer]):
-                if column := one["meta_info"].get("kvshare"):
-                    seen[one.get("index", i)] = column[0]
+            if isinstance(answer, list):  # all prompts, or all samples, at once
+                for index, one in enumerate(answer):
+                    if column := one["meta_info"].get("kvshare"):
+                        seen[index] = column[0]
+            elif column := answer["meta_info"].get("kvshare"):
+                seen[answer.get("index", 0)] = column[0]
             yield answer
 
 

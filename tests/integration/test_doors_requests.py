@@ -1,8 +1,13 @@
 """Every door of a server: what a request may ask for, what is refused, what its answer says."""
 
+import contextlib
 import json
 import math
+import os
 import random
+import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +47,9 @@ def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         # A worker that takes longer to start is ended and started anew.
         patch.setenv("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "600")
         with serve(model, folder, *args) as it:
+            while it.log.read_text().count("Application startup complete") < 2:
+                assert it.process.poll() is None, it.log_tail()
+                time.sleep(0.1)
             it.generate("import os\n" + CODE)
             yield it
 
@@ -281,36 +289,46 @@ def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> No
             assert declined == ["exact_requested"] * 3
 
 
+@contextlib.contextmanager
+def alone(server: Server, which: int) -> Iterator[None]:
+    """Every request goes to one of two workers: the other is halted."""
+    pids = re.findall(r"Start multi-tokenizer worker process (\d+)", server.log.read_text())
+    assert len(pids) == 2, "no worker was started anew"
+    halted = int(pids[1 - which])
+    os.kill(halted, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(halted, signal.SIGCONT)
+
+
 @every_door
-def test_several_tokenizer_workers_refuse_and_tell_as_one_does(workers: Server, door: Door) -> None:
-    """Sent often enough that both processes are asked."""
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+def test_each_tokenizer_worker_refuses_and_tells(workers: Server, door: Door, which: int) -> None:
     need(workers, door)
-    for i in range(8):
-        text = f"{i} {fresh(door, False, 'workers')}"
-        reply = workers.post(door.path, door.body(text), headers={"X-KVShare": "exakt"})
-        assert reply.status_code == 400
-        if door.options:
-            reply = workers.post(door.path, door.asking(text, "exakt"))
+    text = f"{which} {fresh(door, False, 'workers')}"
+
+    def asked(body: dict[str, Any], **headers: str) -> dict[str, Any]:
+        (seen,) = told(door, workers.post(door.path, body, headers=headers))
+        return seen
+
+    with alone(workers, which):
+        for stream in (False, True):
+            body = door.body(text, stream=stream)
+            reply = workers.post(door.path, body, headers={"X-KVShare": "exakt"})
             assert reply.status_code == 400
-            assert "one of auto, exact, got 'exakt'" in reply.text
-    stream = {"stream": True}
-    (seen,) = told(door, workers.post(door.path, door.body(text, **stream)))
-    assert seen["declined"] == "exact_requested"  # it said nothing: --kvshare-default
-    for header in ("auto", "0.1"):
-        body = door.body(header + text)
-        (seen,) = told(door, workers.post(door.path, body, headers={"X-KVShare": header}))
-        assert seen["copied_tokens"] > 64
-    if door.options:
+            # It said nothing: --kvshare-default.
+            assert asked(body)["declined"] == "exact_requested"
+        for header in ("auto", "0.1"):
+            assert asked(door.body(header + text), **{"X-KVShare": header})["copied_tokens"] > 64
+        if not door.options:
+            return
+        reply = workers.post(door.path, door.asking(text, "exakt"))
+        assert reply.status_code == 400
+        assert "one of auto, exact, got 'exakt'" in reply.text
         for option in ("auto", {"budget": 0.1}, {"mode": "auto"}):
-            body = door.asking(f"{option} {text}", option)
-            assert told(door, workers.post(door.path, body))[0]["copied_tokens"] > 64
+            assert asked(door.asking(f"{option} {text}", option))["copied_tokens"] > 64
         for option in (None, {}, {"budget": None}):
-            body = door.asking(f"{option} {text}", option)
-            assert told(door, workers.post(door.path, body))[0]["declined"] == "exact_requested"
-
-
-def test_both_workers_were_asked(workers: Server) -> None:
-    workers.generate([5], new=1)
-    assert workers.log.read_text().count("Start multi-tokenizer worker process") == 2
-    assert workers.process.poll() is None
+            declined = asked(door.asking(f"{option} {text}", option))["declined"]
+            assert declined == "exact_requested"
     assert "Traceback" not in workers.log.read_text().split("The server is fired up")[1]
