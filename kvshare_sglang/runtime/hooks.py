@@ -1,6 +1,7 @@
 """What we change in SGLang and what we rely on, by version, and the check that it is there.
 
-``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
+``WRAPPED``: functions that ours wrap; ``DOORS``: those that take requests and write answers, whose
+models ``ANSWERS`` get a field. ``OVERRIDDEN``: methods of SGLang's cache and attention
 backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what its objects
 carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``:
 what else of its insides we call, rebind or write; calls of its cache's and pools' public methods
