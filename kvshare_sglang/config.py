@@ -19,6 +19,10 @@ class KVShareConfig:
     for a sharing scope that is planned but not served.
     """
 
+    default: str = _option(
+        "auto", "what requests get that do not say: auto (reuse where it pays) or exact (as"
+        " without kvshare)",
+    )  # fmt: skip
     budget: float = _option(
         0.15,
         "share of the reused tokens, and of twice the new ones before them, that is computed again"
@@ -96,6 +100,8 @@ class KVShareConfig:
                 raise ConfigError(flag, value, allowed)
             if lo is not None and not lo <= value <= hi:  # also refuses nan
                 raise ConfigError(flag, value, allowed)
+        if self.default not in ("auto", "exact"):
+            raise ConfigError("--kvshare-default", self.default, "one of auto, exact")
         if self.select not in ("window", "dhd", "trace"):
             raise ConfigError("--kvshare-select", self.select, "one of window, dhd, trace")
         if self.eviction not in ("frequency", "sglang"):

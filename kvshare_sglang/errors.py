@@ -15,7 +15,10 @@ class ConfigError(KVShareError, ValueError):
 
 def _brief(value: object, *, limit: int = 120) -> str:
     """``repr``, cut: what a client sends by mistake must not come back in full."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, an integer of too many digits, an object of its own mind
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 

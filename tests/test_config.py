@@ -69,6 +69,13 @@ def test_an_unknown_scope_is_refused(scope):
         KVShareConfig(scope=scope)
 
 
+@pytest.mark.parametrize("name", ["default", "select", "eviction"])
+@pytest.mark.parametrize("value", ["", "Auto", "none", None, 1])
+def test_an_unknown_choice_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"--kvshare-{name} must be"):
+        KVShareConfig(**{name: value})
+
+
 @pytest.mark.parametrize("spec", NUMBERS, ids=lambda spec: spec.name)
 def test_a_whole_number_serves_as_a_share(spec):
     config = KVShareConfig(**{spec.name: math.ceil(spec.metadata["lo"])})

@@ -30,7 +30,10 @@ LAYERS = {
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
     SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
-    RUNTIME: {"sglang", "torch", "numpy", "prometheus_client", PURE, POLICY, KERNELS, *FLOOR},
+    RUNTIME: {
+        *("sglang", "torch", "numpy", "prometheus_client", "pydantic"),
+        *(PURE, POLICY, KERNELS, *FLOOR),
+    },
     f"{PACKAGE}.plugin": {RUNTIME},
     f"{PACKAGE}.__main__": {"sglang"},
     # Over all rooms: nothing imports it.
@@ -46,7 +49,7 @@ LAYERS = {
 RUNTIME_ORDER = (
     ("versions", "report"),
     ("hooks", "request"),
-    ("batch", "cache.eviction", "cache.index_sync"),
+    ("batch", "doors", "cache.eviction", "cache.index_sync"),
     ("attention", "copying", "slices", "cache.sources", "cache.branches"),
     ("cache.retain", "repair"),
     ("cache.radix",),

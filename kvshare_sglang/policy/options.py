@@ -1,9 +1,14 @@
-"""What a request may ask for under ``custom_params["kvshare"]``. Pure."""
+"""What a request may ask for, by ``custom_params["kvshare"]`` or by a header. Pure."""
 
+import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvshare_sglang.errors import ConfigError
+
+HEADER = "x-kvshare"
+MODES = ("auto", "exact")
+_HEADER_SAYS = "auto, exact, or a budget in [0, 1] such as 0.3 or budget=0.3"
 
 
 class RequestOptions(NamedTuple):
@@ -13,33 +18,92 @@ class RequestOptions(NamedTuple):
     budget: float | None = None
 
 
-_MODES = ("auto", "exact")
-
-
-def parse_options(custom_params: object) -> RequestOptions:
+def parse_options(custom_params: object, *, default: str = "auto") -> RequestOptions:
     """Read ``{"kvshare": "exact"}`` or ``{"kvshare": {"mode": ..., "budget": ...}}``.
 
-    No such key means the server's own settings. Raises ConfigError on anything else.
+    A request that names neither a mode nor a budget gets the mode ``default``; one that names a
+    budget wants reuse. Raises ConfigError on anything else, and no other error, whatever objects
+    it is given.
     """
+    try:
+        return _parse(custom_params, default)
+    except ConfigError:
+        raise
+    except Exception as error:  # an object that does not even compare
+        raise ConfigError("custom_params.kvshare", custom_params, "plain JSON") from error
+
+
+def _parse(custom_params: object, default: str) -> RequestOptions:
     if custom_params is None:
-        return RequestOptions()
+        return RequestOptions(default)
     if not isinstance(custom_params, Mapping):
         raise ConfigError("custom_params", custom_params, "an object")
-    if custom_params.get("kvshare") is None:
-        return RequestOptions()
-    asked = custom_params["kvshare"]
+    asked = custom_params.get("kvshare")
+    if asked is None:
+        return RequestOptions(default)
     if isinstance(asked, str):
         asked = {"mode": asked}
     if not isinstance(asked, Mapping):
         raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget"}')
     if unknown := sorted(map(str, set(asked) - {"mode", "budget"})):
         raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode and budget")
-    mode, budget = asked.get("mode", "auto"), asked.get("budget")
-    if mode not in _MODES:
-        raise ConfigError("custom_params.kvshare.mode", mode, "one of " + ", ".join(_MODES))
+    budget = asked.get("budget")
+    mode = asked.get("mode", default if budget is None else "auto")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ConfigError("custom_params.kvshare.mode", mode, "one of " + ", ".join(MODES))
     if budget is not None:
         number = isinstance(budget, int | float) and not isinstance(budget, bool)
         if not number or not 0 <= budget <= 1:
             raise ConfigError("custom_params.kvshare.budget", budget, "a number in [0, 1]")
         budget = float(budget)
     return RequestOptions(mode, budget)
+
+
+def parse_header(text: str) -> str | dict[str, float]:
+    """What the header ``X-KVShare`` asks for, as it would stand in ``custom_params["kvshare"]``.
+
+    Raises ConfigError on anything but ``auto``, ``exact``, a budget, or ``budget=`` and one.
+
+    >>> parse_header("exact"), parse_header("0.3"), parse_header("budget=0")
+    ('exact', {'budget': 0.3}, {'budget': 0.0})
+    """
+    text = text.strip()
+    if text in MODES:
+        return text
+    if number := re.fullmatch(r"(?:budget\s*=\s*)?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)", text):
+        budget = float(number[1])
+        if budget <= 1:
+            return {"budget": budget}
+    raise ConfigError("the header X-KVShare", text, _HEADER_SAYS)
+
+
+def with_header(sampling_params: Any, asked: str | dict[str, float]) -> Any:
+    """A request's ``sampling_params`` (an object, a list with one for each prompt, or None) with
+    what its header asks for; what the body says of kvshare comes before it. Copies what it changes.
+
+    >>> with_header({"custom_params": {"kvshare": "exact", "a": 1}}, "auto")
+    {'custom_params': {'kvshare': 'exact', 'a': 1}}
+    >>> with_header([None, {"top_k": 1}], "exact") == [
+    ...     {"custom_params": {"kvshare": "exact"}},
+    ...     {"top_k": 1, "custom_params": {"kvshare": "exact"}}]
+    True
+    """
+    if isinstance(sampling_params, list):
+        return [with_header(each, asked) for each in sampling_params]
+    params = {} if sampling_params is None else sampling_params
+    if not isinstance(params, Mapping):
+        return sampling_params
+    custom = params.get("custom_params")
+    if custom is None:
+        custom = {}
+    if not isinstance(custom, Mapping) or custom.get("kvshare") is not None:
+        return sampling_params
+    return {**params, "custom_params": {**custom, "kvshare": asked}}
+
+
+def check(sampling_params: Any) -> None:
+    """Raise ConfigError where ``sampling_params``, of one prompt or of several, ask for what
+    cannot be had."""
+    for each in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+        if isinstance(each, Mapping):
+            parse_options(each.get("custom_params"))

@@ -1,6 +1,7 @@
 """What we change in SGLang and what we rely on, by version, and the check that it is there.
 
-``WRAPPED``: functions that ours wrap. ``OVERRIDDEN``: methods of SGLang's cache and attention
+``WRAPPED``: functions that ours wrap; ``DOORS``: those that take requests and write answers, whose
+models ``ANSWERS`` get a field. ``OVERRIDDEN``: methods of SGLang's cache and attention
 backends that our classes define anew, the private ones included. ``ATTRIBUTES``: what its objects
 carry for us, one attribute each. ``FIELDS``: fields of its batches that we read or cut. ``USED``:
 what else of its insides we call, rebind or write; calls of its cache's and pools' public methods
@@ -149,6 +150,32 @@ WRAPPED = (
         "no graph replay where attention is observed",
     ),
 )
+# Where requests come in: the launcher, and each tokenizer worker that it has.
+_PROTOCOL = f"{_SRT}.entrypoints.openai.protocol"
+_USAGE = f"{_SRT}.entrypoints.openai.usage_processor.UsageProcessor"
+_ANTHROPIC = f"{_SRT}.entrypoints.anthropic"
+DOORS = (
+    HookPoint(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "AROUND",
+        "kvshare_sglang.runtime.doors:hook_generate_request",
+        "read the header, refuse bad options, see what was reused",
+    ),
+    *(
+        HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "show the record")
+        for target in (
+            f"{_USAGE}.calculate_response_usage",
+            f"{_USAGE}.calculate_streaming_usage",
+            f"{_PROTOCOL}.ResponsesResponse.from_request",
+            f"{_ANTHROPIC}.serving._anthropic_usage_from_openai",
+        )
+    ),
+)
+# Models of answers that must take a field of ours, by the module that holds them.
+ANSWERS = (
+    (_PROTOCOL, ("UsageInfo", "ResponsesResponse")),
+    (f"{_ANTHROPIC}.protocol", ("AnthropicUsage",)),
+)
 _ROTARY = f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding"
 _REQ = f"{_SRT}.managers.schedule_batch.Req"
 _KV = f"{_SRT}.managers.schedule_batch.ReqKvInfo"
@@ -184,9 +211,20 @@ ATTRIBUTES = (
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
+    *(
+        Attribute(f"{module}.{name}", "kvshare", "list")
+        for module, names in ANSWERS
+        for name in names
+    ),
     Attribute(_ROTARY, "kvshare_table", "torch.Tensor"),
 )
 USED = (
+    Used(
+        f"{_SRT}.server_args.ServerArgs",
+        "get_tokenizer_worker_class",
+        "set on the object: called in each tokenizer worker, which loads no plug-ins",
+    ),
+    Used(f"{_SRT}.entrypoints.http_server", "app", "wrapped: bad headers are a 400"),
     Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
     Used(_REQ, "already_computed", "written: blended tokens are not cached ones", True),
@@ -229,17 +267,17 @@ def register(points: tuple[HookPoint, ...]) -> None:
     HookRegistry.apply_hooks()
 
 
-def check() -> None:
+def check(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> None:
     """Raise SeamError naming every touch that is not there at this moment."""
-    if gone := missing():
+    if gone := missing(points):
         raise SeamError(gone)
 
 
-def missing() -> list[str]:
+def missing(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> list[str]:
     """Touches of this SGLang's version that are not there: functions that ours do not wrap,
     methods and fields that are gone, attributes whose names SGLang took."""
     have = versions.sglang_version()
-    gone = [point.target for point in (*FLAGS, *WRAPPED) if not applied(point)]
+    gone = [point.target for point in points if not applied(point)]
     gone += [
         f"{one.owner}.{one.name}"
         for one in OVERRIDDEN

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, SeamError, StartError
-from kvshare_sglang.runtime import hooks, versions
+from kvshare_sglang.runtime import doors, hooks, versions
 from kvshare_sglang.runtime.hooks import BACKEND
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ def build(make: Callable[[], Any], config: KVShareConfig | None, values: dict[st
     server_args = make()
     support.check_settings(server_args)
     server_args._kvshare = config
+    # In its dictionary: ServerArgs lets no one set a name that does not begin with an underscore.
+    server_args.__dict__["get_tokenizer_worker_class"] = tokenizer_worker_class
     install()
+    doors.install()
     return server_args
 
 
@@ -150,6 +153,7 @@ def hook_check_server_args(
         os.environ.pop(ENV, None)
     else:
         install()  # it may have been built in another process
+        doors.install()
         os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     return original(server_args, *args, **kw)
 
@@ -208,6 +212,19 @@ def install() -> None:
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, build_cache)
     hooks.check()
+
+
+def tokenizer_worker_class() -> type:
+    """What SGLang asks the ServerArgs for in each worker of ``--tokenizer-worker-num``.
+
+    It loads no plug-ins there, so we come with the ServerArgs.
+    """
+    from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+
+    install_flags()
+    install()
+    doors.install()
+    return TokenizerWorker
 
 
 def build_cache(ctx: Any) -> "FuzzyRadixCache":

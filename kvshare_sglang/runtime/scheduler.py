@@ -50,7 +50,7 @@ def accepts_blended(config: KVShareConfig, req: "Req") -> bool:
     """Whether a prefix hit of the request may be KV that is not exact: reuse is served for it, and
     it does not ask for all of what is reused to be computed again."""
     try:
-        options = parse_options(req.sampling_params.custom_params)
+        options = parse_options(req.sampling_params.custom_params, default=config.default)
     except ConfigError:
         return False
     budget = config.budget if options.budget is None else options.budget
@@ -140,7 +140,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     cache.release(req)
     state = RequestReuse(cache.report, based_on=based_on, weights=cache.sync.weights)
     try:
-        options = parse_options(req.sampling_params.custom_params)
+        options = parse_options(req.sampling_params.custom_params, default=cache.config.default)
     except ConfigError as error:  # whatever process took the request let it pass
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS

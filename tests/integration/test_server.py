@@ -312,6 +312,11 @@ if __name__ == "__main__":
     engine.generate(input_ids=a, sampling_params=params)
     answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
     print("KVSHARE", answer["meta_info"]["kvshare"])
+    bad = {**params, "custom_params": {"kvshare": "exakt"}}
+    try:
+        engine.generate(input_ids=[a, a[:9]], sampling_params=[params, bad])
+    except ValueError as error:
+        print("BAD", error)
     engine.shutdown()
     engine = sglang.Engine(**common)
     answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
@@ -329,6 +334,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in done.stdout
     assert "KVSHARE [{'exact_tokens': 0, 'copied_tokens': 2" in done.stdout
+    assert "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'" in done.stdout
     assert "PLAIN None" in done.stdout
 
 

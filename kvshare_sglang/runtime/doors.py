@@ -1,0 +1,128 @@
+"""What a request may say at any door of a server, and where its answer says what was reused.
+
+Every door (``/generate``, completions, chat, Responses, Anthropic's messages, gRPC, ``Engine``)
+ends in ``TokenizerManager.generate_request``, in the process that tokenises.
+"""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy import options
+from kvshare_sglang.runtime import hooks
+
+# What the task that serves a request has seen of its answers: the record of each, by index.
+_records: ContextVar[dict[int, Any]] = ContextVar("kvshare_records")
+
+
+def hook_generate_request(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """AROUND ``TokenizerManager.generate_request``: all prompts of a request are judged before
+    the first of them is sent."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if isinstance(obj, GenerateReqInput):
+        try:
+            if request is not None and (asked := request.headers.get(options.HEADER)):
+                asked = options.parse_header(asked)
+                obj.sampling_params = options.with_header(obj.sampling_params, asked)
+            options.check(obj.sampling_params)
+        except ConfigError as error:
+            return _refusal(obj, error)
+    answers = original(manager, obj, request)
+    return answers if request is None else _watched(answers)
+
+
+async def _refusal(obj: Any, error: ConfigError) -> AsyncIterator[Any]:
+    """Raise where SGLang's own refusals are raised: as the first answer is asked for."""
+    obj.normalize_batch_and_arguments()  # what cleans up after a stream reads what this sets
+    raise error
+    yield
+
+
+async def _watched(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
+    """The answers as they are; remembers their records for who writes the usage."""
+    seen: dict[int, Any] = {}
+    _records.set(seen)
+    async with aclosing(answers):
+        async for answer in answers:
+            if isinstance(answer, list):  # all prompts, or all samples, at once
+                for index, one in enumerate(answer):
+                    if column := one["meta_info"].get("kvshare"):
+                        seen[index] = column[0]
+            elif column := answer["meta_info"].get("kvshare"):
+                seen[answer.get("index", 0)] = column[0]
+            yield answer
+
+
+def hook_answer(answer: Any, *args: Any, **kw: Any) -> None:
+    """AFTER what builds the usage of an answer, or the answer: ``kvshare`` is a list with the
+    record of each choice, as ``meta_info["kvshare"]`` is in ``/generate``."""
+    if seen := _records.get(None):
+        answer.kvshare = [seen[index] for index in sorted(seen)]
+
+
+class HeaderCheck:
+    """ASGI middleware: a bad header is a 400 also where SGLang would have begun to stream."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            name = options.HEADER.encode()
+            try:
+                for key, value in scope["headers"]:
+                    if key == name:
+                        options.parse_header(value.decode("latin-1"))
+            except ConfigError as error:
+                await _answer_400(str(error), send)
+                return
+        await self.app(scope, receive, send)
+
+
+async def _answer_400(message: str, send: Any) -> None:
+    """In the form that clients of OpenAI and of Anthropic both read."""
+    error = {"message": message, "type": "invalid_request_error", "code": 400}
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    body = json.dumps({"type": "error", "error": error}).encode()
+    await send({"type": "http.response.body", "body": body})
+
+
+def open_answers() -> None:
+    """Let SGLang's models of answers carry ``kvshare``; one without it is written as before."""
+    import importlib
+
+    from pydantic import BaseModel
+
+    for module, names in hooks.ANSWERS:
+        held = vars(importlib.import_module(module))
+        for name in names:
+            held[name].model_config["extra"] = "allow"
+        for model in list(held.values()):  # in the order of their definitions: parts before wholes
+            is_model = isinstance(model, type) and issubclass(model, BaseModel)
+            if is_model and model.__module__ == module:
+                model.model_rebuild(force=True)
+
+
+def install() -> None:
+    """Put the doors in place in a process that tokenises; safe to call again.
+
+    Raises SeamError naming what is missing.
+    """
+    from sglang.srt.entrypoints.http_server import app
+
+    if all(hooks.applied(point) for point in hooks.DOORS):
+        return
+    hooks.register(hooks.DOORS)
+    hooks.check(hooks.DOORS)
+    open_answers()
+    if app.middleware_stack is None:
+        app.add_middleware(HeaderCheck)
+    else:  # a tokenizer worker asks for its class when the app has started
+        app.middleware_stack = HeaderCheck(app.middleware_stack)

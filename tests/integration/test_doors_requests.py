@@ -1,0 +1,334 @@
+"""Every door of a server: what a request may ask for, what is refused, what its answer says."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import requests
+from lab import computed
+from server import Server, serve
+from tiny_models import add_tokenizer, make_model
+
+CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
+
+NAMED = ("--served-model-name", "x")
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> Path:
+    path = make_model(models, "llama")
+    add_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("doors")
+    with serve(model, folder, "--kvshare", "--enable-cache-report", *NAMED) as it:
+        it.generate("import os\n" + CODE)
+        yield it
+
+
+@pytest.fixture(scope="module")
+def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two processes tokenise; requests that say nothing are exact."""
+    folder = tmp_path_factory.mktemp("workers")
+    args = ("--kvshare", "--kvshare-default", "exact", "--tokenizer-worker-num", "2", *NAMED)
+    with pytest.MonkeyPatch.context() as patch:
+        # A worker that takes longer to start is ended and started anew.
+        patch.setenv("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "600")
+        with serve(model, folder, *args) as it:
+            while it.log.read_text().count("Application startup complete") < 2:
+                assert it.process.poll() is None, it.log_tail()
+                time.sleep(0.1)
+            it.generate("import os\n" + CODE)
+            yield it
+
+
+class Door(NamedTuple):
+    """One way to ask. ``place``: where the record stands in an answer or its last event that has
+    one; ``options``: where a body may say what it wants (None: nowhere)."""
+
+    path: str
+    place: tuple[str, ...]
+    options: tuple[str, ...] | None = ("custom_params",)
+
+    def body(self, text: str, **more: Any) -> dict[str, Any]:
+        new = {"model": "x", "temperature": 0}
+        said: dict[str, Any] = {
+            "/generate": {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 4}},
+            "/v1/completions": {**new, "prompt": text, "max_tokens": 4},
+            "/v1/chat/completions": {**new, **chat(text), "max_tokens": 4},
+            "/v1/messages": {**new, **chat(text), "max_tokens": 4},
+            "/v1/responses": {**new, "input": text, "max_output_tokens": 4},
+        }[self.path]
+        if more.get("stream") and self.path in ("/v1/completions", "/v1/chat/completions"):
+            said["stream_options"] = {"include_usage": True}
+        return {**said, **more}
+
+    def asking(self, text: str, option: Any, **more: Any) -> dict[str, Any]:
+        """A body with ``{"kvshare": option}``."""
+        body = self.body(text, **more)
+        assert self.options is not None
+        inner = body
+        for key in self.options[:-1]:
+            inner = inner[key]
+        inner[self.options[-1]] = {"kvshare": option}
+        return body
+
+
+def chat(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+DOORS = (
+    Door("/generate", ("meta_info", "kvshare"), ("sampling_params", "custom_params")),
+    Door("/v1/completions", ("usage", "kvshare")),
+    Door("/v1/chat/completions", ("usage", "kvshare")),
+    Door("/v1/messages", ("usage", "kvshare"), None),
+    Door("/v1/responses", ("kvshare",), None),
+)
+WITH_OPTIONS = [door for door in DOORS if door.options]
+every_door = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.path)
+both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+def doors_of(server: Server) -> list[Door]:
+    """SGLang serves Responses only where packages are that a CPU does not need otherwise."""
+    without = "(/v1/responses) disabled" in server.log.read_text()
+    return [door for door in DOORS if not (without and door.path == "/v1/responses")]
+
+
+def need(server: Server, door: Door) -> None:
+    if door not in doors_of(server):
+        pytest.skip("this SGLang serves no Responses: its packages are not installed")
+
+
+def events(reply: requests.Response) -> list[dict[str, Any]]:
+    """What an answer holds: one thing, or what a stream sent."""
+    assert reply.status_code == 200, reply.text
+    if "event-stream" not in reply.headers["content-type"]:
+        return [reply.json()]
+    lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+    found = [json.loads(line) for line in lines]
+    # Responses wraps what it sends at its beginning and end.
+    return [event.get("response", event) for event in found]
+
+
+def told(door: Door, reply: requests.Response) -> list[dict[str, Any]]:
+    """The records of an answer, of its last event that has them."""
+    for event in reversed(events(reply)):
+        value: Any = event
+        for key in door.place:
+            value = (value or {}).get(key)
+        if value:
+            return list(value)
+    raise AssertionError(reply.text)
+
+
+def fresh(door: Door, stream: bool, what: str) -> str:
+    """Text that moves ``CODE`` behind a beginning which no other request has."""
+    return f"# {what} {door.path} {stream}\n" + CODE
+
+
+@every_door
+@both_ways
+def test_the_answer_says_what_was_reused(server: Server, door: Door, stream: bool) -> None:
+    need(server, door)
+    reply = server.post(door.path, door.body(fresh(door, stream, "seen"), stream=stream))
+    (seen,) = told(door, reply)
+    assert seen["declined"] is None
+    assert seen["copied_tokens"] > 64
+    # Next to it stands what SGLang says: the exact prefix alone is called cached.
+    usage: dict[str, Any] = {}
+    for event in events(reply):
+        event = event.get("message", event)
+        usage |= event.get("usage") or event.get("meta_info") or {}
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
+    cached = details.get("cached_tokens", details.get("cache_read_input_tokens", 0))
+    assert cached == seen["exact_tokens"] < seen["copied_tokens"]
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    prompt += cached * (door.path == "/v1/messages")  # there the two are apart
+    assert seen["exact_tokens"] + seen["copied_tokens"] + computed(seen) == prompt
+
+
+@every_door
+@both_ways
+def test_a_header_says_how(server: Server, door: Door, stream: bool) -> None:
+    need(server, door)
+
+    def ask(header: str) -> dict[str, Any]:
+        body = door.body(fresh(door, stream, header), stream=stream)
+        (seen,) = told(door, server.post(door.path, body, headers={"X-KVShare": header}))
+        return seen
+
+    assert ask("exact")["declined"] == "exact_requested"
+    assert ask("auto")["copied_tokens"] > 64
+    none, some = ask("0"), ask("budget=0.4")
+    assert none["copied_tokens"] > some["copied_tokens"] > 0
+    assert none["recomputed_tokens"] < some["recomputed_tokens"]
+    assert ask("1")["copied_tokens"] == 0
+
+
+@every_door
+@both_ways
+def test_a_bad_header_is_a_400_that_names_it(server: Server, door: Door, stream: bool) -> None:
+    body = door.body("some text", stream=stream)
+    for bad in ("exakt", "1.5", "-0.1", "nan", "budget=", "exact, auto", "0.1;0.2", ""):
+        reply = server.post(door.path, body, headers={"X-KVShare": bad})
+        assert reply.status_code == 400, (bad, reply.text)
+        message = reply.json()["error"]["message"]
+        assert message == (
+            "the header X-KVShare must be auto, exact, or a budget in [0, 1] such as 0.3 or "
+            f"budget=0.3, got {bad!r}"
+        )
+
+
+@pytest.mark.parametrize("door", WITH_OPTIONS, ids=lambda door: door.path)
+@both_ways
+def test_a_body_comes_before_the_header(server: Server, door: Door, stream: bool) -> None:
+    exact = {"X-KVShare": "exact"}
+    body = door.asking(fresh(door, stream, "body"), {"budget": 0}, stream=stream)
+    (seen,) = told(door, server.post(door.path, body, headers=exact))
+    assert seen["copied_tokens"] > 64
+    body = door.asking(fresh(door, stream, "none"), None, stream=stream)
+    (seen,) = told(door, server.post(door.path, body, headers=exact))
+    assert seen["declined"] == "exact_requested"
+
+
+@pytest.mark.parametrize("door", WITH_OPTIONS, ids=lambda door: door.path)
+@both_ways
+def test_bad_options_are_a_400(server: Server, door: Door, stream: bool) -> None:
+    reply = server.post(door.path, door.asking("text", {"budget": 9}, stream=stream))
+    if stream and door.path == "/generate":  # here SGLang says so of all that it refuses
+        (event,) = events(reply)
+        assert event["error"]["code"] == 400
+    else:
+        assert reply.status_code == 400
+    assert "custom_params.kvshare.budget must be a number in [0, 1], got 9" in reply.text
+
+
+def odd_options(rng: random.Random, depth: int = 3) -> Any:
+    """Something that JSON can say."""
+    leaves = (None, True, False, 0, 1, -1, 0.5, 1e308, -1e-9, 2**63, 10**30, math.nan, math.inf)
+    leaves += ("", "exact", "auto", "Exact", "\0", "é𝄞", "x" * 3000)
+    roll = rng.random()
+    if depth == 0 or roll < 0.4:
+        return rng.choice(leaves)
+    if roll < 0.6:
+        return [odd_options(rng, depth - 1) for _ in range(rng.randrange(4))]
+    keys = rng.sample(["mode", "budget", "", "kvshare", "0", "a" * 200], rng.randrange(4))
+    return {key: odd_options(rng, depth - 1) for key in keys}
+
+
+def test_no_option_hurts_the_server(server: Server) -> None:
+    """Odd values through every door: each is served or refused, and the next request is fine."""
+    rng, start = random.Random(7), server.log.stat().st_size
+    deep: Any = "exact"
+    for _ in range(300):
+        deep = [deep]
+    odd = [odd_options(rng) for _ in range(60)] + [deep]
+    verdicts = set()
+    for i, option in enumerate(odd):
+        door = WITH_OPTIONS[i % len(WITH_OPTIONS)]
+        # requests refuses nan and inf; clients that write them are served or told off.
+        body = json.dumps(door.asking(f"text {i}", option))
+        reply = requests.post(
+            server.url + door.path, body, headers={"Content-Type": "application/json"}, timeout=60
+        )
+        verdicts.add(reply.status_code)
+        assert reply.status_code in (200, 400, 422), (option, reply.text)
+    assert {200, 400} <= verdicts
+    for header in ("9" * 5000, "\xff\xfe", "0." + "3" * 4000, "=" * 100, "budget=budget=1"):
+        for door in doors_of(server):
+            reply = server.post(door.path, door.body("x"), headers={"X-KVShare": header})
+            assert reply.status_code in (200, 400), reply.text
+            assert len(reply.content) < 2000
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+    assert b"Traceback" not in server.log.read_bytes()[start:]
+
+
+def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> None:
+    text = ["one " + CODE, "two " + CODE]
+    each = {"temperature": 0, "max_new_tokens": 3}
+    good = [each, {**each, "custom_params": {"kvshare": "exact"}}]
+    answers = server.post("/generate", {"text": text, "sampling_params": good}).json()
+    first, second = (answer["meta_info"]["kvshare"][0] for answer in answers)
+    assert first["declined"] != "exact_requested" == second["declined"]
+    headers = {"X-KVShare": "exact"}
+    reply = server.post("/generate", {"text": text, "sampling_params": each}, headers=headers)
+    for answer in reply.json():
+        assert answer["meta_info"]["kvshare"][0]["declined"] == "exact_requested"
+    # One among good ones: the batch is refused, and no part of it was computed.
+    bad = [each, {**each, "custom_params": {"kvshare": "exakt"}}]
+    before = server.log.read_text().count("Prefill batch")
+    reply = server.post("/generate", {"text": text, "sampling_params": bad})
+    assert reply.status_code == 400
+    assert "custom_params.kvshare.mode must be one of auto, exact, got 'exakt'" in reply.text
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+    assert server.log.read_text().count("Prefill batch") == before + 1
+    for nested in ([[each]], [None, 3], "exact", [{}]):
+        reply = server.post("/generate", {"text": text, "sampling_params": nested})
+        assert reply.status_code in (200, 400, 422, 500), reply.text  # as without kvshare
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+    # A record for each sample of a prompt, in their order.
+    for stream in (False, True):
+        for door in DOORS[1:3]:
+            body = door.body(fresh(door, stream, "samples"), n=3, stream=stream)
+            reply = server.post(door.path, body, headers={"X-KVShare": "exact"})
+            declined = [record["declined"] for record in told(door, reply)]
+            assert declined == ["exact_requested"] * 3
+
+
+@contextlib.contextmanager
+def alone(server: Server, which: int) -> Iterator[None]:
+    """Every request goes to one of two workers: the other is halted."""
+    pids = re.findall(r"Start multi-tokenizer worker process (\d+)", server.log.read_text())
+    assert len(pids) == 2, "no worker was started anew"
+    halted = int(pids[1 - which])
+    os.kill(halted, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(halted, signal.SIGCONT)
+
+
+@every_door
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+def test_each_tokenizer_worker_refuses_and_tells(workers: Server, door: Door, which: int) -> None:
+    need(workers, door)
+    text = f"{which} {fresh(door, False, 'workers')}"
+
+    def asked(body: dict[str, Any], **headers: str) -> dict[str, Any]:
+        (seen,) = told(door, workers.post(door.path, body, headers=headers))
+        return seen
+
+    with alone(workers, which):
+        for stream in (False, True):
+            body = door.body(text, stream=stream)
+            reply = workers.post(door.path, body, headers={"X-KVShare": "exakt"})
+            assert reply.status_code == 400
+            # It said nothing: --kvshare-default.
+            assert asked(body)["declined"] == "exact_requested"
+        for header in ("auto", "0.1"):
+            assert asked(door.body(header + text), **{"X-KVShare": header})["copied_tokens"] > 64
+        if not door.options:
+            return
+        reply = workers.post(door.path, door.asking(text, "exakt"))
+        assert reply.status_code == 400
+        assert "one of auto, exact, got 'exakt'" in reply.text
+        for option in ("auto", {"budget": 0.1}, {"mode": "auto"}):
+            assert asked(door.asking(f"{option} {text}", option))["copied_tokens"] > 64
+        for option in (None, {}, {"budget": None}):
+            declined = asked(door.asking(f"{option} {text}", option))["declined"]
+            assert declined == "exact_requested"
+    assert "Traceback" not in workers.log.read_text().split("The server is fired up")[1]
