@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_sglang.bench import tasks
+from kvshare_sglang.bench import __main__ as bench
+from kvshare_sglang.bench import conversation, tasks
 from kvshare_sglang.bench.common import Progress, ScriptError
 from kvshare_sglang.bench.conversation import histories, load, memory, questions, rows
 from kvshare_sglang.bench.conversation.histories import FRONT, USER, Text, prompt
@@ -277,7 +278,9 @@ def test_answers_are_told_by_turn_and_arm_with_flips_both_ways():
     assert by["full", 1]["rows"] == 96
     assert by["ours", 1]["rows"] == 36
     assert by["ours", 1]["recomputed"] == 0.25
-    assert "hops splice" in questions.show(found)
+    shown = conversation.show({"tasks": found})
+    assert shown.count("hops splice") == 6
+    assert "25.0%" in shown
 
 
 # ---- load ------------------------------------------------------------------------------------
@@ -305,7 +308,12 @@ def test_a_batch_shares_a_cache_however_it_is_asked(together):
     row = load.summary(found, found[:3], way, task="hops", case="splice")
     assert (row["n"], row["lost"], row["won"], row["select"]) == (5, 0, 0, "trace")
     assert row["rows"] == 5  # half of the 10 that are not cached
-    assert "256" in load.show([row])
+    assert conversation.table("load", [row])[2].split(" | ")[1:5] == [
+        "ours",
+        "256",
+        "off",
+        f"{together}",
+    ]
 
 
 # ---- the whole of it -------------------------------------------------------------------------
@@ -326,3 +334,10 @@ def test_the_bench_runs_on_real_servers(tmp_path):
         assert turns[-1]["stock"] == 1
     assert found["memory"]["leaked"] == 0
     assert found["memory"]["samples"][0]["stock"]["cached"] > 1000
+    page = tmp_path / "page.md"
+    page.write_text("<!-- it-rows --><!-- /it-rows --><!-- it-memory --><!-- /it-memory -->")
+    shown = ["conversation", "--result", str(out), "--table", str(page)]
+    assert bench.main(shown) == 0
+    assert "| again, moved | 7 |" in page.read_text()
+    # What holds is the request that asked.
+    assert "| a flush | 7 | 7 | 0 | 0 | 0 |" in page.read_text()

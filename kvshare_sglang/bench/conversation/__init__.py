@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvshare_sglang.bench import common, models
+from kvshare_sglang.bench import common, models, options, tables
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.conversation import histories, load, memory, questions, rows, samples
 from kvshare_sglang.bench.conversation.histories import History, Text
@@ -28,6 +28,15 @@ ROWS = ("repeat", "edits", "header", "compaction")
 COSTS = (*ROWS, "samples", "memory")
 ANSWERS = ("tasks", "load")
 ROOM = 64  # tokens that are left for an answer
+
+# Of a result, what is shown: the columns, and what makes rows of it.
+TABLES: dict[str, tuple[dict[str, str], Callable[[Any], list[dict[str, Any]]]]] = {
+    "rows": (rows.COLUMNS, list),
+    "samples": (samples.COLUMNS, list),
+    "memory": (memory.COLUMNS, memory.told),
+    "tasks": (questions.COLUMNS, list),
+    "load": (load.COLUMNS, load.told),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,39 +66,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixed", nargs="+", choices=("off", "on"), default=("off", "on"))
     add("--together", type=int, nargs="+", default=load.TOGETHER, help="load: prompts at once")
     add("--out", type=Path, metavar="DIR", help="tasks, load: a file for each cell")
+    add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
+    options.add_table(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.result:
+        result = common.read_result(args.result, "env")
+        print(show(result))
+    else:
+        result = measure(args)
+        common.report(args, show(result), result)
+    if args.table:
+        # Pages hold results of several runs, so a mark says which: that of its file.
+        name = (args.result or args.json or Path("conversation")).stem
+        made = {f"{name}-{part}": table(part, result[part]) for part in TABLES if part in result}
+        print(f"tables of {args.table.name}: {', '.join(tables.write_marked(args.table, made))}")
+    return 0
+
+
+def show(result: dict[str, Any]) -> str:
+    """All tables of a result, for a terminal."""
+    return "\n\n".join(
+        common.columns(make(result[part]), **columns)
+        for part, (columns, make) in TABLES.items()
+        if part in result
+    )
+
+
+def table(part: str, value: Any) -> list[str]:
+    """One of them for a page."""
+    columns, make = TABLES[part]
+    head = [name.replace("_", " ") for name in columns]
+    lines = [[cell.format_map(row) for cell in columns.values()] for row in make(value)]
+    return tables.markdown(head, lines)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All cases that are asked for. Raises ScriptError on options that do not go together."""
     if args.short:
         args.pairs, args.turns, args.n = 2, 40, 8
         args.of, args.chunks, args.mixed = args.of or ["template"], [256], ["off"]
     if set(args.case) & set(ANSWERS) and not args.out:
         raise ScriptError("--case tasks and load need --out, a folder")
     result: dict[str, Any] = {}
-    shown: dict[str, str] = {}
 
-    def found(name: str, value: Any, text: str) -> None:
+    def found(name: str, value: Any) -> None:
         result[name] = value
-        shown[name] = text
         common.write_result(args, result)  # as far as it got: nothing is lost on the way
 
     if costs := [case for case in COSTS if case in args.case]:
         measure_costs(args, costs, found)
     if "tasks" in args.case:
-        answered = measure_tasks(args)
-        found("tasks", answered, questions.show(answered))
+        found("tasks", measure_tasks(args))
     if "load" in args.case:
-        answered = measure_load(args)
-        found("load", answered, load.show(answered))
-    common.report(args, "\n\n".join(filter(None, shown.values())), result)
-    return 0
+        found("load", measure_load(args))
+    return result
 
 
 # ---- cases without answers -------------------------------------------------------------------
 
 
 def measure_costs(
-    args: argparse.Namespace, cases: list[str], found: Callable[[str, Any, str], None]
+    args: argparse.Namespace, cases: list[str], found: Callable[[str, Any], None]
 ) -> None:
     model = models.open_model(args.model)
     tokenizer = model.tokenizer()
@@ -103,14 +142,14 @@ def measure_costs(
                 bar.say("samples")
                 text = Text(tokenizer, seed=args.seed)
                 timed = samples.measure([stock, ours], text, pairs=args.pairs, bar=bar)
-            found("samples", timed, samples.show(timed))
+            found("samples", timed)
         if "memory" in cases:
             text, rng = Text(tokenizer, seed=args.seed), random.Random(args.seed)
             steps = list(memory.steps(text, rng, args.turns))
             with common.Progress(2 * len(steps), unit=" requests") as bar:
                 bar.say("memory")
                 pools = memory.measure(stock, ours, steps, every=max(10, len(steps) // 20), bar=bar)
-            found("memory", pools, memory.show(pools))
+            found("memory", pools)
 
 
 def spec(args: argparse.Namespace, name: str, model: Path, **other: Any) -> ServerSpec:
@@ -160,7 +199,7 @@ def requests_of(args: argparse.Namespace, tokenizer: Any) -> list[requests.Reque
 
 def measure_rows(
     args: argparse.Namespace, todo: list[History], stock: Server, ours: Server,
-    found: Callable[[str, Any, str], None],
+    found: Callable[[str, Any], None],
 ) -> None:  # fmt: skip
     summaries: list[dict[str, Any]] = []
     each: dict[str, Any] = {}
@@ -170,8 +209,8 @@ def measure_rows(
             turns = rows.measure(stock, ours, history, own=args.own_answers, bar=bar)
             summaries.append(rows.summary(history, turns))
             each[history.name] = turns
-            found("turns", each, "")
-            found("rows", summaries, common.columns(summaries, **rows.COLUMNS))
+            found("turns", each)
+            found("rows", summaries)
 
 
 # ---- cases with answers ----------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvshare_sglang.bench import common
 from kvshare_sglang.bench.conversation.rows import counted
 from kvshare_sglang.bench.quality.cases import Prompt
 from kvshare_sglang.bench.server import Server
@@ -87,29 +86,31 @@ def summary(
     }
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    def words(row: dict[str, Any]) -> dict[str, Any]:
-        apart = row["minus_full"]
-        return {
-            **row,
-            "size": "whole" if row["chunk"] < 0 else row["chunk"],
-            "mix": "on" if row["mixed"] else "off",
-            "apart": "-" if apart is None else f"{apart:+.3f}",
-        }
+COLUMNS = {
+    "cell": "{task} {case}",
+    "server": "{server}",
+    "chunk": "{chunk}",
+    "mixed": "{mixed}",
+    "at_once": "{together}",
+    "n": "{n}",
+    "right": "{right:.3f}",
+    "minus_full": "{minus_full}",
+    "lost": "{lost}",
+    "won": "{won}",
+    "rows": "{rows:.0f}",
+    "recomputed": "{recomputed:.1%}",
+    "select": "{select}",
+}
 
-    return common.columns(
-        [words(row) for row in rows],
-        cell="{task} {case}",
-        server="{server}",
-        chunk="{size}",
-        mixed="{mix}",
-        at_once="{together}",
-        n="{n}",
-        right="{right:.3f}",
-        minus_full="{apart}",
-        lost="{lost}",
-        won="{won}",
-        rows="{rows:.0f}",
-        recomputed="{recomputed:.1%}",
-        select="{select}",
-    )
+
+def told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a table, numbers that stand for a word as that word."""
+    return [
+        {
+            **row,
+            "chunk": "whole" if row["chunk"] < 0 else row["chunk"],
+            "mixed": "on" if row["mixed"] else "off",
+            "minus_full": "-" if row["minus_full"] is None else f"{row['minus_full']:+.3f}",
+        }
+        for row in rows
+    ]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from kvshare_sglang.bench import common
 from kvshare_sglang.bench.common import Progress, ScriptError
 from kvshare_sglang.bench.conversation.histories import Text, Tokens
 from kvshare_sglang.bench.server import Server
@@ -145,18 +144,23 @@ def measure(
     }
 
 
-def show(result: dict[str, Any]) -> str:
-    rows = [
-        {**s, "over": s["ours"]["cached"] - s["stock"]["cached"] if s["comparable"] else "-"}
-        for s in result["samples"]
-    ]
-    lines = common.columns(
-        rows,
-        after="{steps} requests",
-        stock_holds="{stock[cached]}",
-        ours_holds="{ours[cached]}",
-        over_stock="{over}",
-        stock_in_use="{stock[in_use]}",
-        ours_in_use="{ours[in_use]}",
-    )
-    return f"{lines}\nafter a flush: {result['leaked']} slots did not come back"
+COLUMNS = {
+    "after": "{after}",
+    "stock_holds": "{stock[cached]}",
+    "ours_holds": "{ours[cached]}",
+    "over_stock": "{over}",
+    "stock_in_use": "{stock[in_use]}",
+    "ours_in_use": "{ours[in_use]}",
+}
+
+
+def told(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table: after some requests each, and after the flush."""
+
+    def row(after: str, one: dict[str, Any], comparable: bool) -> dict[str, Any]:
+        over = one["ours"]["cached"] - one["stock"]["cached"]
+        return {**one, "after": after, "over": over if comparable else "-"}
+
+    rows = [row(f"{s['steps']} requests", s, s["comparable"]) for s in result["samples"]]
+    last = dict(zip(("stock", "ours"), result["after"], strict=True))
+    return [*rows, row("a flush", last, True)]

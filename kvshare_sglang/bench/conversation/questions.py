@@ -162,18 +162,16 @@ def summary(lines: list[dict[str, Any]], **cell: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    return common.columns(
-        rows,
-        cell="{task} {case}",
-        turn="{turn} of {turns}",
-        arm="{arm}",
-        n="{n}",
-        right="{right:.3f}",
-        minus_full="{minus_full:+.3f}",
-        ci95="{ci95[0]:+.3f} {ci95[1]:+.3f}",
-        lost="{lost}",
-        won="{won}",
-        rows="{rows:.0f}",
-        recomputed="{recomputed:.1%}",
-    )
+COLUMNS = {
+    "cell": "{task} {case}",
+    "turn": "{turn} of {turns}",
+    "arm": "{arm}",
+    "n": "{n}",
+    "right": "{right:.3f}",
+    "minus_full": "{minus_full:+.3f}",
+    "ci95": "{ci95[0]:+.3f} {ci95[1]:+.3f}",
+    "lost": "{lost}",
+    "won": "{won}",
+    "rows": "{rows:.0f}",
+    "recomputed": "{recomputed:.1%}",
+}

@@ -58,14 +58,12 @@ def _row(name: str, ratios: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    return common.columns(
-        rows,
-        server="{server}",
-        samples="{n}",
-        pairs="{pairs}",
-        first_sample="{first[p50]:.2f}x",
-        quartiles="{first[q25]:.2f}-{first[q75]:.2f}",
-        last_sample="{last[p50]:.2f}x",
-        met="{met}",
-    )
+COLUMNS = {
+    "server": "{server}",
+    "samples": "{n}",
+    "pairs": "{pairs}",
+    "first_sample": "{first[p50]:.2f}x",
+    "quartiles": "{first[q25]:.2f}-{first[q75]:.2f}",
+    "last_sample": "{last[p50]:.2f}x",
+    "met": "{met}",
+}
