@@ -146,6 +146,23 @@ def test_an_agent_is_compacted_as_named_and_else_only_goes_on(kind):
         assert (len(now) < len(before)) == (kind in ("summarised", "all three"))
 
 
+def test_requests_of_a_file_are_compacted_and_go_on_from_there():
+    text = Numbers()
+    first, other = text(900), text(500)
+    sent = [first[: 300 + 100 * i] for i in range(6)] + [other] * 2
+    asis, made = histories.traces("it", sent, text, every=3)
+    assert prompts(asis) == sent
+    now = prompts(made)
+    assert now[:3] == sent[:3]
+    for i in (3, 4, 5):  # 600 tokens at the fourth: 570 behind the front, 380 of them in 60
+        assert len(now[i]) == len(sent[i]) - 380 + 60
+        assert now[i][90:] == sent[i][410:]
+        assert now[i][:90] == now[3][:90]
+        assert not set(now[i][:90]) & set(first)
+    assert len(now[6]) == 500 - 313 + 60  # another text, and time for its own summary
+    assert now[7] == now[6]
+
+
 def test_memory_mixes_turns_and_aborts_late():
     made = [list(memory.steps(Numbers(), random.Random(1), 300)) for _ in range(2)]
     assert made[0] == made[1]

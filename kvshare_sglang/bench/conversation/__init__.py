@@ -24,7 +24,7 @@ from kvshare_sglang.bench.quality.cases import CASES, SIZE, Encoder, NoPrompt, c
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
 from kvshare_sglang.bench.text.lines import fill
 
-ROWS = ("repeat", "edits", "header", "compaction")
+ROWS = ("repeat", "edits", "header", "compaction", "file")
 COSTS = (*ROWS, "samples", "memory")
 ANSWERS = ("tasks", "load")
 ROOM = 64  # tokens that are left for an answer
@@ -42,7 +42,8 @@ TABLES: dict[str, tuple[dict[str, str], Callable[[Any], list[dict[str, Any]]]]] 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
     add = parser.add_argument
-    add("--case", nargs="+", choices=(*COSTS, *ANSWERS), default=list(COSTS))
+    add("--case", nargs="+", choices=(*COSTS, *ANSWERS),
+        help="default: all but tasks and load; file where there is one")  # fmt: skip
     add("--short", action="store_true", help="the smallest form of each case, to see that it runs")
     add("--model", default="replay-5m", help="of cases without answers: directory or shape")
     add("--reader", type=Path, default=models.READER, metavar="DIR", help="of tasks and load")
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--own-answers", action="store_true",
         help="histories go on with what each server answered, not with written words")  # fmt: skip
     add("--file", type=Path, nargs="+", default=[], metavar="FILE",
-        help="compaction: more histories, JSON lines with 'prompt'")  # fmt: skip
+        help="case file: JSON lines with 'prompt', requests in order")  # fmt: skip
     add("--limit", type=int, metavar="N", help="requests of each file, from the first")
     add("--pairs", type=int, default=12, help="samples: pairs of prompts")
     add("--turns", type=int, default=1000, help="memory: requests")
@@ -107,6 +108,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.short:
         args.pairs, args.turns, args.n = 2, 40, 8
         args.of, args.chunks, args.mixed = args.of or ["template"], [256], ["off"]
+    args.case = args.case or [case for case in COSTS if args.file or case != "file"]
+    if "file" in args.case and not args.file:
+        raise ScriptError("--case file needs --file")
     if set(args.case) & set(ANSWERS) and not args.out:
         raise ScriptError("--case tasks and load need --out, a folder")
     result: dict[str, Any] = {}
@@ -180,13 +184,14 @@ def histories_of(
             yield histories.edits(text(), times, **few, **size)
     elif case == "header":
         yield histories.headers(text(), **few, **size)
-    else:
+    elif case == "compaction":
         yield from histories.agents(text, rng, **few, **({"every": 4} if args.short else {}))
+    else:
         for file in requests_of(args, tokenizer):
             fitting = [one.tolist() for one in file.prompts if len(one) <= room]
             if not fitting:
                 raise ScriptError(f"{file.name}: no prompt has at most {room} tokens")
-            yield histories.trace(file.name, fitting)
+            yield from histories.traces(file.name, fitting, text())
 
 
 def requests_of(args: argparse.Namespace, tokenizer: Any) -> list[requests.Requests]:

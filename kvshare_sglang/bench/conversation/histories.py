@@ -157,9 +157,32 @@ def agent(text: Text, rng: random.Random, kind: str, *, num_turns: int, every: i
     return History(f"coding agent, {kind}", "compaction", turns, _answers(text, num_turns))
 
 
-def trace(name: str, prompts: Sequence[Tokens]) -> History:
-    """Requests of a file, in order."""
-    return History(
-        name, "compaction", [Turn([one], i > 0) for i, one in enumerate(prompts)],
-        [[]] * len(prompts),
-    )  # fmt: skip
+# ---- requests of a file ----------------------------------------------------------------------
+
+
+def traces(
+    name: str, prompts: Sequence[Tokens], text: Text, *, every: int = 6
+) -> Iterator[History]:
+    """Requests of a file in order, as they are and compacted every so many requests."""
+    for kind, sent in ((name, prompts), (f"{name}, compacted", compacted(prompts, text, every))):
+        turns = [Turn([one], i > 0) for i, one in enumerate(sent)]
+        yield History(kind, "file", turns, [[]] * len(turns))
+
+
+def compacted(prompts: Sequence[Tokens], text: Text, every: int) -> list[Tokens]:
+    """The prompts, their first 30 tokens others and two thirds of what was not yet summarised a
+    summary; both stay for as long as prompts go on from what was so changed."""
+    front: tuple[Tokens, Tokens] = [], []  # what it was, and what it is
+    cuts: list[tuple[int, Tokens, Tokens]] = []  # how far, from the start, and the summary
+    sent = []
+    for i, ids in enumerate(prompts):
+        cuts = [cut for cut in cuts if ids[: cut[0]] == cut[1]]
+        if i and i % every == 0 and len(ids) > 400:
+            front = ids[:30], text(30)
+            start = cuts[-1][0] if cuts else 30
+            stop = start + (len(ids) - start) * 2 // 3
+            cuts = [*cuts, (stop, ids[:stop], text(60))]
+        head = front[1] if front[0] == ids[:30] else ids[:30]
+        summaries = [token for _, _, words in cuts for token in words]
+        sent.append(head + summaries + ids[cuts[-1][0] if cuts else 30 :])
+    return sent

@@ -23,6 +23,7 @@ TARGETS: dict[str, list[tuple[str, float, str]]] = {
         ("late_over_early", 1.1, "flat: late turns at most 1.1x early ones"),
     ],
     "compaction": [("sum_ratio", 1.0, "sum at most 1x")],
+    "file": [("sum_ratio", 1.0, "sum at most 1x")],
 }
 
 Row = dict[str, Any]
