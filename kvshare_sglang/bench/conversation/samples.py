@@ -27,7 +27,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each server: ``n`` samples over one sample, both of prompts as long that hold a
     cached document in another place; pair by pair."""
-    found: dict[str, list[tuple[float, float]]] = {server.spec.name: [] for server in servers}
+    found: dict[str, list[tuple[float, float, float]]] = {
+        server.spec.name: [] for server in servers
+    }
     for pair in range(-1, pairs):  # the first is a warm-up
         documents = [text(DOCUMENT) for _ in range(2)]
         prompts = [text(40) + document + text(30) for document in documents]
@@ -38,23 +40,24 @@ def measure(
             order = (1, SAMPLES) if pair % 2 else (SAMPLES, 1)
             times = {n: first_tokens(server, ids, n) for n, ids in zip(order, prompts, strict=True)}
             if pair >= 0:
-                one = times[1][0]
                 several = times[SAMPLES]
-                found[server.spec.name].append((several[0] / one, several[-1] / one))
+                found[server.spec.name].append((times[1][0], several[0], several[-1]))
             bar.update()
-    return [_row(name, ratios) for name, ratios in found.items()]
+    return [_row(name, seconds) for name, seconds in found.items()]
 
 
-def _row(name: str, ratios: list[tuple[float, float]]) -> dict[str, Any]:
-    first, last = (common.spread([pair[i] for pair in ratios]) for i in (0, 1))
+def _row(name: str, seconds: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """``seconds``: of each pair, to one sample's first token, and to those of several samples."""
+    first, last = (common.spread([pair[i] / pair[0] for pair in seconds]) for i in (1, 2))
     return {
         "server": name,
         "n": SAMPLES,
-        "pairs": len(ratios),
+        "pairs": len(seconds),
+        "one_s": common.median([pair[0] for pair in seconds]),
         "first": first._asdict(),
         "last": last._asdict(),
         "met": first.p50 <= MOST,
-        "ratios": ratios,
+        "seconds": seconds,
     }
 
 
@@ -62,6 +65,7 @@ COLUMNS = {
     "server": "{server}",
     "samples": "{n}",
     "pairs": "{pairs}",
+    "one_sample": "{one_s:.2f} s",
     "first_sample": "{first[p50]:.2f}x",
     "quartiles": "{first[q25]:.2f}-{first[q75]:.2f}",
     "last_sample": "{last[p50]:.2f}x",
