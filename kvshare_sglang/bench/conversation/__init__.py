@@ -66,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunks", type=int, nargs="+", default=load.CHUNKS, help="load: -1 is whole")
     add("--mixed", nargs="+", choices=("off", "on"), default=("off", "on"))
     add("--together", type=int, nargs="+", default=load.TOGETHER, help="load: prompts at once")
-    add("--out", type=Path, metavar="DIR", help="tasks, load: a file for each cell; a new folder for each setting")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="tasks, load: a file for each cell; a new folder for each setting",
+    )
     add("--result", type=Path, metavar="IN.json", help="show an earlier result, measure nothing")
     options.add_table(parser)
 
