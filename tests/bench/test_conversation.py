@@ -347,7 +347,7 @@ def test_the_bench_runs_on_real_servers(tmp_path):
     assert found["rows"][0]["name"] == "again, moved"
     for turns in found["turns"].values():
         assert all(sum(turn[kind] for kind in rows.KINDS) == turn["tokens"] for turn in turns)
-        assert turns[2]["copied"] > 300
+        assert turns[2]["copied"] > 150
         assert turns[-1]["stock"] == 1
     assert found["memory"]["leaked"] == 0
     assert found["memory"]["samples"][0]["stock"]["cached"] > 1000

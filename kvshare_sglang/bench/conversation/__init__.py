@@ -111,7 +111,9 @@ def table(part: str, value: Any) -> list[str]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All cases that are asked for. Raises ScriptError on options that do not go together."""
     if args.short:
-        args.pairs, args.turns, args.n = 2, 40, 8
+        args.pairs, args.turns, args.n = (
+            min(args.pairs, 2), min(args.turns, 40), min(args.n, 8)
+        )  # fmt: skip
         args.of, args.chunks, args.mixed = args.of or ["template"], [256], ["off"]
     args.case = args.case or [case for case in COSTS if args.file or case != "file"]
     if "file" in args.case and not args.file:
