@@ -212,6 +212,36 @@ def test_a_target_is_met_up_to_its_bound(case, good, bad):
     assert not told(bad, case=case)["met"]
 
 
+class Pool(Fake):
+    """Its idle pool holds so much after each look at it."""
+
+    def __init__(self, *cached: int, in_use: int = 0) -> None:
+        super().__init__()
+        self.left = [memory.Held(n, in_use, 1000 - n - in_use) for n in cached]
+
+    def events(self, ids: list[int], *, max_new_tokens: int, n: int = 1) -> Iterator[Any]:
+        yield 0.1, {"output_ids": [1]}
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "met", "over"),
+    [
+        ([7, 400, 600, 900, 7], [7, 400, 500, 900, 7], True, 0),
+        ([7, 400, 600, 900, 7], [7, 300, 601, 900, 7], False, 1),
+        ([7, 400, 990, 990, 7], [7, 300, 999, 999, 7], True, -100),  # stock had to evict
+        ([7, 400, 600, 700, 7], [7, 300, 600, 800, 7], True, 0),  # after an abort
+        ([7, 400, 600, 900, 7], [7, 400, 500, 900, 9], False, 0),  # two did not come back
+    ],
+)
+def test_a_pool_is_held_against_stock_until_chance_decides(monkeypatch, stock, ours, met, over):
+    monkeypatch.setattr(memory, "held", lambda server: server.left.pop(0))
+    made = [memory.Step("turn", [1], aborted=i == 5) for i in range(6)]
+    with Progress(12) as bar:
+        found = memory.measure(Pool(*stock), Pool(*ours), made, every=2, bar=bar)  # type: ignore[arg-type]
+    assert (found["met"], found["most_over_stock"]) == (met, over)
+    assert found["leaked"] == ours[-1] - ours[0]
+
+
 def test_a_gauge_is_read_for_what_it_is():
     page = (
         "# HELP sglang:kv_available_tokens x\n"

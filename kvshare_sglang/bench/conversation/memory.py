@@ -116,8 +116,13 @@ def measure(
     comparable = True
     for at in range(0, len(all_steps), every):
         part = all_steps[at : at + every]
-        comparable = comparable and not any(step.aborted for step in part)
         alone, shared = both(part)
+        # An abort, or a pool of stock's that had to evict: from then on chance decides.
+        comparable = (
+            comparable
+            and not any(step.aborted for step in part)
+            and alone.free > before[0].free // 20
+        )
         samples.append(
             {
                 "steps": at + len(part),
