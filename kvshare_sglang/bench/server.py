@@ -170,17 +170,32 @@ class Server:
 
     def ask(self, ids: Sequence[int], *, max_new_tokens: int = 1, kvshare: Any = None) -> Answer:
         """Greedy answer to a prompt of token ids; ``kvshare`` is the request's own option."""
+        ttft, last, total = None, None, 0.0
+        for now, last in self.events(ids, max_new_tokens=max_new_tokens, kvshare=kvshare):
+            total = now
+            if ttft is None and last["output_ids"]:
+                ttft = now
+        if ttft is None or last is None:
+            raise ScriptError(f"'{self.spec.name}' sent no token. Log:\n{self.log_tail()}")
+        return Answer(ttft, total, list(last["output_ids"]), last["meta_info"])
+
+    def events(
+        self, ids: Sequence[int], *, max_new_tokens: int, kvshare: Any = None, n: int = 1
+    ) -> Iterator[tuple[float, dict[str, Any]]]:
+        """What a streamed greedy answer of ``n`` samples brings, and how many seconds after it was
+        asked for. Leaving off aborts the request. Raises ScriptError where it fails."""
         sampling: dict[str, Any] = {
             "temperature": 0,
             "max_new_tokens": max_new_tokens,
             "ignore_eos": True,
         }
+        if n > 1:
+            sampling["n"] = n
         if kvshare is not None:
             sampling["custom_params"] = {"kvshare": kvshare}
         body = json.dumps(
             {"input_ids": [int(i) for i in ids], "sampling_params": sampling, "stream": True}
         )
-        ttft, last, total = None, None, 0.0
         started = time.perf_counter()
         try:
             with self.client.stream(
@@ -192,19 +207,14 @@ class Server:
                     if not line.startswith("data: {"):
                         continue
                     now = time.perf_counter()
-                    last = json.loads(line.removeprefix("data: "))
-                    if "error" in last:
-                        raise ScriptError(f"{self.spec.name} answered {last['error']}")
-                    total = now - started
-                    if ttft is None and last["output_ids"]:
-                        ttft = total
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ScriptError(f"{self.spec.name} answered {event['error']}")
+                    yield now - started, event
         except httpx.HTTPError as error:
             raise ScriptError(
                 f"'{self.spec.name}' broke off: {error!r}. The end of its log:\n{self.log_tail()}"
             ) from error
-        if ttft is None or last is None:
-            raise ScriptError(f"'{self.spec.name}' sent no token. Log:\n{self.log_tail()}")
-        return Answer(ttft, total, list(last["output_ids"]), last["meta_info"])
 
 
 @contextlib.contextmanager

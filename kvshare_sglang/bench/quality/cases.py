@@ -64,7 +64,7 @@ def prompts(
                 f"{task}, {case}: none of {TRIES} samples of {size.facts} facts gives a prompt that"
                 f" fits into {max_len} tokens"
             )
-        pair = _pair(rng, task, case, size, filler)
+        pair = pair_of(rng, task, case, size, filler)
         if pair is None:
             continue
         ids = encode(pair.prompt.prompt, start=True)
@@ -78,9 +78,10 @@ def prompts(
         yield Prompt(cached, ids, encode(f" {tail}")[:MOST_OF_ANSWER])
 
 
-def _pair(
+def pair_of(
     rng: random.Random, task: str, case: str, size: tasks.Size, filler: Sequence[str]
 ) -> tasks.Pair | None:
+    """One pair of a task and case; None where this draw of the sample has none."""
     if task == "text":
         sample = tasks.text(rng, split="test", paragraphs=5)
         others = tasks.text(rng, split="test", paragraphs=4)

@@ -1,0 +1,123 @@
+"""Rows that each turn of a history computes, in a server with kvshare and in stock SGLang."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kvshare_sglang.bench import common
+from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.conversation.histories import ANSWER, History, prompt
+from kvshare_sglang.bench.server import Answer, Server
+
+KINDS = ("exact", "copied", "recomputed", "fresh", "blended")
+
+# By case: what is bounded, by how much, and in which words.
+TARGETS: dict[str, list[tuple[str, float, str]]] = {
+    "repeat": [("most_over", 2, "at most 2 rows over stock")],
+    "edits": [
+        ("most_ratio", 1.25, "each later turn at most 1.25x"),
+        ("sum_ratio", 1.0, "sum at most 1x"),
+    ],
+    "header": [
+        ("sum_ratio", 0.25, "sum at most 0.25x"),
+        ("late_over_early", 1.1, "flat: late turns at most 1.1x early ones"),
+    ],
+    "compaction": [("sum_ratio", 1.0, "sum at most 1x")],
+    "file": [("sum_ratio", 1.0, "sum at most 1x")],
+}
+
+Row = dict[str, Any]
+
+
+def counted(answer: Answer) -> dict[str, int]:
+    """Prompt tokens of an answer by what was done with them. Raises ScriptError unless they add up
+    to the prompt, and the exact ones are SGLang's own count."""
+    told = answer.kvshare
+    kinds = {kind: int(told.get(f"{kind}_tokens", 0)) for kind in KINDS}
+    total, cached = answer.meta["prompt_tokens"], answer.meta["cached_tokens"]
+    if sum(kinds.values()) != total or kinds["exact"] != cached:
+        raise ScriptError(f"{kinds} do not add up to {total} tokens with {cached} cached")
+    return kinds
+
+
+def rows_of(answer: Answer, *, stock: bool) -> int:
+    """Rows that ran for a prompt."""
+    if stock:
+        return int(answer.meta["prompt_tokens"] - answer.meta["cached_tokens"])
+    kinds = counted(answer)
+    return kinds["recomputed"] + kinds["fresh"]
+
+
+def play(server: Server, history: History, *, own: bool, bar: Progress) -> Iterator[Answer]:
+    """The answers to all turns; ``own``: the history goes on with what this server answered."""
+    server.flush()
+    said: list[list[int]] = []
+    for turn, written in zip(history.turns, history.answers, strict=True):
+        got = server.ask(prompt(turn, said), max_new_tokens=ANSWER if own else 1)
+        said.append(got.output_ids if own else written)
+        bar.update()
+        yield got
+
+
+def measure(
+    stock: Server, ours: Server, history: History, *, own: bool, bar: Progress
+) -> list[Row]:
+    """A row for each turn."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(lambda it=it: list(play(it, history, own=own, bar=bar)))  # type: ignore[misc]
+            for it in (stock, ours)
+        ]
+        plain, shared = (job.result() for job in jobs)
+    return [
+        {
+            "tokens": got.meta["prompt_tokens"],
+            "counted": turn.counted,
+            "stock": rows_of(alone, stock=True),
+            "ours": rows_of(got, stock=False),
+            **counted(got),
+            "declined": got.kvshare["declined"],
+            "select": got.kvshare["select"],
+        }
+        for turn, alone, got in zip(history.turns, plain, shared, strict=True)
+    ]
+
+
+def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the turns of a history come to, and whether its targets are met."""
+    judged = [row for row in rows if row["counted"]]
+    worst = max(judged, key=lambda r: r["ours"] / r["stock"])
+    quarter = max(1, len(judged) // 4)
+    early, late = (sum(r["ours"] for r in part) for part in (judged[:quarter], judged[-quarter:]))
+    row = {
+        "name": history.name,
+        "case": history.case,
+        "turns": len(rows),
+        "stock": sum(r["stock"] for r in rows),
+        "ours": sum(r["ours"] for r in rows),
+        "sum_ratio": sum(r["ours"] for r in rows) / sum(r["stock"] for r in rows),
+        "most_ratio": worst["ours"] / worst["stock"],
+        "most_over": max(r["ours"] - r["stock"] for r in judged),
+        "ours_p50": common.median([r["ours"] for r in judged]),
+        "late_over_early": late / max(1, early),
+    }
+    targets = TARGETS[history.case]
+    return {
+        **row,
+        "target": "; ".join(words for _, _, words in targets),
+        "met": all(row[name] <= most for name, most, _ in targets),
+    }
+
+
+COLUMNS = {
+    "history": "{name}",
+    "turns": "{turns}",
+    "stock_rows": "{stock}",
+    "our_rows": "{ours}",
+    "sum": "{sum_ratio:.2f}x",
+    "worst_turn": "{most_ratio:.2f}x",
+    "rows_over": "{most_over:+d}",
+    "late_/_early": "{late_over_early:.2f}",
+    "target": "{target}",
+    "met": "{met}",
+}
