@@ -126,9 +126,10 @@ def test_an_unknown_step_is_refused_by_name(capsys):
 def test_the_entry_point_written_on_the_spot_is_the_installed_one(tmp_path):
     visit_env.write_metadata(tmp_path)
     (found,) = importlib.metadata.Distribution.discover(path=[str(tmp_path)])
-    (entry,) = found.entry_points
-    assert (entry.group, entry.name) == ("sglang.srt.plugins", "kvshare")
-    assert entry.load().__module__ == "kvshare_sglang.plugin"
+    installed = importlib.metadata.distribution("kvshare-sglang").entry_points
+    told = {(entry.group, entry.name, entry.value) for entry in found.entry_points}
+    assert told == {(entry.group, entry.name, entry.value) for entry in installed}
+    assert ("sglang.srt.plugins", "kvshare", "kvshare_sglang.plugin:register") in told
 
 
 def test_a_kit_sets_what_it_likes_and_the_rest_stays(tmp_path):

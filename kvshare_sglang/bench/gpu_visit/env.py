@@ -61,17 +61,18 @@ def probe(env: dict[str, str]) -> tuple[list[str], bool]:
 
 def write_metadata(folder: Path) -> None:
     """The installed package's metadata, as far as SGLang looks for it: it finds the plug-in by
-    its entry point, in whatever process it starts, though nothing is installed here."""
+    its entry points, in whatever process it starts, though nothing is installed here."""
     setup = (ROOT / "setup.py").read_text()
     version = re.search(r'version="(.+?)"', setup)
-    entry = re.search(r'entry_points=\{"(.+?)": \["(.+?)"\]\}', setup)
-    if version is None or entry is None:
+    entries = re.findall(r'"(sglang\..+?)": \["(.+?)"\]', setup)
+    if version is None or not entries:
         raise RuntimeError("setup.py names no version or no entry point")
     info = folder / f"kvshare_sglang-{version[1]}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     text = f"Metadata-Version: 2.1\nName: kvshare-sglang\nVersion: {version[1]}\n"
     (info / "METADATA").write_text(text)
-    (info / "entry_points.txt").write_text(f"[{entry[1]}]\n{entry[2]}\n")
+    points = "".join(f"[{group}]\n{entry}\n" for group, entry in entries)
+    (info / "entry_points.txt").write_text(points)
 
 
 def joined(first: str, rest: str | None) -> str:
