@@ -34,8 +34,9 @@ def passes(fb: Any, runner: "ModelRunner") -> Iterator[Any]:
     """The batches to run for ``fb``, one after the other: mostly itself alone. The last one is
     ``fb``, cut to the rows that are left; its logits are the batch's."""
     reuse: BatchReuse | None = getattr(fb, "kvshare", None)
-    chunk = versions.chunk_size()
-    if reuse is None or reuse.rows is None or reuse.observer is not None or chunk is None:
+    plain = reuse is None or reuse.rows is None or reuse.observer is not None
+    chunk = None if plain else versions.chunk_size()
+    if reuse is None or reuse.rows is None or chunk is None:
         yield fb
         return
     parts = sliced(reuse.rows, most=chunk)
