@@ -145,7 +145,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS
         return state
-    state.decline = may_reuse(support.view_of(req, options.mode))
+    state.decline = _of_an_adapter(cache, req) or may_reuse(support.view_of(req, options.mode))
     if state.decline is not None:
         return state
     state.budget = cache.config.budget if options.budget is None else options.budget
@@ -158,6 +158,15 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         state.plan, state.decline = _only_hit(cache, req, prefix_len), Decline.FAULT
     cache.report.looked_up(time.perf_counter() - started)
     return state
+
+
+def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:
+    """SGLang appends an adapter's id to the ``extra_key``: who sends such a key without the adapter
+    would find text that it computed."""
+    space = versions.namespace(req)
+    if req.lora_id is not None:
+        cache.adapter_spaces.add(space)
+    return Decline.LORA if space in cache.adapter_spaces else None
 
 
 def find_runs(cache: FuzzyRadixCache, req: "Req", prefix_len: int) -> tuple[Run, ...]:

@@ -197,14 +197,16 @@ def needs_every_row(fb: Any, batch: Any) -> bool:
 def as_markdown() -> str:
     """The README's table of limits."""
     refused = ", ".join(dict.fromkeys([*(setting.what for setting in SETTINGS), TWO_BACKENDS]))
-    declined = ", ".join(name.replace("_", " ") for name in RequestView._fields if name != "mode")
+    words = {"lora": "LoRA adapters", "prefill_only": "scores without an answer"}
+    names = [name for name in RequestView._fields if name != "mode"]
+    declined = ", ".join(words.get(name, name.replace("_", " ")) for name in names)
     rows = (
         ("models", "served", ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
          + " (dense, one RoPE table with its scalings); others are refused at start"),
         ("server settings", "refused at start, with the flag to drop", refused),
         ("requests", "take the exact path, counted by reason", declined),
         ("selectors", "`window` chooses instead, named in the answer",
-         "prompts in several chunks, LoRA servers, fp8 KV caches"),
+         "LoRA servers, fp8 KV caches; for `dhd` also prompts whose rows need several chunks"),
     )  # fmt: skip
     lines = ["| what | how | which |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])

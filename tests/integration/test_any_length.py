@@ -88,9 +88,10 @@ def test_a_prompt_of_more_rows_than_a_chunk_is_traced_with_its_last_chunk(
     for answer in (mine, whole):
         assert (answer["kvshare"]["select"], answer["kvshare"]["select_reason"]) == ("trace", None)
     assert mine["kvshare"]["repaired_tokens"] > 0
-    # Beside the rows of a prompt that comes whole the last row of each chunk runs.
+    # Beside the rows of a prompt that comes whole the last row of each chunk runs; new text that
+    # was computed over copies takes some of the budget.
     chunks = -(-720 // CHUNK)
-    assert 0 <= computed(mine["kvshare"]) - computed(whole["kvshare"]) <= chunks
+    assert -16 <= computed(mine["kvshare"]) - computed(whole["kvshare"]) <= chunks
 
 
 def test_prompts_at_once_share_batches_and_each_reuses_what_it_does_alone(
@@ -123,7 +124,7 @@ def test_a_batch_that_must_run_every_row_runs_them_a_chunk_at_a_time(
     llama: Path, texts: Texts, fault: str
 ) -> None:
     corpus = Corpus(texts, new=(10, 20))
-    plain = texts.passage(30)
+    plain = texts.passage(12)
     settings = {"chunked_prefill_size": CHUNK, "kvshare_select": "trace", "kvshare_budget": 0.04}
     with lab(llama, kvshare=True, **settings) as it:
         it.one(corpus.source, new=1)

@@ -24,10 +24,8 @@ def any_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
         yield it
 
 
-@pytest.mark.parametrize("select", ["dhd", "trace"])
-@pytest.mark.parametrize("limit", [4])
 def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
-    llama: Path, texts: Texts, select: str, limit: int
+    llama: Path, texts: Texts
 ) -> None:
     """Exact KV in all that is copied: whatever runs, both get full prefill's logits and KV. The
     long one comes in parts, so structure chooses for it (180 rows, 24 copies, one row), and its
@@ -35,9 +33,9 @@ def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
     few ranges, as on a GPU: merging the smallest gaps would reach into what was cut."""
     settings = {
         "chunked_prefill_size": 505,
-        "kvshare_select": select,
+        "kvshare_select": "dhd",
         "kvshare_budget": 0.2,
-        "max_running_requests": limit,
+        "max_running_requests": 4,
         "mutation": "probes:few_stretches_and_all_tokens_charged",
     }
     long, short = texts.passage(900), texts.passage(300)
@@ -58,7 +56,7 @@ def test_a_request_cut_before_and_one_chosen_later_share_a_batch_of_few_ranges(
                 ]
             ]
         )
-        assert part["short"]["kvshare"]["select"] == select
+        assert part["short"]["kvshare"]["select"] == "dhd"
         assert part["long"]["kvshare"]["select_reason"] == "chunked"
         # Of its three parts 181 rows ran, one and 16: nothing was added by merging.
         assert computed(part["long"]["kvshare"]) == 181 + 1 + 16

@@ -217,7 +217,7 @@ def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) ->
         it.play(script)
         told = it.one(prompt + texts.passage(20))["kvshare"]
         assert told["blended_tokens"] == told["copied_tokens"] == 0
-        assert told["exact_tokens"] < 64
+        assert told["exact_tokens"] < 200  # the rows before the first copy
         # From here on as ever.
         it.one(texts.passage(7) + prompt)
         assert it.one(texts.passage(9) + prompt)["kvshare"]["copied_tokens"] > 200

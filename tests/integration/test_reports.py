@@ -4,10 +4,12 @@ import random
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Texts
 from lab import Lab, computed, lab, request
+from tiny_models import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def traced(llama: Path) -> Iterator[Lab]:
 
 def assert_clean(it: Lab) -> None:
     state = it.ask("probes:check")
-    assert state["protected"] == state["pins"] == state["adopted"] == 0
+    assert state["protected"] == state["pins"] == 0
     assert state["available"] + state["evictable"] == state["total"]
 
 
@@ -137,3 +139,39 @@ def test_what_aborted_requests_leave_behind_is_exact(
         assert_clean(traced)
         want = plain_lab.play([("flush",), request("x", prompt, new=12)])["x"]["output"]
         assert traced.one(prompt, kvshare="exact", new=12)["output"] == want
+
+
+def lora_ids(child: Any) -> list[str]:
+    return list(child.runner.lora_manager.loras)
+
+
+def test_a_base_request_never_copies_kv_of_an_adapter(
+    llama: Path, models: Path, texts: Texts
+) -> None:
+    """SGLang 24638: it appends the adapter's id to extra_key; a client can send that id as its
+    extra_key, and then shares exact prefixes with the adapter."""
+    settings = {"enable_lora": True, "lora_paths": [str(make_adapter(models))]}
+    settings |= {"lora_backend": "torch_native", "max_loras_per_batch": 2}
+    document = texts.passage(300)
+    prompt = texts.passage(9) + document + texts.passage(20)
+    with lab(llama, kvshare=True, mutation="probes:no_pinning", **settings) as it:
+        (adapter,) = it.ask("test_reports:lora_ids")
+        it.one(document, lora=True)
+        told = it.one(prompt, extra_key=adapter)["kvshare"]
+        assert (told["copied_tokens"], told["declined"]) == (0, "lora")
+
+
+def test_samples_of_one_prompt_reuse_as_a_single_one_does(llama: Path, texts: Texts) -> None:
+    """vLLM 39647: SGLang sends a prompt of several samples once with no new tokens, then once a
+    sample."""
+    document, samples = texts.passage(600), 4
+    with lab(llama, kvshare=True) as it:
+        it.one(document)
+        single = it.one(texts.passage(9) + document + texts.passage(20))
+        prompt = texts.passage(9) + document + texts.passage(20)
+        script: list[Any] = [request("warm", prompt, new=0), ("idle",)]
+        script.append([request(f"{i}", prompt) for i in range(samples)])
+        answers = it.play(script)
+        rows = sum(computed(answer["kvshare"]) for answer in answers.values())
+        assert rows <= computed(single["kvshare"]) + samples + 4, rows
+        assert len({tuple(answers[f"{i}"]["output"]) for i in range(samples)}) == 1

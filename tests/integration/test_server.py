@@ -118,9 +118,9 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     many = server.generate(texts.passage(9) + a, sampling={"n": 3, "max_new_tokens": 6})
     assert len(many) == 3
     assert len({tuple(answer["output_ids"]) for answer in many}) == 1, "greedy samples agree"
-    # SGLang prefills a prompt of several samples once, with an answer of no tokens.
-    warm = server.generate(texts.passage(9) + a, new=0)
-    assert info(warm)["declined"] == "prefill_only"
+    # SGLang prefills a prompt of several samples once, with an answer of no tokens: it reuses, and
+    # the samples share what it leaves.
+    assert all(info(answer)["blended_tokens"] > 200 for answer in many)
 
 
 def test_flush_and_abort(server: Server, texts: Texts) -> None:

@@ -57,6 +57,7 @@ class FuzzyRadixCache(RadixCache):
     ) -> None:
         """``accepts``: whether a request may be served from KV that is not exact."""
         self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
+        self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
         self.usage = Usage(params.token_to_kv_pool_allocator.size)
         self.sync = IndexSync(self.fuzzy)
@@ -73,6 +74,7 @@ class FuzzyRadixCache(RadixCache):
         super().reset()
         self.sources.forget()
         self.branches.forget()
+        self.adapter_spaces.clear()
         self.fuzzy.clear()
 
     def new_weights(self) -> None:
