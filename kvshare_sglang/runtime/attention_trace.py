@@ -65,8 +65,14 @@ class TraceStage:
         rows = list(self.rows)
         earlier: list[Part] = []
         try:
+            page = runner.token_to_kv_pool_allocator.page_size
             traces = [
-                self.selector.trace(job.plan, budget=job.state.budget, start=job.chunk.start)
+                self.selector.trace(
+                    job.plan,
+                    budget=job.state.budget,
+                    start=job.chunk.start,
+                    most_open=0 if job.state.spare is None else len(job.state.spare) // page,
+                )
                 for job in self.jobs
             ]
             parts = [functools.partial(_part, fb, runner, job) for job in self.jobs]

@@ -76,7 +76,7 @@ def hook_add_one_req(
     if holds:
         try:
             cache.sources.lock(state)
-            cache.retainer.reserve(req, state, num=_most_repaired(state))
+            cache.retainer.reserve(req, state, num=_most_repaired(state, cache.page_size))
         except Exception:
             logger.exception("KVShare could not lock the sources of request %s", req.rid)
             cache.let_go(req, state)
@@ -113,13 +113,15 @@ def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> Re
     return instead
 
 
-def _most_repaired(state: RequestReuse) -> int:
-    """How many rows of the prefix hit the selector may run again."""
-    assert state.plan is not None
+def _most_repaired(state: RequestReuse, page: int) -> int:
+    """How many rows of the prefix hit the selector may run again; none for the last page of a
+    prompt that was there before."""
+    plan = state.plan
+    assert plan is not None
     assert state.selector is not None
-    if state.selector.sees is not Sees.ATTENTION:
+    if state.selector.sees is not Sees.ATTENTION or 1 < page >= plan.prompt_len - plan.prefix_len:
         return 0
-    return repair_rows(state.plan, budget=state.budget)
+    return repair_rows(plan, budget=state.budget)
 
 
 def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:

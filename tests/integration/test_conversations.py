@@ -18,7 +18,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole prompts, overlap": {"disable_overlap_schedule": False},
     "chunks of 112, page 16": {"chunked_prefill_size": 112, "page_size": 16},
 }
-REPAIR = 1.5 * 0.15  # rows that may be repaired for each new one, by default
+
+
+def allowed(rows: int) -> float:
+    """What a turn may cost that costs SGLang so many rows: with repair, by default."""
+    return rows if rows < 4 else rows + 1.5 * 0.15 * max(rows, 120)
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
@@ -110,7 +114,7 @@ def test_turns_after_an_edit_cost_what_they_cost_without_us(talk: Lab, texts: Te
         adds_up(answer, prompt)
         rows, would = computed(answer["kvshare"]), stock.rows(prompt)
         if not edited:
-            assert rows <= would * (1 + REPAIR) + 1, (turn, answer["kvshare"])
+            assert rows <= allowed(would) + 1, (turn, answer["kvshare"])
         ours, theirs = ours + rows, theirs + would
         stock.served(prompt, answer["output"])
         history = prompt[560:] + answer["output"] + texts.passage(54)
@@ -257,7 +261,7 @@ def test_any_history_costs_at_most_stock_and_repair(
             assert answer["output"] == plain_lab.one(prompt, new=4)["output"]
         elif not aborted:
             rows = computed(answer["kvshare"])
-            assert rows <= would * (1 + REPAIR) + edge(talk), (answer["kvshare"], would)
+            assert rows <= allowed(would) + edge(talk), (answer["kvshare"], would)
 
     for kind, *rest in history:
         i = rest[0] if rest else 0

@@ -52,6 +52,7 @@ class AttentionTrace(NamedTuple):
         *,
         budget: float,
         start: int | None = None,
+        most_open: int | None = None,
         shares: Sequence[float] = SHARES,
     ) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them
@@ -59,16 +60,19 @@ class AttentionTrace(NamedTuple):
 
         ``start``: the rows before it have KV by now, by default those of the prefix hit. Where a
         prompt came in chunks, those that were copied and the new text computed over them may run
-        once more, and where a prefix hit has open rows, these.
+        once more, and where a prefix hit has open rows, ``most_open`` of these, by default what the
+        budget buys of them.
         """
         start = plan.prefix_len if start is None else start
         required = self.required(plan, start)
         candidates = plan.reused_rows
         if plan.copies and start > plan.copies[0].dst_start:
             candidates |= plan.fresh_rows.clip(plan.copies[0].dst_start, start)
-        if plan.blend:
-            candidates |= plan.blend.open
-        candidates -= required
+        repaired = repair_rows(plan, budget=budget)
+        if most_open is not None:
+            repaired = min(repaired, most_open)
+        shared = plan.blend.open if plan.blend and repaired else Rows()
+        candidates = (candidates | shared) - required
         count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
         after = rows_after_edits(plan, each=AFTER_EDIT, limit=int(AFTER_EDITS * count)) - required
         rows = required | after
@@ -77,8 +81,9 @@ class AttentionTrace(NamedTuple):
             candidates.mask(plan.prompt_len),
             rows=rows,
             query=query,
-            count=count + repair_rows(plan, budget=budget),
+            count=count + repaired,
             at_first=after,
+            shared=(shared.mask(plan.prompt_len), repaired),
             shares=shares,
         )
 
@@ -98,7 +103,7 @@ class Trace:
     Until ``done``: run ``rows`` up to the probe layer, and ``feed`` the attention that ``query``,
     the last of them, pay to the prompt there. At the end ``chosen`` holds ``count`` of the
     candidates (bool [prompt_len]): those ``at_first``, and of the rest ``shares[i]`` from step
-    ``i``.
+    ``i``. ``shared``: of these candidates only so many may be chosen.
     """
 
     def __init__(
@@ -109,10 +114,12 @@ class Trace:
         query: Rows,
         count: int,
         at_first: Rows | None = None,
+        shared: tuple[np.ndarray, int] | None = None,
         shares: Sequence[float] = SHARES,
     ) -> None:
         self._candidates = candidates.copy()
         self._left = count
+        self._shared, self._left_shared = shared or (np.zeros(len(candidates), bool), 0)
         self._shares = list(shares)
         self._chosen = np.zeros(len(candidates), bool)
         self.rows, self.query = rows, query
@@ -136,8 +143,10 @@ class Trace:
         """``mass`` [prompt_len]: attention of the query rows to each position. O(n log n)."""
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         where = np.flatnonzero(self._candidates)
-        best = np.sort(where[np.argsort(-mass[where], kind="stable")[:count]])
-        rows = Rows.at(best)
+        order = where[np.argsort(-mass[where], kind="stable")]
+        shared = self._shared[order]
+        order = order[~shared | (np.cumsum(shared) <= self._left_shared)]
+        rows = Rows.at(np.sort(order[:count]))
         self._take(rows)
         self._shares.pop(0)
         self.rows = self.query = rows
@@ -146,6 +155,7 @@ class Trace:
         self._candidates[rows.positions] = False
         self._chosen[rows.positions] = True
         self._left -= rows.num
+        self._left_shared -= int(self._shared[rows.positions].sum())
 
 
 def probe_layer(layers: int, depth: float) -> int:

@@ -17,7 +17,7 @@ MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it save
 MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
 REPAIR = 1.5  # a new row buys as many open rows before it as so many reused ones do
-FEWEST = 4  # a turn that buys fewer open rows, as the end of a page does, has nothing to ask
+FEWEST, TURN = 4, 120  # tokens of new text that may ask something, and that it counts as at least
 QUERY = 64  # of so many rows the attention is looked at, the last ones
 
 
@@ -97,18 +97,21 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
 
 def repair_rows(plan: ReusePlan, *, budget: float) -> int:
     """How many open rows of the prefix hit a budget buys: a share of ``REPAIR`` times the new text
-    of the turn, whatever the length of the conversation. Bounds what a turn costs beside its text.
+    of the turn, which counts as ``TURN`` tokens at least, whatever the length of the conversation:
+    a short question rests on as many rows as a long one. Bounds what a turn costs beside its text.
 
     >>> from kvshare_sglang.plan import Blend
     >>> blend = Blend(0, Rows([(10, 900)]), depth=1)
-    >>> repair_rows(ReusePlan(1060, 1000, (), (), blend), budget=0.15)
-    13
+    >>> plans = [ReusePlan(1000 + new, 1000, (), (), blend) for new in (1, 9, 400)]
+    >>> [repair_rows(plan, budget=0.2) for plan in plans]
+    [0, 36, 120]
     """
     if plan.blend is None:
         return 0
     new = plan.prompt_len - plan.prefix_len - plan.reused
-    bought = int(REPAIR * budget * new)
-    return min(plan.blend.open.num, bought) if bought >= FEWEST else 0
+    if new < FEWEST:  # the same prompt again
+        return 0
+    return min(plan.blend.open.num, int(REPAIR * budget * max(new, TURN)))
 
 
 def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:
