@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import prompts_with_runs
 
-from kvshare_sglang.plan import ReusePlan, Rows, Run, check_runs, merge_ranges
+from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run, check_runs, merge_ranges
 
 SETS = st.sets(st.integers(0, 60))
 
@@ -257,3 +257,54 @@ def test_a_plan_that_does_not_hold_together_is_refused(runs, copies, said):
 def test_rows_that_are_neither_computed_nor_in_a_run_are_named():
     with pytest.raises(ValueError, match=r"Range\(start=50, stop=100\) is neither computed nor"):
         ReusePlan.computing(Rows(), prompt_len=100, prefix_len=0, runs=[Run(1, 0, 0, 50)])
+
+
+# ---- behind a prefix hit that is not exact --------------------------------------------------
+
+
+def behind(plan, start, open_rows, depth=1):
+    return plan.behind(Blend(start, rows_of(open_rows), depth))
+
+
+@given(plans(), st.data())
+def test_a_plan_behind_a_blend_is_exact_up_to_the_blend_whatever_is_done_to_it(case, data):
+    plan, _ = case
+    if plan.prefix_len == 0:
+        return
+    start = data.draw(st.integers(0, plan.prefix_len - 1))
+    held = data.draw(st.sets(st.integers(start, plan.prefix_len - 1), max_size=30))
+    blended = behind(plan, start, held)
+    again = data.draw(st.sets(st.integers(0, plan.prompt_len - 1), max_size=60))
+    ran = blended.recompute(plan.fresh_rows | rows_of(again))
+    cut = blended.stop_at(data.draw(st.integers(0, plan.prompt_len)))
+    for one in (blended, ran, cut, blended.nothing(), blended.without(plan.runs)):
+        assert one.exact_len == start
+        assert one.inexact
+        assert one.depth >= 1
+    assert ran.blend.open == rows_of(held - again)
+    assert ran.open == rows_of((held | set(mapped(plan.runs))) - again)
+    assert cut.blend == blended.blend
+    assert blended.nothing().computed == plan.prompt_len - plan.prefix_len
+
+
+@pytest.mark.parametrize(
+    ("blend", "said"),
+    [
+        (Blend(10, Rows(), 1), "is not in the prefix hit of 10"),
+        (Blend(3, Rows([(2, 5)]), 1), "lies outside the blended part"),
+        (Blend(3, Rows([(8, 12)]), 1), "lies outside the blended part"),
+    ],
+)
+def test_a_blend_lies_in_the_prefix_hit(blend, said):
+    with pytest.raises(ValueError, match=said):
+        ReusePlan(100, 10, (), (), blend)
+
+
+def test_depth_rises_at_seams_only():
+    depths = {
+        (join, depth): Run(1, 0, 0, 5, depth, join).depth_after for join in Join for depth in (0, 2)
+    }
+    assert depths == {
+        (Join.SEAM, 0): 1, (Join.EDIT, 0): 1, (Join.SAME, 0): 0,
+        (Join.SEAM, 2): 3, (Join.EDIT, 2): 2, (Join.SAME, 2): 2,
+    }  # fmt: skip

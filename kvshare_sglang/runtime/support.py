@@ -194,12 +194,15 @@ def needs_every_row(fb: Any, batch: Any) -> bool:
     )
 
 
+# What requests are called in the table, where their field's name would not do.
+DECLINED = {"lora": "LoRA adapters", "prefill_only": "scores without an answer"}
+
+
 def as_markdown() -> str:
     """The README's table of limits."""
     refused = ", ".join(dict.fromkeys([*(setting.what for setting in SETTINGS), TWO_BACKENDS]))
-    words = {"lora": "LoRA adapters", "prefill_only": "scores without an answer"}
     names = [name for name in RequestView._fields if name != "mode"]
-    declined = ", ".join(words.get(name, name.replace("_", " ")) for name in names)
+    declined = ", ".join(DECLINED.get(name, name.replace("_", " ")) for name in names)
     rows = (
         ("models", "served", ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
          + " (dense, one RoPE table with its scalings); others are refused at start"),

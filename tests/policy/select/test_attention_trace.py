@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wishes import SEAM, copied_whole, wishes
 
-from kvshare_sglang.plan import Join, Run, merge_ranges
+from kvshare_sglang.plan import Blend, Join, Rows, Run, merge_ranges
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.select.attention_trace import (
     AFTER_EDIT,
@@ -15,7 +15,12 @@ from kvshare_sglang.policy.select.attention_trace import (
     AttentionTrace,
     probe_layer,
 )
-from kvshare_sglang.policy.select.base import budget_rows, required_rows, rows_after_edits
+from kvshare_sglang.policy.select.base import (
+    budget_rows,
+    repair_rows,
+    required_rows,
+    rows_after_edits,
+)
 
 SELECTOR = AttentionTrace(SEAM)
 
@@ -142,3 +147,53 @@ def test_what_is_watched_was_copied_however_few_ranges_the_backend_takes(wish, l
 @pytest.mark.parametrize(("layers", "depth", "layer"), [(12, 0.0, 0), (12, 1.0, 11), (32, 0.25, 8)])
 def test_the_probe_layer_lies_at_its_depth(layers, depth, layer):
     assert probe_layer(layers, depth) == layer
+
+
+# ---- repair: rows before what is to run ---------------------------------------------------------
+
+
+@given(wishes(), st.integers(0, 100), st.data())
+def test_open_rows_of_the_prefix_hit_are_chosen_up_to_a_limit(wish, seed, data):
+    plan = wish.plan
+    if plan.prefix_len < 2:
+        return
+    start = data.draw(st.integers(0, plan.prefix_len - 1))
+    blend = Blend(start, Rows([(start, plan.prefix_len)]), depth=1)
+    plan = plan.behind(blend)
+    allowed = repair_rows(plan, budget=wish.budget)
+    most = data.draw(st.one_of(st.none(), st.integers(0, 40)))
+    limit = allowed if most is None else min(most, allowed)
+    trace = SELECTOR.trace(plan, budget=wish.budget, most_open=most)
+    finished(trace, np.random.default_rng(seed))
+    repaired = trace.chosen.clip(0, plan.prefix_len)
+    assert repaired.num <= limit
+    assert not repaired - blend.open
+    assert trace.chosen.num <= bought(wish) + limit
+    rows = SELECTOR.rows(plan, trace)
+    assert plan.recompute(rows).blend.open == blend.open - repaired
+    assert rows.num <= SELECTOR.most_rows(plan, budget=wish.budget)
+
+
+@given(wishes(), st.integers(0, 100), st.data())
+def test_with_the_last_chunk_run_its_new_text_the_question_and_what_was_copied_or_built_on_it(
+    wish, seed, data
+):
+    plan = wish.plan
+    if plan.prompt_len - plan.prefix_len < 2:
+        return
+    start = data.draw(st.integers(plan.prefix_len, plan.prompt_len - 1))
+    trace = SELECTOR.trace(plan, budget=wish.budget, start=start)
+    query = trace.query
+    finished(trace, np.random.default_rng(seed))
+    rows = SELECTOR.rows(plan, trace, start)
+    required = required_rows(plan, suffix=SEAM)
+    assert not required.clip(start, plan.prompt_len) - rows
+    assert not query - rows
+    assert query.stop == plan.prompt_len
+    # Before the chunk nothing runs that is as full prefill has it: it has no copy before it.
+    exact = plan.copies[0].dst_start if plan.copies else plan.prompt_len
+    early = rows.clip(0, start) - required_rows(plan, suffix=SEAM)
+    assert not early or early.start >= exact
+    # In one chunk it is the trace of a whole prompt.
+    if start == plan.prefix_len:
+        assert rows == required | trace.chosen
