@@ -62,29 +62,11 @@ class TraceStage:
         """Trace the jobs by small passes through ``forward``, cut the batch down to the rows that
         are left to run, those before it included, and run it. Whatever goes wrong, every row of
         the batch runs."""
-        rows = list(self.rows)
-        earlier: list[Part] = []
         try:
-            page = runner.token_to_kv_pool_allocator.page_size
-            traces = [
-                self.selector.trace(
-                    job.plan,
-                    budget=job.state.budget,
-                    start=job.chunk.start,
-                    most_open=0 if job.state.spare is None else len(job.state.spare) // page,
-                )
-                for job in self.jobs
-            ]
-            parts = [functools.partial(_part, fb, runner, job) for job in self.jobs]
-            layer = probe_layer(len(runner.model.model.layers), self.probe_at)
-            follow(traces, parts, fb, runner, forward, layer=layer)
-            for job, trace in zip(self.jobs, traces, strict=True):
-                rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
-            rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
-            for job, make in zip(self.jobs, parts, strict=True):
-                before = rows[job.number].clip(0, job.chunk.start)
-                if before:
-                    earlier.append(make(before))
+            try:
+                rows, earlier = self._choose(fb, runner, forward, repair_hits=True)
+            except repair.NoSlots:  # ranges were merged over rows that others read
+                rows, earlier = self._choose(fb, runner, forward, repair_hits=False)
             plans = [job.plan.recompute(rows[job.number] | _ran(job)) for job in self.jobs]
         except Exception:
             logger.exception("KVShare's trace failed; the batch runs all its rows")
@@ -104,6 +86,38 @@ class TraceStage:
             here[part.number] = part.rows | here[part.number]
         fb.kvshare = BatchReuse(rows=here)
         return forward(fb)
+
+    def _choose(
+        self, fb: "ForwardBatch", runner: "ModelRunner", forward: Forward, *, repair_hits: bool
+    ) -> tuple[list[Rows], list[Part]]:
+        """The rows that run, by request, and of them the tokens of those before the batch. Raises
+        NoSlots, not without ``repair_hits``: then no rows of a prefix hit are among them."""
+        rows = list(self.rows)
+        page = runner.token_to_kv_pool_allocator.page_size
+        traces = []
+        for job in self.jobs:
+            spare = job.state.spare if repair_hits else None
+            most_open = 0 if spare is None else len(spare) // page
+            traces.append(
+                self.selector.trace(
+                    job.plan,
+                    budget=job.state.budget,
+                    start=job.chunk.start,
+                    most_open=most_open,
+                )
+            )
+        parts = [functools.partial(_part, fb, runner, job) for job in self.jobs]
+        layer = probe_layer(len(runner.model.model.layers), self.probe_at)
+        follow(traces, parts, fb, runner, forward, layer=layer)
+        for job, trace in zip(self.jobs, traces, strict=True):
+            rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
+        rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
+        earlier = []
+        for job, make in zip(self.jobs, parts, strict=True):
+            before = rows[job.number].clip(0, job.chunk.start)
+            if before:
+                earlier.append(make(before))
+        return rows, earlier
 
 
 def _part(fb: "ForwardBatch", runner: "ModelRunner", job: BatchedRequest, rows: Rows) -> Part:

@@ -105,9 +105,8 @@ def _chooses_later(member: _Member) -> bool:
     state, plan = member.state, member.plan
     if state is None or plan is None or state.stage is not Stage.ADMITTED:
         return False
-    if not state.chooses or member.chunk.stop < plan.prompt_len:
+    if not state.chooses or state.selector is None or member.chunk.stop < plan.prompt_len:
         return False
-    assert state.selector is not None
     if state.selector.sees is Sees.ATTENTION:
         # Of a prefix hit alone nothing runs again where no slots could be set aside.
         return bool(plan.runs) or state.spare is not None

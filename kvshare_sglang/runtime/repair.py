@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+class NoSlots(Exception):
+    """Rows of a prefix hit are to run that have no slots of the request's own."""
+
+
 def part_of(
     fb: "ForwardBatch",
     runner: "ModelRunner",
@@ -34,8 +38,8 @@ def part_of(
     rows: Rows,
 ) -> Part:
     """``rows`` of the batch's request ``number``, whose ``chunk`` is the batch's tokens from
-    ``base`` on. Those before it get slots that may be written. Raises RuntimeError where there are
-    not enough."""
+    ``base`` on. Those before it get slots that may be written. Raises NoSlots where there are not
+    enough."""
     device = fb.input_ids.device
     before, here = rows.clip(0, chunk.start), rows.clip(*chunk)
     places = to_device(torch.from_numpy(here.positions - chunk.start + base), device)
@@ -55,7 +59,7 @@ def own_slots(
     runner: "ModelRunner", req: "Req", state: RequestReuse, table: torch.Tensor, rows: Rows
 ) -> None:
     """Give those of ``rows`` that the tree owns slots of the request's own, and note them in
-    ``table``, the request's row of slots."""
+    ``table``, the request's row of slots. Raises NoSlots."""
     page = runner.token_to_kv_pool_allocator.page_size
     shared = rows.clip(0, versions.kv_row(req).cache_protected_len) - state.private
     if not shared:
@@ -65,11 +69,11 @@ def own_slots(
     spare = state.spare
     if spare is None or len(spare) < len(positions):
         have = 0 if spare is None else len(spare)
-        raise RuntimeError(f"{len(positions)} slots are needed, {have} were set aside")
+        raise NoSlots(f"{len(positions)} slots are needed, {have} were set aside")
     new, state.spare = spare[: len(positions)], spare[len(positions) :]
     where = to_device(torch.from_numpy(positions), table.device)
-    if page > 1:  # the rest of a page stays what it is
-        old = table[where].to(torch.int64)
-        copying.copy_kv(runner, copying.Copy(old, new, where, where))
+    # The rest of a page stays what it is, and so do all rows where the choice fails half way.
+    old = table[where].to(torch.int64)
+    copying.copy_kv(runner, copying.Copy(old, new, where, where))
     table[where] = new.to(table.dtype)
     state.private |= Rows.at(positions)

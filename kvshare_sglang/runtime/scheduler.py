@@ -80,7 +80,7 @@ def hook_add_one_req(
         except Exception:
             logger.exception("KVShare could not lock the sources of request %s", req.rid)
             cache.let_go(req, state)
-            state = _without(cache, state, Decline.FAULT)
+            state, holds = _without(cache, state, Decline.FAULT), False
     with charging.by_rows(adder, req, state):
         result = original(adder, req, *args, **kw)
     if holds and not _admitted(adder, req):
@@ -149,6 +149,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         return state
     state.decline = _of_an_adapter(cache, req) or may_reuse(support.view_of(req, options.mode))
     if state.decline is not None:
+        state.plan = _only_hit(cache, req, prefix_len)  # None, or what it hit is not exact
         return state
     state.budget = cache.config.budget if options.budget is None else options.budget
     started = time.perf_counter()

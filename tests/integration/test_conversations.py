@@ -204,6 +204,48 @@ def test_a_repair_changes_no_row_that_another_request_reads(talk: Lab, texts: Te
     assert_clean(talk)
 
 
+@pytest.mark.parametrize("fault", ["lookup", "choice"])
+def test_a_fault_on_a_branch_costs_the_repair_only(
+    fault: str, llama: Path, plain_lab: Lab, texts: Texts
+) -> None:
+    """Exact copies: whatever runs, the answer is full prefill's; slots for repair that were given
+    and not written would show."""
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        it.ask("probes:force_plans")
+        prompt = exact_branch(it, texts, 300, "k") + texts.passage(50)
+        it.ask(f"probes:break_{fault}")
+        mine = it.one(prompt, extra_key="k", new=5, keep="kv")
+        adds_up(mine, prompt)
+        assert mine["kvshare"]["declined"] == "fault"
+        assert mine["kvshare"]["blended_tokens"] > 200
+        theirs = plain_lab.one(prompt, new=5, keep="kv")
+        assert mine["output"] == theirs["output"]
+        for ours, full in zip(mine["kv"], theirs["kv"], strict=True):
+            torch.testing.assert_close(ours, full, **TOL)
+        # What it left is no exact KV.
+        assert it.one(prompt, extra_key="k", kvshare="exact")["kvshare"]["blended_tokens"] == 0
+        assert it.ask("probes:plain_keys_of_depth") <= {0}
+        assert_clean(it)
+
+
+def test_memory_too_short_for_a_repair_repairs_nothing(llama: Path, texts: Texts) -> None:
+    settings = {"kvshare_select": "trace", "max_total_tokens": 1024}
+    with lab(llama, kvshare=True, **settings) as it:
+        document = texts.passage(300)
+        it.one(document, new=1)
+        prompt = texts.passage(30) + document + texts.passage(20)
+        it.one(prompt, new=1)
+        turn = prompt + texts.passage(20)
+        # The branch is locked by one that decodes, and the rest of the pool is promised to it.
+        answers = it.play(
+            [request("busy", prompt, new=250), ("polls", 6), request("turn", turn, new=2)]
+        )
+        adds_up(answers["turn"], turn)
+        assert len(answers["turn"]["output"]) == 2
+        assert len(answers["busy"]["output"]) == 250
+        assert_clean(it)
+
+
 def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) -> None:
     """SGLang may keep exact prefixes, if told so; copies and blended text of other weights go."""
     document = texts.passage(300)
@@ -225,6 +267,26 @@ def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) ->
         # From here on as ever.
         it.one(texts.passage(7) + prompt)
         assert it.one(texts.passage(9) + prompt)["kvshare"]["copied_tokens"] > 200
+        assert_clean(it)
+
+
+def test_a_request_that_outlives_its_weights_gives_back_what_it_owns(
+    llama: Path, texts: Texts
+) -> None:
+    document = texts.passage(300)
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        it.one(document)
+        script = [
+            request("copies", texts.passage(30) + document + texts.passage(20), new=60),
+            ("polls", 8),
+            ("call", "probes:update_weights", str(llama), False),
+        ]
+        answers = it.play(script)
+        assert answers["copies"]["kvshare"]["copied_tokens"] > 200
+        assert len(answers["copies"]["output"]) == 60
+        assert_clean(it)
+        it.one(texts.passage(900), new=1)
+        it.flush()
         assert_clean(it)
 
 

@@ -23,7 +23,7 @@ import torch
 from kvshare_sglang.plan import Blend, Range, ReusePlan, Rows
 from kvshare_sglang.policy.retain import depth_after, fresh_stretches, page_borders
 from kvshare_sglang.radix_fuzzy.chunks import Bounds, Chunk
-from kvshare_sglang.radix_fuzzy.fingerprints import SPAN
+from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.batch import to_device
 from kvshare_sglang.runtime.cache.index_sync import BranchKey, as_tokens
@@ -63,6 +63,14 @@ class Branches:
         config = cache.config
         self._bounds = Bounds(config.chunk_min, config.chunk_target, config.chunk_max)
         self._keys: dict[object, BranchKey] = {}  # by namespace
+
+    def removed(self, node: "TreeNode") -> None:
+        """``node`` was evicted: a namespace without branches is forgotten."""
+        key = node.key.extra_key
+        if isinstance(key, BranchKey):
+            key.num_nodes -= 1
+            if key.num_nodes == 0 and self._keys.get(key.namespace) is key:
+                del self._keys[key.namespace]
 
     def forget(self) -> None:
         """No request steps into what is there now: it was flushed, or other weights made it."""
@@ -140,13 +148,14 @@ class Branches:
         cache, page = self._cache, self._cache.page_size
         exact = plan.exact_len // page * page
         stop = len(tokens) // page * page
-        mine = self._keys.setdefault(versions.namespace(req), BranchKey())
+        space = versions.namespace(req)
+        mine = self._keys.setdefault(space, BranchKey(space))
         key = versions.make_key(tokens[exact:stop], req, extra_key=mine)
-        open_rows = row.open.mask(stop)
-        own = Rows.where(row.private.mask(stop) | (np.arange(stop) >= row.protected)).mask(stop)
+        open_rows, was_private = row.open.mask(stop), row.private.mask(stop)
+        own = was_private | (np.arange(stop) >= row.protected)
         node, at = above, exact
         locked = _path(req.last_node)
-        still_private: list[Rows] = []
+        still_private = np.zeros(stop, bool)
         freed: list[torch.Tensor] = []
         while at < stop:
             rest = key[at - exact :]
@@ -160,10 +169,10 @@ class Branches:
             others = child.lock_ref > (child.id in locked)
             taken = self._take_over(child, here, row, own, open_rows, others=others)
             left = own[here.start : here.stop] & ~taken
-            private = left & row.private.mask(stop)[here.start : here.stop]
+            private = left & was_private[here.start : here.stop]
             if ended:
                 private[:] = False
-            still_private.append(_rows_at(private, at))
+            still_private[here.start : here.stop] = private
             gone = left & ~private
             if gone.any():
                 which = to_device(torch.from_numpy(at + np.flatnonzero(gone)), row.slots.device)
@@ -173,27 +182,25 @@ class Branches:
                 freed.append(self._swap(child, here, row, taken))
             child.last_access_time = time.monotonic()
             node, at = child, at + same
-        for piece in self._pieces(req, plan, tokens, at, stop):
+        text = as_tokens(tokens)
+        for piece in self._pieces(space, plan, text, at, stop):
             value = row.slots[piece.start : piece.stop].to(dtype=torch.int64, copy=True)
             part = key[piece.start - exact : piece.stop - exact]
             _, node = cache._insert_helper(node, part, value)
             cache.sync.added_blended(
                 node,
-                space=versions.namespace(req),
+                space=space,
                 start=piece.start,
                 depth=depth_after(plan, piece.stop),
                 open_rows=open_rows[piece.start : piece.stop],
                 source_depth=piece.depth if piece.chunk else None,
-                before=tokens[: piece.start],
+                before=text[: piece.start],
             )
             if piece.chunk is not None:
                 cache.fuzzy.remember_chunk(piece.chunk, node.kvshare.segment)
         for slots in freed:
             cache.token_to_kv_pool_allocator.free(slots.to(torch.int64))
-        kept = Rows()
-        for rows in still_private:
-            kept |= rows
-        return node, kept
+        return node, Rows.where(still_private)
 
     def _take_over(
         self,
@@ -227,13 +234,12 @@ class Branches:
         return old
 
     def _pieces(
-        self, req: "Req", plan: ReusePlan, tokens: Any, start: int, stop: int
+        self, namespace: object, plan: ReusePlan, text: Tokens, start: int, stop: int
     ) -> list[_Piece]:
         """Prompt ``[start, stop)`` in nodes: new text that may be a source, in chunks, each a node
         of its own, so that eviction takes a stretch from its end; and all between them."""
         cache, page = self._cache, self._cache.page_size
-        space = cache.sync.space_of(versions.namespace(req))
-        text = as_tokens(tokens)
+        space = cache.sync.space_of(namespace)
         sources: list[_Piece] = []
         for stretch in fresh_stretches(plan, stop, max_depth=cache.config.source_depth):
             first = max(stretch.start, start)
@@ -273,10 +279,6 @@ def _with_gaps(sources: Sequence[_Piece], start: int, stop: int) -> list[_Piece]
 
 def _under(key: "RadixKey", mine: BranchKey, start: int, stop: int) -> "RadixKey":
     return versions.make_key(key.token_ids[start:stop], None, extra_key=mine)
-
-
-def _rows_at(mask: np.ndarray, start: int) -> Rows:
-    return Rows.where(np.concatenate([np.zeros(start, bool), mask]))
 
 
 def _path(node: Any) -> set[int]:

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 class BranchKey:
     """The ``extra_key`` of blended KV of one namespace, made by the weights of its time. Equal only
-    to itself, so no user's key is ever equal."""
+    to itself, so no user's key is ever equal. ``num_nodes``: how many tree nodes carry it."""
 
-    __slots__ = ()
+    __slots__ = ("namespace", "num_nodes")
+
+    def __init__(self, namespace: object) -> None:
+        self.namespace, self.num_nodes = namespace, 0
 
 
 class NodeSpan:
@@ -122,10 +125,11 @@ class IndexSync:
         depth: int,
         open_rows: npt.NDArray[np.bool_],
         source_depth: int | None,
-        before: Any,
+        before: Tokens,
     ) -> None:
         """``node`` of a blended branch is new. A source (with a depth) that goes on right after
         another one is of the same path; ``before``: all tokens before it."""
+        node.key.extra_key.num_nodes += 1
         node.kvshare = NodeNote(None, start, open=open_rows, depth=depth)
         if source_depth is None:
             return
@@ -138,7 +142,7 @@ class IndexSync:
             start=start,
             parent=above.id if above is not None and goes_on else None,
             depth=source_depth,
-            before=as_tokens(before),
+            before=before,
         )
         segment.payload = NodeSpan(start, node)
         node.kvshare.segment = segment
@@ -150,6 +154,7 @@ class IndexSync:
         note.start += at
         if note.open is not None:
             upper.kvshare.open, note.open = note.open[:at].copy(), note.open[at:].copy()
+            lower.key.extra_key.num_nodes += 1
         if note.segment is not None:
             note.segment.payload.split(upper.kvshare.start, upper, at=note.start)
 

@@ -87,7 +87,10 @@ class FuzzyRadixCache(RadixCache):
     def match_prefix(self, params: MatchPrefixParams) -> Any:
         """SGLang's match; for a request that accepts it, a blended one that covers more."""
         match = super().match_prefix(params)
-        if self.disable or params.req is None or not self._accepts(params.req):
+        req = params.req
+        if self.disable or req is None or not self._accepts(req):
+            return match
+        if versions.namespace(req) in self.adapter_spaces:  # declined, see scheduler.py
             return match
         return self.branches.step_over(params.key, match)
 
@@ -109,6 +112,7 @@ class FuzzyRadixCache(RadixCache):
     def _delete_leaf(self, node: TreeNode) -> None:
         super()._delete_leaf(node)
         self.sync.removed(node)
+        self.branches.removed(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Where all that may be evicted is not enough, sources are given back and evicted too:

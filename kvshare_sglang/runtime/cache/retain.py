@@ -44,6 +44,8 @@ class Retainer:
         row = versions.kv_row(req)
         token_ids = req.get_fill_ids()
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx, : len(token_ids)]
+        if state.stage is Stage.COPIED:
+            self._give_back_spare(state)  # nothing of the prompt runs any more
         if state.stage is Stage.COPIED and state.watch is None:
             node, protected = self._store(req, state, token_ids, ended=False)
         elif state.plan is not None and state.plan.blend:
@@ -66,11 +68,11 @@ class Retainer:
         today's made is no blend that anyone may step into. The last node, and where it ends."""
         assert state.plan is not None
         cache, row = self._cache, versions.kv_row(req)
-        if state.weights != cache.sync.weights and state.plan.blend:
-            return req.last_node, row.cache_protected_len
-        with cache.sync.made_by(state.weights):
-            above, exact_len = self._store_exact_part(req, state, token_ids, chunked=False)
-        if not state.plan.inexact or state.weights != cache.sync.weights:
+        old = state.weights != cache.sync.weights
+        if old and row.cache_protected_len > state.plan.exact_len:
+            return req.last_node, row.cache_protected_len  # its branch stays as far as it is
+        above, exact_len = self._store_exact_part(req, state, token_ids, chunked=False)
+        if old or not state.plan.inexact:
             return above, exact_len
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx]
         still_open = state.plan.open - state.closed
@@ -94,7 +96,8 @@ class Retainer:
         protected = row.cache_protected_len
         if protected < exact_len:
             value = slots.to(dtype=torch.int64, copy=True)
-            result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
+            with cache.sync.made_by(state.weights):
+                result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
             if protected < result.prefix_len:
                 cache.token_to_kv_pool_allocator.free_segment(
                     slots[protected : result.prefix_len], start_pos=protected
@@ -116,7 +119,8 @@ class Retainer:
 
     def reserve(self, req: "Req", state: RequestReuse, *, num: int) -> None:
         """Set free slots aside for ``num`` rows of the prefix hit that may run again: others may
-        read the old ones. Where memory does not have them, nothing is repaired."""
+        read the old ones. Where memory does not have them, nothing is repaired: no request that is
+        in prefill gives its sources back for it."""
         cache = self._cache
         allocator = cache.token_to_kv_pool_allocator
         need = num * cache.page_size
@@ -124,19 +128,24 @@ class Retainer:
             return
         if allocator.available_size() < need:
             cache.inc_lock_ref(req.last_node)  # not evicted to make room for its repair
-            cache.evict(EvictParams(num_tokens=need - allocator.available_size()))
+            short = need - allocator.available_size()
+            if short <= cache.evictable_size():
+                cache.evict(EvictParams(num_tokens=short))
             cache.dec_lock_ref(req.last_node)
         if allocator.available_size() >= need:
             state.spare = allocator.alloc(need)
 
     def release(self, req: "Req", state: RequestReuse) -> None:
         """The row is freed: so are the slots that the request has beside it."""
-        row = versions.kv_row(req)
-        free = self._cache.token_to_kv_pool_allocator.free
         if state.private:
+            row = versions.kv_row(req)
             slots = self._cache.req_to_token_pool.req_to_token[row.req_pool_idx]
-            free(slots[torch.from_numpy(state.private.positions).to(slots.device)].long())
+            private = torch.from_numpy(state.private.positions).to(slots.device)
+            self._cache.token_to_kv_pool_allocator.free(slots[private].long())
             state.private = Rows()
+        self._give_back_spare(state)
+
+    def _give_back_spare(self, state: RequestReuse) -> None:
         if state.spare is not None and len(state.spare):
-            free(state.spare)
+            self._cache.token_to_kv_pool_allocator.free(state.spare)
         state.spare = None
