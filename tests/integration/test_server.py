@@ -333,7 +333,7 @@ if __name__ == "__main__":
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in done.stdout
-    assert "KVSHARE [{'exact_tokens': 0, 'copied_tokens': 2" in done.stdout
+    assert "KVSHARE [{'exact_tokens': 0, 'blended_tokens': 0, 'copied_tokens': 2" in done.stdout
     assert "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'" in done.stdout
     assert "PLAIN None" in done.stdout
 
