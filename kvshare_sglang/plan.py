@@ -403,8 +403,8 @@ class ReusePlan:
     @property
     def depth(self) -> int:
         """Largest depth among the copies and the prefix hit; 0 without."""
-        depths = [run.depth for run in self.copies]
-        return max(depths, default=0) if not self.blend else max(*depths, self.blend.depth, 0)
+        hit = self.blend.depth if self.blend else 0
+        return max([hit, *(run.depth for run in self.copies)])
 
     def recompute(self, rows: Rows) -> "ReusePlan":
         """The plan that runs ``rows``, all new text among them, and copies all else of its runs.

@@ -106,7 +106,7 @@ class TraceStage:
                     most_open=most_open,
                 )
             )
-        parts = [functools.partial(_part, fb, runner, job) for job in self.jobs]
+        parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
         layer = probe_layer(len(runner.model.model.layers), self.probe_at)
         follow(traces, parts, fb, runner, forward, layer=layer)
         for job, trace in zip(self.jobs, traces, strict=True):
@@ -118,13 +118,6 @@ class TraceStage:
             if before:
                 earlier.append(make(before))
         return rows, earlier
-
-
-def _part(fb: "ForwardBatch", runner: "ModelRunner", job: BatchedRequest, rows: Rows) -> Part:
-    return repair.part_of(
-        fb, runner, job.req, job.state,
-        number=job.number, chunk=job.chunk, base=job.base, rows=rows,
-    )  # fmt: skip
 
 
 def _ran(job: BatchedRequest) -> Rows:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from kvshare_sglang.plan import Range, ReusePlan, Rows, merge_ranges
@@ -223,6 +224,16 @@ class Part(NamedTuple):
     rows: Rows
     ids: torch.Tensor
     slots: torch.Tensor
+
+
+def part_of_row(
+    fb: "ForwardBatch", number: int, rows: Rows, *, tokens: np.ndarray, table: torch.Tensor
+) -> Part:
+    """``rows`` of the batch's request ``number``: ``tokens`` are its ids, ``table`` its slots."""
+    device = fb.input_ids.device
+    ids = to_device(torch.from_numpy(tokens[rows.positions]), device)
+    slots = table[to_device(torch.from_numpy(rows.positions), device)]
+    return Part(number, rows, ids.to(fb.input_ids.dtype), slots.to(fb.out_cache_loc.dtype))
 
 
 def sub_batch(fb: "ForwardBatch", parts: Sequence[Part], observer: LayerObserver | None) -> Any:

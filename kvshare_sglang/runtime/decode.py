@@ -24,11 +24,11 @@ from kvshare_sglang.runtime.batch import (
     STOP,
     BatchReuse,
     LayerView,
-    Part,
     Stop,
     StopForward,
     few_enough,
     on_cpu,
+    part_of_row,
     sub_batch,
     to_device,
 )
@@ -154,7 +154,10 @@ class RefreshStage:
             watch = one.state.watch
             assert watch is not None
             row = versions.kv_row(one.req).req_pool_idx
-            parts.append(functools.partial(_part, fb, table[row], _tokens(one.req), one))
+            tokens = _tokens(one.req)
+            parts.append(
+                functools.partial(part_of_row, fb, one.number, tokens=tokens, table=table[row])
+            )
             trace = Trace(watch.open, rows=Rows(), query=Rows(), count=config.refresh_rows)
             trace.feed(mass)
             traces.append(trace)
@@ -178,16 +181,6 @@ class RefreshStage:
             )
             one.state.refreshed(mine)
         self.report.refreshed(requests=len(wanted), rows=sum(mine.num for mine in rows))
-
-
-def _part(
-    fb: "ForwardBatch", table: torch.Tensor, tokens: np.ndarray, one: Watched, rows: Rows
-) -> Part:
-    """Some of a watched request's ``tokens``; ``table``: its row of slots."""
-    at = torch.from_numpy(rows.positions)
-    ids = to_device(torch.from_numpy(tokens[rows.positions]), fb.input_ids.device)
-    slots = table[to_device(at, fb.input_ids.device)]
-    return Part(one.number, rows, ids.to(fb.input_ids.dtype), slots.to(fb.out_cache_loc.dtype))
 
 
 def _owns_its_copies(one: Watched) -> bool:

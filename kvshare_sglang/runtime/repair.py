@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvshare_sglang.plan import Range, Rows
+from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime import copying, versions
-from kvshare_sglang.runtime.batch import Part, to_device
+from kvshare_sglang.runtime.batch import BatchedRequest, Part, part_of_row, to_device
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.request import RequestReuse
 
@@ -26,33 +26,20 @@ class NoSlots(Exception):
     """Rows of a prefix hit are to run that have no slots of the request's own."""
 
 
-def part_of(
-    fb: "ForwardBatch",
-    runner: "ModelRunner",
-    req: "Req",
-    state: RequestReuse,
-    *,
-    number: int,
-    chunk: Range,
-    base: int,
-    rows: Rows,
-) -> Part:
-    """``rows`` of the batch's request ``number``, whose ``chunk`` is the batch's tokens from
-    ``base`` on. Those before it get slots that may be written. Raises NoSlots where there are not
-    enough."""
-    device = fb.input_ids.device
-    before, here = rows.clip(0, chunk.start), rows.clip(*chunk)
-    places = to_device(torch.from_numpy(here.positions - chunk.start + base), device)
+def part_of(fb: "ForwardBatch", runner: "ModelRunner", job: BatchedRequest, rows: Rows) -> Part:
+    """``rows`` of a request of the batch. Those before its chunk get slots that may be written.
+    Raises NoSlots where there are not enough."""
+    before, here = rows.clip(0, job.chunk.start), rows.clip(*job.chunk)
+    places = torch.from_numpy(here.positions - job.chunk.start + job.base)
+    places = to_device(places, fb.input_ids.device)
     ids, slots = fb.input_ids[places], fb.out_cache_loc[places]
     if before:
-        table = runner.req_to_token_pool.req_to_token[versions.kv_row(req).req_pool_idx]
-        own_slots(runner, req, state, table, before)
-        tokens = as_tokens(req.full_untruncated_fill_ids)[before.positions]
-        earlier = to_device(torch.from_numpy(tokens), device).to(ids.dtype)
-        where = to_device(torch.from_numpy(before.positions), device)
-        ids = torch.cat([earlier, ids])
-        slots = torch.cat([table[where].to(slots.dtype), slots])
-    return Part(number, rows, ids, slots)
+        table = runner.req_to_token_pool.req_to_token[versions.kv_row(job.req).req_pool_idx]
+        own_slots(runner, job.req, job.state, table, before)
+        tokens = as_tokens(job.req.full_untruncated_fill_ids)
+        early = part_of_row(fb, job.number, before, tokens=tokens, table=table)
+        ids, slots = torch.cat([early.ids, ids]), torch.cat([early.slots, slots])
+    return Part(job.number, rows, ids, slots)
 
 
 def own_slots(

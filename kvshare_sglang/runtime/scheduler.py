@@ -72,7 +72,7 @@ def hook_add_one_req(
     if charging.must_wait(adder, req, state):
         req.kvshare = state
         return versions.full_batch()
-    holds = state.plan is not None and bool(state.plan.runs or state.plan.open)
+    holds = state.chooses
     if holds:
         try:
             cache.sources.lock(state)
@@ -208,16 +208,16 @@ def _plan_with(
     runs: tuple[Run, ...],
 ) -> None:
     prompt_len, prefix_len = len(req.full_untruncated_fill_ids), versions.prefix_len(req)
-    hit = _only_hit(cache, req, prefix_len)
+    blend = cache.branches.blend_of(req)
     plan = selector.plan(runs, prompt_len=prompt_len, prefix_len=prefix_len, budget=state.budget)
     rows = selector.most_rows(plan, budget=state.budget)
     declined = pays(plan, cache.config, rows=rows, found=bool(runs))
     if declined is None:
-        state.plan = plan.behind(hit.blend if hit else None)
-    else:
-        state.plan = hit
-        # What the prefix hit has of others' text is reuse enough.
-        state.decline = declined if hit is None else None
+        state.plan = plan.behind(blend)
+    elif blend is None:
+        state.decline = declined
+    else:  # what the prefix hit has of others' text is reuse enough
+        state.plan = plan.nothing().behind(blend)
 
 
 def _for_chunks(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> RequestReuse:

@@ -17,7 +17,7 @@ from kvshare_sglang.bench import conversation, tasks
 from kvshare_sglang.bench.common import Progress, ScriptError
 from kvshare_sglang.bench.conversation import histories, load, memory, questions, rows
 from kvshare_sglang.bench.conversation.histories import FRONT, USER, Text, prompt
-from kvshare_sglang.bench.quality.cases import Encoder, Prompt
+from kvshare_sglang.bench.quality.cases import Encoder, NoPrompt, Prompt
 from kvshare_sglang.bench.server import Answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,7 +302,7 @@ def test_a_dialogue_goes_on_with_the_true_answers():
         known = len(before) + len(one.answers[i])
         assert np.array_equal(now[:known], np.concatenate([before, one.answers[i]]))
         assert known + 4 < len(now) < known + 20  # a question
-    with pytest.raises(questions.NoPrompt, match="fit into 50 tokens"):
+    with pytest.raises(NoPrompt, match="fit into 50 tokens"):
         next(questions.dialogues(encode, "state", "template", 3, size=size, max_len=50))
 
 

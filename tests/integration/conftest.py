@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab
-from tiny_models import VOCAB, make_model
+from tiny_models import VOCAB, add_tokenizer, make_model
 
 HERE = Path(__file__).parent
 
@@ -25,6 +25,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(models: Path) -> Path:
     return make_model(models, "llama")
+
+
+@pytest.fixture(scope="session")
+def model(llama: Path) -> Path:
+    """The same with a tokenizer: what a server takes."""
+    add_tokenizer(llama)
+    return llama
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,12 @@ import pytest
 from conftest import Texts
 from lab import lab, request
 from server import SPEC, Server, environment
-from tiny_models import add_tokenizer, make_model
 
 from kvshare_sglang.bench import server as bench
 from kvshare_sglang.config import KVShareConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SGLANG = Path(sys.executable).with_name("sglang")
-
-
-@pytest.fixture(scope="module")
-def model(models: Path) -> Path:
-    path = make_model(models, "llama")
-    add_tokenizer(path)
-    return path
 
 
 def run(

@@ -16,18 +16,10 @@ import pytest
 import requests
 from lab import computed
 from server import Server, serve
-from tiny_models import add_tokenizer, make_model
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
 
 NAMED = ("--served-model-name", "x")
-
-
-@pytest.fixture(scope="module")
-def model(models: Path) -> Path:
-    path = make_model(models, "llama")
-    add_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

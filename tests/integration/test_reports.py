@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import Texts
 from lab import Lab, computed, lab, request
+from test_life import assert_clean
 from tiny_models import make_adapter
 
 
@@ -17,12 +18,6 @@ def traced(llama: Path) -> Iterator[Lab]:
     """The default selector, and chunks so short that long prompts need several."""
     with lab(llama, kvshare=True, kvshare_select="trace", chunked_prefill_size=400) as it:
         yield it
-
-
-def assert_clean(it: Lab) -> None:
-    state = it.ask("probes:check")
-    assert state["protected"] == state["pins"] == 0
-    assert state["available"] + state["evictable"] == state["total"]
 
 
 @pytest.mark.parametrize("sizes", [(20, 110, 90, 70), (20, 210, 190, 160)], ids=["whole", "chunks"])

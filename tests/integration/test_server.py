@@ -16,18 +16,10 @@ import requests
 from conftest import Texts
 from lab import computed
 from server import ARGS, Server, environment, refuse, serve
-from tiny_models import add_tokenizer, make_model
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
 from kvshare_sglang.runtime import hooks, versions
-
-
-@pytest.fixture(scope="module")
-def model(models: Path) -> Path:
-    path = make_model(models, "llama")
-    add_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvshare_sglang.bench import common, tasks
 from kvshare_sglang.bench.conversation.rows import counted
-from kvshare_sglang.bench.quality.cases import MOST_OF_ANSWER, TRIES, Encoder, NoPrompt, pair_of
+from kvshare_sglang.bench.quality.cases import MOST_OF_ANSWER, TRIES, Encoder, drawn, pair_of
 from kvshare_sglang.bench.server import Server
 
 TASKS = ("hops", "state")  # what depends on text far from what is asked
@@ -37,24 +37,21 @@ def dialogues(
     """Without end, always the same ones. Raises NoPrompt where none is found in ``TRIES`` tries."""
     rng = random.Random(f"test turns {task} {case} {turns}")
     filler = tasks.sentences("test")
-    missed = 0
-    while True:
-        missed += 1
-        if missed > TRIES:
-            raise NoPrompt(
-                f"{task}, {case}: none of {TRIES} samples of {size.facts} facts has {turns}"
-                f" questions that fit into {max_len} tokens"
-            )
+
+    def draw() -> Dialogue | None:
         pair = pair_of(rng, task, case, size, filler)
         asks = questions(rng, pair, turns) if pair else None
         if pair is None or asks is None:
-            continue
+            return None
         made = _dialogue(encode, pair, asks)
         longest = max(len(ids) for ids in (*made.cached, made.prompts[-1]))
-        if longest + MOST_OF_ANSWER > max_len:
-            continue
-        missed = 0
-        yield made
+        return None if longest + MOST_OF_ANSWER > max_len else made
+
+    missing = (
+        f"{task}, {case}: none of {TRIES} samples of {size.facts} facts has {turns}"
+        f" questions that fit into {max_len} tokens"
+    )
+    return drawn(draw, missing=missing)
 
 
 def questions(

@@ -1,9 +1,10 @@
 """Which prompts are asked: for each task and case what is cached before, and what is asked then."""
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,9 @@ CASES = ("splice", "edit near", "edit far", "edit same", "template", "adversaria
 MOST_OF_ANSWER = 96  # tokens of a true continuation that perplexity is taken over
 TRIES = 100  # samples in a row without such a pair, and there is none
 SIZE = tasks.Size(34, 4, prose=0.06)
+
+
+T = TypeVar("T")
 
 
 class Prompt(NamedTuple):
@@ -49,6 +53,19 @@ def cells(wanted: Sequence[str], cases: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
+def drawn(draw: Callable[[], T | None], *, missing: str) -> Iterator[T]:
+    """What ``draw`` gives, without end, where that is not None. Raises NoPrompt, saying what is
+    ``missing``, where ``TRIES`` draws in a row give none."""
+    missed = 0
+    while missed < TRIES:
+        made = draw()
+        missed += 1
+        if made is not None:
+            missed = 0
+            yield made
+    raise NoPrompt(missing)
+
+
 def prompts(
     encode: Encoder, task: str, case: str, *, n: int, size: tasks.Size, max_len: int
 ) -> Iterator[Prompt]:
@@ -56,26 +73,25 @@ def prompts(
     out and replaced. Raises NoPrompt if none is found in ``TRIES`` samples."""
     rng = random.Random(f"test quality {task} {case}")
     filler = tasks.sentences("test")
-    made = missed = 0
-    while made < n:
-        missed += 1
-        if missed > TRIES:
-            raise NoPrompt(
-                f"{task}, {case}: none of {TRIES} samples of {size.facts} facts gives a prompt that"
-                f" fits into {max_len} tokens"
-            )
+
+    def draw() -> Prompt | None:
         pair = pair_of(rng, task, case, size, filler)
         if pair is None:
-            continue
+            return None
         ids = encode(pair.prompt.prompt, start=True)
         cached = [encode(p.prompt, start=True) for p in pair.cached]
         if max(map(len, (ids, *cached))) + MOST_OF_ANSWER > max_len:
-            continue
+            return None
         answer = pair.prompt.answer
         assert answer is not None
         tail = answer if task == "text" else f"{answer}."
-        made, missed = made + 1, 0
-        yield Prompt(cached, ids, encode(f" {tail}")[:MOST_OF_ANSWER])
+        return Prompt(cached, ids, encode(f" {tail}")[:MOST_OF_ANSWER])
+
+    missing = (
+        f"{task}, {case}: none of {TRIES} samples of {size.facts} facts gives a prompt that"
+        f" fits into {max_len} tokens"
+    )
+    yield from itertools.islice(drawn(draw, missing=missing), n)
 
 
 def pair_of(

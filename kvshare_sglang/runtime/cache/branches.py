@@ -76,14 +76,17 @@ class Branches:
         """No request steps into what is there now: it was flushed, or other weights made it."""
         self._keys.clear()
 
+    def are_in(self, namespace: object) -> bool:
+        """Whether the namespace has a branch that may be stepped into."""
+        return namespace in self._keys
+
     # ---- lookup --------------------------------------------------------------------------
 
     def step_over(self, key: "RadixKey", match: Any) -> Any:
-        """``match``, the plain one of ``key``, or a blended one where that covers more. O(nodes on
+        """``match``, the plain one of ``key``, whose namespace has branches, or a blended one where
+        that covers more. O(nodes on
         the plain path), and O(tokens) for each branch that begins like the text."""
-        mine = self._keys.get(versions.namespace(key))
-        if mine is None:
-            return match
+        mine = self._keys[versions.namespace(key)]
         cache = self._cache
         page = cache.page_size
         length = len(key) // page * page
@@ -167,7 +170,7 @@ class Branches:
                 child = cache._split_node(child.key, child, same)
             here = Range(at, at + same)
             others = child.lock_ref > (child.id in locked)
-            taken = self._take_over(child, here, row, own, open_rows, others=others)
+            taken = self._take_over(child, here, own, open_rows, others=others)
             left = own[here.start : here.stop] & ~taken
             private = left & was_private[here.start : here.stop]
             if ended:
@@ -206,7 +209,6 @@ class Branches:
         self,
         node: "TreeNode",
         here: Range,
-        row: Row,
         own: np.ndarray,
         open_rows: np.ndarray,
         *,
@@ -219,10 +221,9 @@ class Branches:
         page = self._cache.page_size
         if others or not mine.any():
             return np.zeros(here.num, bool)
-        by_page = lambda mask: mask.reshape(-1, page)  # noqa: E731
-        closes = by_page(theirs & ~ours).any(1)
-        opens = by_page(ours & ~theirs).any(1)
-        taken = np.repeat(closes & ~opens & by_page(mine).all(1), page)
+        closes, opens = theirs & ~ours, ours & ~theirs
+        better = closes.reshape(-1, page).any(1) & ~opens.reshape(-1, page).any(1)
+        taken = np.repeat(better & mine.reshape(-1, page).all(1), page)
         node.kvshare.open = np.where(taken, ours, theirs)
         return taken
 

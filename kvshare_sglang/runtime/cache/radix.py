@@ -88,9 +88,13 @@ class FuzzyRadixCache(RadixCache):
         """SGLang's match; for a request that accepts it, a blended one that covers more."""
         match = super().match_prefix(params)
         req = params.req
-        if self.disable or req is None or not self._accepts(req):
+        if self.disable or req is None:
             return match
-        if versions.namespace(req) in self.adapter_spaces:  # declined, see scheduler.py
+        space = versions.namespace(req)
+        # What an adapter computed is declined, see scheduler.py.
+        if not self.branches.are_in(space) or space in self.adapter_spaces:
+            return match
+        if not self._accepts(req):  # asked last: for each waiting request, in every round
             return match
         return self.branches.step_over(params.key, match)
 
