@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     place = Place(args, scratch)
     groups = [
         [stage for stage in group if wanted(stage, args, place)]
-        for group in stages(args.device, args.backends, gpu_gib=gpu_gib())
+        for group in stages(args.device, args.backends, gpu_gib=gpu_gib(), short=args.short)
     ]
     how = How(place.command, place.environment, place.why_not)
     visit = Visit(args.out, scratch, how, seconds=args.seconds, jobs=args.jobs)
@@ -127,6 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", help=f"only these, of {','.join(STEPS)}")
     add("--backends", help="attention backends, the one that is timed first "
         "(default: flashinfer,triton; on cpu: torch_native)")  # fmt: skip
+    add("--short", action="store_true", help="TTFT at 8k and 98%% cached only")
     add("--seconds", type=float, default=540, help="time for all; what is late is skipped")
     add("--jobs", type=int, help="stages at a time where order is no matter (default: 6; cpu: 1)")
     add("--kit", type=Path, metavar="DIR",

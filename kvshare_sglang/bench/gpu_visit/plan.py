@@ -47,10 +47,13 @@ class Stage(NamedTuple):
         return self.needs_sglang and self.step != "smoke"
 
 
-def stages(device: str, backends: list[str], *, gpu_gib: float) -> list[list[Stage]]:
+def stages(
+    device: str, backends: list[str], *, gpu_gib: float, short: bool = False
+) -> list[list[Stage]]:
     """Groups of stages, one after the other; those of a group run side by side.
 
     Alone on the machine: whatever is timed. ``backends``: the first is the one that is timed most.
+    ``short``: TTFT at one length only, for a visit of a few minutes.
     """
     first = backends[0]
     pages = PAGES if device != "cpu" else PAGES[:1]
@@ -59,6 +62,8 @@ def stages(device: str, backends: list[str], *, gpu_gib: float) -> list[list[Sta
     )
     if device == "cpu":
         arms = ["plain-trace"]
+    elif short:  # with few tokens the KV of three servers is small
+        arms = ["plain-window-trace-short"]
 
     def laws(step: str, limit_s: float) -> list[Stage]:
         return [Stage(step, limit_s, b, page) for b in backends for page in pages]
