@@ -84,6 +84,11 @@ class KVShareConfig:
         "what is evicted first: frequency (least used, with age) or sglang (its own policy, also"
         " where --radix-eviction-policy is given and this is not)",
     )
+    attention: str = _option(
+        "auto",
+        "who attends for rows that lie apart: auto (KVShare's own kernel where it has one) or"
+        " backend (SGLang's own, which takes each range of rows for a request)",
+    )
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:
@@ -106,6 +111,8 @@ class KVShareConfig:
             raise ConfigError("--kvshare-select", self.select, "one of window, dhd, trace")
         if self.eviction not in ("frequency", "sglang"):
             raise ConfigError("--kvshare-eviction", self.eviction, "one of frequency, sglang")
+        if self.attention not in ("auto", "backend"):
+            raise ConfigError("--kvshare-attention", self.attention, "one of auto, backend")
         if self.scope in ("group", "global"):
             raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
         if self.scope != "tenant":

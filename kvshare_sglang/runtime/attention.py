@@ -5,6 +5,7 @@ must hand on every attribute that SGLang reads of a backend. Here a class is mad
 own, so that all else of it stays what it is, on every version.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvshare_sglang.kernels import partial_attn
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.kernels import ops, partial_attn
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime.batch import (
     BatchReuse,
@@ -29,21 +31,28 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class BackendReuse:
     """What a backend carries as ``backend.kvshare``.
 
-    ``batch``: of the forward pass that runs now, None between passes. ``own``: our attention
-    computes partial batches (CPU); else the backend does, seeing runs as rows. ``plan``: what
-    either needs for this batch.
+    ``batch``: of the forward pass that runs now, None between passes. Partial batches are attended
+    by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
+    itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
     """
 
     runner: "ModelRunner"
-    own: bool
+    how: ops.Attention | str | None
     batch: BatchReuse | None = None
     plan: Any = None
     cuts_layers: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether attention is ours: then rows may lie in any number of ranges."""
+        return self.how is not None
 
 
 def partial_class(kind: Any) -> type:
@@ -56,8 +65,12 @@ def partial_class(kind: Any) -> type:
             state = self.kvshare
             rows = state.batch.rows if state.batch else None
             state.plan = None
+            if rows is not None and isinstance(state.how, ops.Attention):
+                positions = [one.positions for one in rows]
+                state.plan = state.how.plan(positions, fb.positions, fb.req_pool_indices)
+                return None  # nothing of the backend's own runs
             if rows is not None and state.own:
-                state.plan = _own_plan(self, fb, rows)
+                state.plan = _blocks(self, fb, rows)
             elif rows is not None:
                 fb = state.plan = runs_as_rows(fb, rows)
             return super().init_forward_metadata(fb)
@@ -77,13 +90,17 @@ def partial_class(kind: Any) -> type:
                 q, k, v = q[keep], k[keep], v[keep]  # backends read fresh K and V from here
             if not state.own:
                 return super().forward_extend(q, k, v, layer, state.plan, save_kv_cache=False, **kw)
-            out = partial_attn.run(
-                state.plan,
-                q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-                pool.get_key_buffer(layer.layer_id),
-                pool.get_value_buffer(layer.layer_id),
-                scaling=layer.scaling,
-            )
+            q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            keys = pool.get_key_buffer(layer.layer_id)
+            values = pool.get_value_buffer(layer.layer_id)
+            if isinstance(state.how, ops.Attention):
+                table = self.req_to_token_pool.req_to_token
+                scales = _scales(layer, keys)
+                out = state.how.run(
+                    state.plan, q, keys, values, table, scaling=layer.scaling, **scales
+                )
+            else:
+                out = partial_attn.run(state.plan, q, keys, values, scaling=layer.scaling)
             return out.flatten(1)
 
         def forward_decode(
@@ -100,9 +117,47 @@ def partial_class(kind: Any) -> type:
 
 def wrap(backend: "AttentionBackend", runner: "ModelRunner") -> None:
     """Let ``backend`` attend for partial batches; whole ones it serves as before."""
-    own = type(backend).__name__ == "TorchNativeAttnBackend"  # pads each row to the full length
+    # It pads each row to the full length.
+    how = "blocks" if type(backend).__name__ == "TorchNativeAttnBackend" else None
     backend.__class__ = partial_class(type(backend))
-    backend.kvshare = BackendReuse(runner, own)
+    backend.kvshare = BackendReuse(runner, how)
+
+
+def choose_kernel(runner: "ModelRunner", config: KVShareConfig) -> None:
+    """Use the kernel for GPUs where there is one for this model and device, and compile it, so that
+    no request waits. Once the model is known to be served."""
+    state: BackendReuse = runner.attn_backend.kvshare
+    if state.how is not None or config.attention == "backend":
+        return
+    attn = runner.model.model.layers[0].self_attn.attn
+    how = ops.attention(
+        runner.device,
+        heads=attn.tp_q_head_num,
+        kv_heads=attn.tp_k_head_num,
+        dim=attn.qk_head_dim,
+        v_dim=attn.v_head_dim,
+    )
+    if how is not None:
+        pool, table = runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token
+        keys, values = pool.get_key_buffer(attn.layer_id), pool.get_value_buffer(attn.layer_id)
+        try:
+            how.warm_up(runner.dtype, keys, values, table, **_scales(attn, keys))
+        except Exception:
+            logger.exception("KVShare's attention kernel does not run here")
+            how = None
+    state.how = how
+    backend = type(runner.attn_backend).__mro__[1].__name__
+    who = "KVShare's kernel" if how else f"{backend}, by ranges,"
+    logger.info("KVShare: %s attends for rows that lie apart", who)
+
+
+def _scales(layer: "RadixAttention", keys: torch.Tensor) -> dict[str, float]:
+    """What a cache of 8 bits is multiplied by."""
+    if keys.dtype.itemsize > 1:
+        return {}
+    names = (("k_scale", "k_scale_float"), ("v_scale", "v_scale_float"))
+    found = {name: getattr(layer, field, None) for name, field in names}
+    return {name: 1.0 if scale is None else float(scale) for name, scale in found.items()}
 
 
 def _store(
@@ -158,7 +213,7 @@ def _narrow(
     return batch.kept
 
 
-def _own_plan(
+def _blocks(
     backend: Any, fb: "ForwardBatch", rows: Sequence[Rows]
 ) -> list[partial_attn.RequestRows]:
     attn = backend.kvshare.runner.model.model.layers[0].self_attn.attn

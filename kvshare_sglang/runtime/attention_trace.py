@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvshare_sglang.kernels.row_scores import attention_mass
+from kvshare_sglang.kernels.ops import attention_mass
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer

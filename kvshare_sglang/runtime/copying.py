@@ -1,14 +1,17 @@
 """Copy cached KV into the slots of a prefill batch, K re-rotated."""
 
 import copy
+import logging
 from typing import Any, NamedTuple
 
 import torch
 
-from kvshare_sglang.kernels import rope_shift
+from kvshare_sglang.kernels import ops, rope_shift
 from kvshare_sglang.plan import Range, Run
 from kvshare_sglang.runtime.batch import to_device
 from kvshare_sglang.runtime.request import RequestReuse
+
+logger = logging.getLogger(__name__)
 
 
 class Copy(NamedTuple):
@@ -81,13 +84,51 @@ def joined(parts: list[Copy]) -> Copy:
 
 
 def copy_kv(runner: Any, rows: Copy, *, first_layer: int = 0) -> None:
-    """Copy K and V of ``rows`` from ``first_layer`` on, through the pool's own writer."""
+    """Copy K and V of ``rows`` from ``first_layer`` on: in one launch where a kernel can, else
+    through the pool's own writer."""
+    if (layers := _layers(runner)) is not None:
+        rotary = _rotary(runner)
+        table = _rope_table(rotary)
+        ops.copy_rotated(
+            layers, *rows, table, is_neox=rotary.is_neox_style, first_layer=first_layer
+        )
+        return
     pool = runner.token_to_kv_pool
     rotation = _rotation(runner, rows)
     for layer in runner.model.model.layers[first_layer:]:
         attn = layer.self_attn.attn
         keys, values = _moved(runner, attn, rows, rotation)
         pool.set_kv_buffer(attn, rows.dst_slots, keys, values)
+
+
+def warm_up(runner: Any) -> None:
+    """Compile the kernel, so that no request waits for it: the slot that SGLang pads batches with
+    is copied to itself."""
+    if _layers(runner) is None:
+        return
+    zero = torch.zeros(1, dtype=torch.int64, device=runner.device)
+    try:
+        copy_kv(runner, Copy(zero, zero, zero, zero))
+    except Exception:
+        logger.exception("KVShare's copy kernel does not run here; KV is copied layer by layer")
+        runner.kvshare_layers = (runner.token_to_kv_pool, None)
+
+
+def _layers(runner: Any) -> Any:
+    """The pool's buffers as a kernel takes them; None where none can. Found once for a pool."""
+    pool = runner.token_to_kv_pool
+    known = getattr(runner, "kvshare_layers", None)
+    if known is None or known[0] is not pool:
+        attns = [layer.self_attn.attn for layer in runner.model.model.layers]
+        rotary_dim = _rope_table(_rotary(runner)).shape[1]
+        found = ops.copies(
+            runner.device,
+            [pool.get_key_buffer(attn.layer_id) for attn in attns],
+            [pool.get_value_buffer(attn.layer_id) for attn in attns],
+            rotary_dim,
+        )
+        known = runner.kvshare_layers = (pool, found)
+    return known[1]
 
 
 def moved_kv(runner: Any, rows: Copy, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.kernels.row_scores import attention_mass, deviation
+from kvshare_sglang.kernels.ops import attention_mass, deviation
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.select.attention_trace import Trace, probe_layer
 from kvshare_sglang.runtime import versions

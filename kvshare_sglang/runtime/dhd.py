@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvshare_sglang.kernels.row_scores import attention_mass, deviation
+from kvshare_sglang.kernels.ops import attention_mass, deviation
 from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.base import RowScores, SelectionRequest, query_rows

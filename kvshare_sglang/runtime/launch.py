@@ -232,7 +232,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
 
     Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
     """
-    from kvshare_sglang.runtime import preflight, support
+    from kvshare_sglang.runtime import attention, copying, preflight, support
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
     from kvshare_sglang.runtime.scheduler import accepts_blended
@@ -253,6 +253,8 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
             choosing.asked.name,
             choosing.unserved.value,
         )
+    attention.choose_kernel(runner, config)
+    copying.warm_up(runner)
     logger.info("KVShare is on: %s", config)
     return FuzzyRadixCache(
         ctx.params,

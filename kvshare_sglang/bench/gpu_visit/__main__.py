@@ -17,7 +17,7 @@ from typing import Any
 from kvshare_sglang.bench.gpu_visit import env
 from kvshare_sglang.bench.gpu_visit.env import ROOT
 from kvshare_sglang.bench.gpu_visit.pack import LIMIT_MIB, MARK, MIB, PackError, pack
-from kvshare_sglang.bench.gpu_visit.plan import STEPS, Stage, gpu_gib, stages
+from kvshare_sglang.bench.gpu_visit.plan import ASKED, STEPS, Stage, gpu_gib, stages
 from kvshare_sglang.bench.gpu_visit.run import How, Visit
 from kvshare_sglang.bench.gpu_visit.stage import run as run_stage
 
@@ -44,6 +44,9 @@ class Place:
 
     def why_not(self, stage: Stage) -> str | None:
         """Why a stage cannot run, or is of no use after those before it."""
+        if stage.step == "env":
+            with self._lock:
+                self._take_in()
         if not stage.needs_sglang:
             return None
         if error := self._error_of("env"):
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     place = Place(args, scratch)
     groups = [
         [stage for stage in group if wanted(stage, args, place)]
-        for group in stages(args.device, args.backends, gpu_gib=gpu_gib(), short=args.short)
+        for group in stages(args.device, args.backends, gpu_gib=gpu_gib(), ttft=args.ttft)
     ]
     how = How(place.command, place.environment, place.why_not)
     visit = Visit(args.out, scratch, how, seconds=args.seconds, jobs=args.jobs)
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def wanted(stage: Stage, args: argparse.Namespace, place: Place) -> bool:
-    asked = args.steps or STEPS
+    asked = args.steps or [step for step in STEPS if step not in ASKED]
     if stage.step == "install":  # not a figure of its own: whatever needs it asks for it
         return args.kit is not None and bool(place.lacks) and bool({*asked} - {"env", "kernels"})
     return stage.step in asked
@@ -127,7 +130,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", help=f"only these, of {','.join(STEPS)}")
     add("--backends", help="attention backends, the one that is timed first "
         "(default: flashinfer,triton; on cpu: torch_native)")  # fmt: skip
-    add("--short", action="store_true", help="TTFT at 8k and 98%% cached only")
+    add("--ttft", choices=("full", "short", "deep"), default="full",
+        help="98%% cached only; short: 8k, deep: 8k to 32k by trace")  # fmt: skip
     add("--seconds", type=float, default=540, help="time for all; what is late is skipped")
     add("--jobs", type=int, help="stages at a time where order is no matter (default: 6; cpu: 1)")
     add("--kit", type=Path, metavar="DIR",

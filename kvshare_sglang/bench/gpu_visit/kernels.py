@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from kvshare_sglang.bench.gpu_visit.table import TOLERANCE, Box, Case, Kernel, far
-from kvshare_sglang.kernels import partial_attn, reference
-from kvshare_sglang.kernels.rope_shift import plan_shift, rotate_keys
-from kvshare_sglang.kernels.row_scores import attention_mass, deviation
+from kvshare_sglang.kernels import ops, partial_attn, reference
+from kvshare_sglang.kernels.ops import deviation, plan_shift, rotate_keys
 
 Checks = Iterator[tuple[str, torch.dtype, float]]  # name, type, largest error
 
@@ -38,54 +37,120 @@ def rope_checks(box: Box) -> Checks:
                 )
 
 
+LAYERS = 8  # of a copy: the bytes of a quarter of an 8B model's cache
+
+
 def copy_case(box: Box, tokens: int) -> Case:
-    """Gather, rotate and scatter K and V of one layer, as copying does today."""
-    pool = box.rand(2, 2 * tokens, box.kv_heads, box.dim)
-    src, dst = torch.randperm(2 * tokens, device=box.device).view(2, tokens).unbind()
+    """Gather, rotate and scatter K and V: all layers in one launch where a kernel can."""
+    keys, values = (
+        [box.rand(2 * tokens, box.kv_heads, box.dim) for _ in range(LAYERS)] for _ in range(2)
+    )
+    src, dst = torch.arange(2 * tokens, device=box.device).view(2, tokens).unbind()
     angles, _ = _rope_table(box, tokens, box.dim)
     at = torch.arange(tokens, device=box.device)
-    shift = plan_shift(angles, at, at.flip(0))
+    new = at.flip(0)
+    layers = ops.copies(box.device, keys, values, box.dim)
 
     def run() -> None:
-        pool[0][dst] = rotate_keys(pool[0].index_select(0, src), shift, is_neox=True)
-        pool[1][dst] = pool[1].index_select(0, src)
+        if layers is not None:
+            ops.copy_rotated(layers, src, dst, at, new, angles, is_neox=True)
+            return
+        shift = plan_shift(angles, at, new)
+        for k, v in zip(keys, values, strict=True):
+            k[dst] = rotate_keys(k.index_select(0, src), shift, is_neox=True)
+            v[dst] = v.index_select(0, src)
 
-    return Case(run, moved=float(pool.numel() * pool.itemsize))
+    return Case(run, moved=float(2 * 2 * LAYERS * tokens * keys[0][0].numel() * keys[0].itemsize))
+
+
+def copy_checks(box: Box) -> Checks:
+    """The launch for all layers against the definition; nothing where there is no such kernel."""
+    limit, count, num_layers = 4096, 48, 3
+    old, new = torch.randint(0, limit, (2, count)).unbind()
+    src, dst = torch.randperm(4 * count)[: 2 * count].view(2, count).unbind()
+    angles, freq = _rope_table(box, limit, 128)
+    for dtype in TOLERANCE:
+        for is_neox in (True, False):
+            k, v = ([torch.randn(4 * count, 2, 128).to(dtype) for _ in range(num_layers)]
+                    for _ in range(2))  # fmt: skip
+            on_k, on_v = ([one.to(box.device) for one in side] for side in (k, v))
+            layers = ops.copies(box.device, on_k, on_v, 128)
+            if layers is None:
+                return
+            slots = (src.to(box.device), dst.to(box.device))
+            places = (old.to(box.device), new.to(box.device))
+            ops.copy_rotated(layers, *slots, *places, angles, is_neox=is_neox)
+            want = reference.rotate_keys(k[-1][src], new - old, freq, is_neox=is_neox)
+            name = f"{dtype} {'neox' if is_neox else 'gptj'}"
+            yield f"{name} K", dtype, far(on_k[-1][dst], want)
+            yield f"{name} V", dtype, far(on_v[-1][dst], v[-1][src].double())
+
+
+class Paged:
+    """Some rows of one request over a cache whose slots are in no order."""
+
+    def __init__(self, box: Box, at: torch.Tensor, length: int, dtype: torch.dtype) -> None:
+        self.at = at
+        heads = box.kv_heads * box.group
+        self.q = torch.randn(len(at), heads, box.dim, device=box.device).to(dtype)
+        shape = (2, 2 * length, box.kv_heads, box.dim)
+        self.k, self.v = torch.randn(*shape, device=box.device).to(dtype).unbind()
+        self.slots = torch.randperm(2 * length)[:length]
+        self.how = ops.attention(
+            box.device, heads=heads, kv_heads=box.kv_heads, dim=box.dim, v_dim=box.dim
+        )
+        if self.how is None:
+            rows = [(at, self.slots)]
+            self.blocks = partial_attn.plan(rows, group=box.group, dtype=dtype)
+            return
+        self.table = self.slots.int()[None].to(box.device)
+        owner = torch.zeros(1, dtype=torch.int64, device=box.device)
+        self.plan = self.how.plan([at.numpy()], at.to(box.device), owner)
+
+    def run(self, scaling: float) -> torch.Tensor:
+        if self.how is None:
+            return partial_attn.run(self.blocks, self.q, self.k, self.v, scaling=scaling)
+        out: torch.Tensor = self.how.run(
+            self.plan, self.q, self.k, self.v, self.table, scaling=scaling
+        )
+        return out
 
 
 def attn_checks(box: Box) -> Checks:
     for dtype in TOLERANCE:
-        kv_len, at = 70, torch.tensor([0, 1, 2, 9, 10, 33, 40, 41, 42, 69])
-        q = torch.randn(len(at), box.kv_heads * box.group, box.dim).to(dtype)
-        k, v = torch.randn(2, kv_len, box.kv_heads, box.dim).to(dtype).unbind()
-        args = [part.to(box.device) for part in (q, k, v)]
-        got = partial_attn.run(_plan(box, at, kv_len, dtype), *args, scaling=0.1)
-        want = reference.partial_attention(q, k, v, at, scaling=0.1)
-        yield f"{dtype} scattered", dtype, far(got, want)
+        for name, kv_len, at in (
+            ("scattered", 70, torch.tensor([0, 1, 2, 9, 10, 33, 40, 41, 42, 69])),
+            ("side by side", 300, torch.arange(100, 300)),
+            ("split", 5000, torch.arange(3, 5000, 41)),
+        ):
+            if kv_len > 1000 and box.device == "cpu":
+                continue
+            paged = Paged(box, at, kv_len, dtype)
+            q, k, v = (x.cpu() for x in (paged.q, paged.k, paged.v))
+            want = reference.partial_attention(q, k[paged.slots], v[paged.slots], at, scaling=0.1)
+            yield f"{dtype} {name}", dtype, far(paged.run(0.1), want)
 
 
-def _plan(box: Box, at: torch.Tensor, kv_len: int, dtype: torch.dtype) -> Any:
-    """Blocks with their masks on the device; slots side by side."""
-    plan = partial_attn.plan([(at, torch.arange(kv_len))], group=box.group, dtype=dtype)
-    return [
-        request._replace(blocks=[b._replace(mask=b.mask.to(box.device)) for b in request.blocks])
-        for request in plan
-    ]
+def _rows_case(box: Box, at: torch.Tensor, tokens: int) -> Case:
+    paged = Paged(box, at, tokens, box.dtype)
+    return Case(
+        lambda: paged.run(box.dim**-0.5),
+        moved=2.0 * tokens * box.kv_heads * box.dim * box.dtype.itemsize,
+        flops=4.0 * box.kv_heads * box.group * box.dim * float((at + 1).sum()),
+    )
 
 
 def attn_case(box: Box, tokens: int) -> Case:
     """Of a prompt that is 98% cached: 5% of its rows, scattered, and the 2% at its end."""
     rows = torch.randperm(tokens)[: tokens // 20]
     at = torch.unique(torch.cat((rows, torch.arange(tokens - tokens // 50, tokens))))
-    q = box.rand(len(at), box.kv_heads * box.group, box.dim)
-    kv = box.rand(2, tokens, box.kv_heads, box.dim)
-    plan = _plan(box, at, tokens, box.dtype)
-    flops = 4.0 * box.kv_heads * box.group * box.dim * float((at + 1).sum())
-    return Case(
-        lambda: partial_attn.run(plan, q, *kv.unbind(), scaling=box.dim**-0.5),
-        moved=float(kv.numel() * kv.itemsize),
-        flops=flops,
-    )
+    return _rows_case(box, at, tokens)
+
+
+def causal_case(box: Box, tokens: int) -> Case:
+    """As many rows, side by side at the end."""
+    count = tokens // 20 + tokens // 50
+    return _rows_case(box, torch.arange(tokens - count, tokens), tokens)
 
 
 def mass_checks(box: Box) -> Checks:
@@ -95,7 +160,7 @@ def mass_checks(box: Box) -> Checks:
         keys = torch.randn(40, box.kv_heads, box.dim).to(dtype)
         for strongest in (True, False):
             how: Any = {"scaling": 0.1, "strongest_head": strongest}
-            got = attention_mass(*(x.to(box.device) for x in (q, at, keys)), **how)
+            got = ops.attention_mass(*(x.to(box.device) for x in (q, at, keys)), **how)
             want = reference.attention_mass(q, at, keys, **how)
             yield f"{dtype} {'strongest' if strongest else 'mean'}", dtype, far(got, want)
 
@@ -108,7 +173,7 @@ def mass_case(box: Box, tokens: int) -> Case:
         box.rand(tokens, box.kv_heads, box.dim),
     )
     return Case(
-        lambda: attention_mass(q, at, keys, scaling=box.dim**-0.5, strongest_head=True),
+        lambda: ops.attention_mass(q, at, keys, scaling=box.dim**-0.5, strongest_head=True),
         moved=float(keys.numel() * keys.itemsize),
         flops=2.0 * q.shape[1] * box.dim * float((at + 1).sum()),
     )
@@ -127,8 +192,10 @@ def deviation_case(box: Box, tokens: int) -> Case:
 
 
 KERNELS = (
-    Kernel("copy and rotate", rope_checks, copy_case),
-    Kernel("partial attention", attn_checks, attn_case),
+    Kernel("rotate", rope_checks, None),
+    Kernel("copy and rotate", copy_checks, copy_case),
+    Kernel("scattered rows", attn_checks, attn_case),
+    Kernel("as many side by side", None, causal_case),
     Kernel("attention mass", mass_checks, mass_case),
     Kernel("deviation", deviation_checks, deviation_case),
 )

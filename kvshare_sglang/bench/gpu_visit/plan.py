@@ -7,6 +7,7 @@ STEPS = (
     "env",
     "install",
     "kernels",
+    "tune",
     "smoke",
     "ttft",
     "partial",
@@ -15,6 +16,7 @@ STEPS = (
     "life",
     "profile",
 )
+ASKED = ("tune",)  # run only where they are named
 PAGES = (1, 16)
 # Each server has 16 GB of weights, 128 KiB of KV a token, and its graphs.
 TWO_SERVERS_GIB, THREE_SERVERS_GIB = 70, 110
@@ -39,7 +41,7 @@ class Stage(NamedTuple):
 
     @property
     def needs_sglang(self) -> bool:
-        return self.step not in ("env", "install", "kernels")
+        return self.step not in ("env", "install", "kernels", "tune")
 
     @property
     def needs_smoke(self) -> bool:
@@ -48,12 +50,13 @@ class Stage(NamedTuple):
 
 
 def stages(
-    device: str, backends: list[str], *, gpu_gib: float, short: bool = False
+    device: str, backends: list[str], *, gpu_gib: float, ttft: str = "full"
 ) -> list[list[Stage]]:
     """Groups of stages, one after the other; those of a group run side by side.
 
     Alone on the machine: whatever is timed. ``backends``: the first is the one that is timed most.
-    ``short``: TTFT at one length only, for a visit of a few minutes.
+    ``ttft``: "short" is one length alone, "deep" all lengths by trace alone, each for a visit of a
+    few minutes.
     """
     first = backends[0]
     pages = PAGES if device != "cpu" else PAGES[:1]
@@ -62,15 +65,19 @@ def stages(
     )
     if device == "cpu":
         arms = ["plain-trace"]
-    elif short:  # with few tokens the KV of three servers is small
+    elif ttft == "short":  # with few tokens the KV of three servers is small
         arms = ["plain-window-trace-short"]
+    elif ttft == "deep":
+        arms = ["plain-trace-deep"]
 
     def laws(step: str, limit_s: float) -> list[Stage]:
         return [Stage(step, limit_s, b, page) for b in backends for page in pages]
 
     return [
-        [Stage("env", 60), Stage("kernels", 60), Stage("install", 90)],
-        # The first server of a backend waits for its kernels to compile.
+        [Stage("kernels", 60), Stage("install", 90)],
+        # After the kit, whose versions it tells. The first server of a backend waits for its
+        # kernels to compile, the GPU idle: time to try shapes of ours.
+        [Stage("env", 60), Stage("tune", 60)],
         [Stage("smoke", 200, backend) for backend in backends],
         *([Stage("ttft", 210, first, what=what)] for what in arms),
         [*laws("partial", 150), *laws("choice", 150), *laws("exact", 150)],

@@ -50,6 +50,10 @@ def _work(stage: Stage, scratch: Path, device: str, note: Note) -> dict[str, Any
         from kvshare_sglang.bench.gpu_visit import kernels, table
 
         return table.measure(kernels.KERNELS, table.box_of(device), note)
+    if stage.step == "tune":
+        from kvshare_sglang.bench.gpu_visit import table, tune
+
+        return tune.run(table.box_of(device), note)
     if stage.step == "ttft":
         from kvshare_sglang.bench.gpu_visit import ttft
 

@@ -37,11 +37,12 @@ class Case(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """``checks``: names and errors, by type; ``case(box, n)``: its work for a prompt of n."""
+    """``checks``: names and errors, by type; ``case(box, n)``: its work for a prompt of n. None
+    where another line has it."""
 
     name: str
-    checks: Callable[[Box], Iterator[tuple[str, torch.dtype, float]]]
-    case: Callable[[Box, int], Case]
+    checks: Callable[[Box], Iterator[tuple[str, torch.dtype, float]]] | None
+    case: Callable[[Box, int], Case] | None
 
 
 def box_of(device: str) -> Box:
@@ -62,7 +63,7 @@ def measure(
     for kernel in kernels:
         checks += checked(kernel, box)
         note(found)
-        for tokens in box.tokens:
+        for tokens in box.tokens if kernel.case else ():
             rows.append(row(kernel, box, tokens, limits))
             note(found)
     failed = [row["kernel"] for row in rows if "error" in row]
@@ -88,7 +89,7 @@ def ceilings(box: Box) -> dict[str, float]:
 def checked(kernel: Kernel, box: Box) -> list[dict[str, Any]]:
     out = []
     try:
-        for name, dtype, error in kernel.checks(box):
+        for name, dtype, error in kernel.checks(box) if kernel.checks else ():
             most = TOLERANCE[dtype]
             # "not <=" also fails a nan
             out.append({"name": f"{kernel.name} {name}", "value": error, "at_most": most,
@@ -102,6 +103,7 @@ def row(kernel: Kernel, box: Box, tokens: int, limits: dict[str, float]) -> dict
     """A line of the table: times, and the share of the ceiling that they reach."""
     told: dict[str, Any] = {"kernel": kernel.name, "tokens": tokens}
     try:
+        assert kernel.case is not None
         case = kernel.case(box, tokens)
         told |= timed(box, case.run)
     except Exception as error:
@@ -113,13 +115,13 @@ def row(kernel: Kernel, box: Box, tokens: int, limits: dict[str, float]) -> dict
     return told
 
 
-def timed(box: Box, run: Callable[[], Any]) -> dict[str, Any]:
+def timed(box: Box, run: Callable[[], Any], *, repeats: int = REPEATS) -> dict[str, Any]:
     """Median and quartiles in ms; by the device's own clock where it has one."""
     cuda = box.device != "cpu"
     flush = torch.empty(FLUSH if cuda else 1, dtype=torch.int8, device=box.device)
     times: list[float] = []
     begun = time.perf_counter()
-    for turn in range(-3, REPEATS):  # the first three are a warm-up
+    for turn in range(-3, repeats):  # the first three are a warm-up
         flush.zero_()
         if cuda:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

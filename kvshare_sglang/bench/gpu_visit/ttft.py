@@ -20,12 +20,13 @@ def run(
     numbers: Path, device: str, backend: str, what: str, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Run the bench; ``note`` is told what there is whenever it has written."""
-    arms, short = what.removesuffix("-short").split("-"), what.endswith("-short")
+    arms = [word for word in what.split("-") if word not in ("short", "deep")]
+    extent = what.rpartition("-")[2]
     if device != "cpu" and (gib := gpu_gib()) < TWO_SERVERS_GIB:
         need = f"two servers of an 8B model need {TWO_SERVERS_GIB} GiB of GPU memory"
         return {"ok": False, "error": f"{need}, here are {gib:.0f}"}
     numbers.unlink(missing_ok=True)
-    options = on_cpu() if device == "cpu" else on_gpu(backend, short=short)
+    options = on_cpu() if device == "cpu" else on_gpu(backend, extent)
     words = ["--json", str(numbers), "--arms", ",".join(arms), *options]
     command = [sys.executable, "-m", "kvshare_sglang.bench", "ttft", *words]
     bench = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -60,10 +61,11 @@ def on_cpu() -> list[str]:
     ]
 
 
-def on_gpu(backend: str, *, short: bool) -> list[str]:
+def on_gpu(backend: str, extent: str) -> list[str]:
     """The shape of an 8B model. Chunks are as large as the prompts: longer ones are never traced,
     and plain gets the same, so that one set of servers does for everything."""
-    sizes = (8192,) if short else SIZES
+    short, whole = extent == "short", extent not in ("short", "deep")
+    sizes = {"short": SIZES[:1], "deep": SIZES[:3]}.get(extent, SIZES)
     longest = max(sizes)
     server = (
         f"--attention-backend {backend} --sampling-backend pytorch"
@@ -75,9 +77,9 @@ def on_gpu(backend: str, *, short: bool) -> list[str]:
     )
     return [
         *("--device", "cuda", "--model", "llama-8b", "--dummy-weights", "--budget", "0.05"),
-        *("--sizes", ",".join(map(str, sizes)), "--reused", "0.98" if short else "0.98,0.9"),
+        *("--sizes", ",".join(map(str, sizes)), "--reused", "0.98,0.9" if whole else "0.98"),
         *("--repeats", "2" if short else "3"),
-        *("--miss-pairs", "0" if short else "16", "--tpot", "0" if short else "2"),
+        *("--miss-pairs", "16" if whole else "0", "--tpot", "2" if whole else "0"),
         *("--chunk", str(longest), "--plain-chunk", str(longest)),
         *("--threads", "4", "--plain-threads", "4"),
         *("--max-total-tokens", str(int(2.3 * longest))),

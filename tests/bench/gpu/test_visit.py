@@ -30,7 +30,7 @@ def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
     ttft = "ttft_plain-trace_torch_native"
     assert verdicts == dict.fromkeys(["env", "kernels", "smoke_torch_native", ttft], "ok")
     table = found["figures"]["kernels"]["rows"]
-    assert {row["kernel"] for row in table} >= {"copy and rotate", "partial attention"}
+    assert {row["kernel"] for row in table} >= {"copy and rotate", "scattered rows"}
     assert all(row["of_ceiling"] > 0 for row in table)
     (row,) = found["figures"][ttft]["rows"]
     assert row["arm"] == "trace"

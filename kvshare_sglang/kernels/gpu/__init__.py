@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Triton; ``kernels.ops`` imports them where Triton is."""

@@ -1,0 +1,306 @@
+"""Attention of scattered rows over paged KV, by query position: one launch a layer. Triton.
+
+The rows of a request, ascending, are cut into tiles. The query heads that share a KV head are
+stacked, so a tile has ``BLOCK_M`` matrix rows. It walks the request's page table from key 0 to its
+last row's position, and masks ``key <= position`` only from its first row's position on: the keys
+before are seen by all of its rows. So no mask and no list of keys is ever written, and lone rows
+cost what rows side by side cost. Where tiles are few, their keys are split over programs, and the
+parts are merged by their log-sum-exp (base 2).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+MOST_SPLITS, KEYS_OF_SPLIT = 16, 512  # a split of fewer keys costs more than it saves
+
+
+class Shape(NamedTuple):
+    """Of a launch: matrix rows and keys of a step, warps, steps in flight."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """``tiles`` int32 [3, tiles]: first row, rows, number of the request; tiles with most keys
+    first. ``positions`` [rows] and ``owners`` [requests] (rows of the page table), on the device.
+    """
+
+    tiles: torch.Tensor
+    positions: torch.Tensor
+    owners: torch.Tensor
+    block_m: int
+    splits: int
+
+
+def shape_of(head_dim: int, capability: tuple[int, int]) -> Shape:
+    """Measured on an H100 (benchmarks/gpu-h100); elsewhere what compiles without spills."""
+    if head_dim > 128:
+        return Shape(64, 32, 8, 2)
+    return Shape(128, 128, 8, 2) if capability[0] == 9 else Shape(64, 32, 4, 2)
+
+
+def cut(rows: Sequence[np.ndarray], *, group: int, block_m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of the ``rows`` (positions, ascending, by request): int32 [3, tiles], and how many
+    keys each sees. O(tiles).
+
+    >>> cut([np.array([0, 9]), np.arange(5)], group=4, block_m=16)[0].tolist()
+    [[0, 2, 6], [2, 4, 1], [0, 1, 1]]
+    """
+    size = max(1, block_m // group)
+    first, num, owner, keys = [], [], [], []
+    base = 0
+    for i, at in enumerate(rows):
+        starts = np.arange(0, len(at), size)
+        stops = np.minimum(starts + size, len(at))
+        first.append(base + starts)
+        num.append(stops - starts)
+        owner.append(np.full(len(starts), i))
+        keys.append(at[stops - 1] + 1)
+        base += len(at)
+    table = np.stack([np.concatenate(part) for part in (first, num, owner)]).astype(np.int32)
+    seen = np.concatenate(keys)
+    # The longest start first, so that none is left over at the end.
+    order = np.argsort(-seen, kind="stable")
+    return np.ascontiguousarray(table[:, order]), seen[order]
+
+
+def plan(
+    rows: Sequence[np.ndarray],
+    positions: torch.Tensor,
+    owners: torch.Tensor,
+    *,
+    group: int,
+    kv_heads: int,
+    shape: Shape,
+    programs: int,
+) -> Plan:
+    """For a batch: ``rows`` are its positions by request, as on the device in ``positions``.
+
+    ``owners`` [requests]: their rows of the page table. ``programs``: how many keep the device
+    busy. One small copy to the device, which nothing waits for.
+    """
+    tiles, keys = cut(rows, group=group, block_m=shape.block_m)
+    device = positions.device
+    host = torch.from_numpy(tiles)
+    if device.type != "cpu":
+        host = host.pin_memory().to(device, non_blocking=True)
+    splits, most = 1, int(keys.max(initial=1)) // KEYS_OF_SPLIT
+    while (
+        splits < MOST_SPLITS
+        and 2 * splits <= most
+        and tiles.shape[1] * kv_heads * splits < programs
+    ):
+        splits *= 2
+    return Plan(host, positions, owners, shape.block_m, splits)
+
+
+@triton.jit
+def _scores(x, k_base, slot, d, k_stride, scale):
+    key = tl.load(k_base + slot[None, :] * k_stride + d[:, None])
+    return tl.dot(x, key.to(x.dtype)) * scale
+
+
+@triton.jit
+def _take_in(s, top, total, acc, x, v_base, slot, d, v_stride, inside, TAIL: tl.constexpr):
+    """One step of softmax, over the keys whose scores are ``s`` (base 2). In the ``TAIL`` only
+    those ``inside`` are read: what else is in a slot may be nan, and 0 * nan is nan."""
+    best = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(best == float("-inf"), 0.0, best)
+    p = tl.exp2(s - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    total = total * shrink + tl.sum(p, 1)
+    at = v_base + slot[:, None] * v_stride + d[None, :]
+    if TAIL:
+        value = tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        value = tl.load(at)
+    acc = tl.dot(p.to(x.dtype), value.to(x.dtype), acc * shrink[:, None])
+    return best, total, acc
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def _attend(
+    q,  # [rows, q_heads, dim]
+    k_buf,  # [slots, kv_heads, dim]
+    v_buf,  # [slots, kv_heads, dim]
+    out,  # [rows, q_heads, dim]; where split: fp32 [splits, rows, q_heads, dim]
+    lse,  # fp32 [splits, rows, q_heads], base 2; unused where not split
+    positions,  # [rows]
+    tiles,  # int32 [3, tiles]
+    owners,  # [requests]
+    page_table,  # int32 [any, longest]
+    scale,  # of scores, times log2(e) and K's scale
+    v_scale,
+    num_rows,
+    num_tiles,
+    table_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    first = tl.load(tiles + tile)
+    count = tl.load(tiles + num_tiles + tile)
+    owner = tl.load(owners + tl.load(tiles + 2 * num_tiles + tile)).to(tl.int64)
+
+    m = tl.arange(0, BLOCK_M)
+    r, g = m // GROUP, m % GROUP
+    live = r < count  # also false for the rest of a tile that GROUP does not divide
+    row = (first + r).to(tl.int64)
+    at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
+    lo = tl.load(positions + first).to(tl.int32)  # keys up to here are seen by all rows
+    hi = tl.load(positions + first + count - 1).to(tl.int32) + 1
+
+    d = tl.arange(0, DIM)
+    head = kv_head * GROUP + g
+    x = tl.load(
+        q + row[:, None] * q_stride + head[:, None] * DIM + d[None, :],
+        mask=live[:, None],
+        other=0.0,
+    )
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+
+    each = tl.cdiv(tl.cdiv(hi, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    start = split * each
+    stop = tl.minimum(start + each, hi)
+    whole = tl.minimum((lo + 1) // BLOCK_N * BLOCK_N, stop)  # up to here no mask is needed
+    page = page_table + owner * table_stride
+    n = tl.arange(0, BLOCK_N)
+    k_base = k_buf + kv_head * DIM
+    v_base = v_buf + kv_head * DIM
+    for begin in range(start, whole, BLOCK_N):
+        slot = tl.load(page + begin + n).to(tl.int64)
+        s = _scores(x, k_base, slot, d, k_stride, scale)
+        top, total, acc = _take_in(s, top, total, acc, x, v_base, slot, d, v_stride, n, False)
+    for begin in range(tl.maximum(whole, start), stop, BLOCK_N):
+        key = begin + n
+        inside = key < hi
+        slot = tl.load(page + key, mask=inside, other=0).to(tl.int64)
+        s = _scores(x, k_base, slot, d, k_stride, scale)
+        s = tl.where(key[None, :] <= at[:, None], s, float("-inf"))
+        top, total, acc = _take_in(s, top, total, acc, x, v_base, slot, d, v_stride, inside, True)
+
+    acc = acc * (tl.where(total > 0, v_scale / total, 0.0))[:, None]
+    o = (split * num_rows + row) * (KV_HEADS * GROUP) + head
+    tl.store(out + o[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
+    if SPLIT:
+        tl.store(lse + o, top + tl.log2(total), mask=live)  # -inf where nothing was seen
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits"])
+def _merge(
+    parts,  # fp32 [splits, rows, heads, dim]
+    lse,  # fp32 [splits, rows, heads], base 2
+    out,  # [rows, heads, dim]
+    num_rows,
+    splits,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, HEADS_P2)
+    d = tl.arange(0, DIM)
+    live = h < HEADS
+    top = tl.full((HEADS_P2,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS_P2,), tl.float32)
+    acc = tl.zeros((HEADS_P2, DIM), tl.float32)
+    for i in range(splits):
+        at = (i * num_rows + row) * HEADS + h
+        one = tl.load(lse + at, mask=live, other=0.0)
+        best = tl.maximum(top, one)
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        mine, others = tl.exp2(one - safe), tl.exp2(top - safe)
+        part = tl.load(parts + at[:, None] * DIM + d[None, :], mask=live[:, None], other=0.0)
+        total = total * others + mine
+        acc = acc * others[:, None] + part * mine[:, None]
+        top = best
+    o = (row * HEADS + h)[:, None] * DIM + d[None, :]
+    tl.store(out + o, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
+
+
+def run(
+    plan: Plan,
+    q: torch.Tensor,
+    key_buffer: torch.Tensor,
+    value_buffer: torch.Tensor,
+    page_table: torch.Tensor,
+    *,
+    scaling: float,
+    shape: Shape,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """Attention output [rows, q_heads, dim] of ``q`` [rows, q_heads, dim].
+
+    ``key_buffer`` and ``value_buffer`` [slots, kv_heads, dim] must already hold the rows' own K
+    and V of this layer; ``page_table`` int32 [any, longest] gives the slot of each position.
+    ``dim`` is a power of two. Buffers of 8 bits are multiplied by their scales.
+    """
+    rows, heads, dim = q.shape
+    kv_heads = key_buffer.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    split = plan.splits > 1
+    part, lse = out, out
+    if split:
+        part = q.new_empty((plan.splits, rows, heads, dim), dtype=torch.float32)
+        lse = q.new_empty((plan.splits, rows, heads), dtype=torch.float32)
+    num_tiles = plan.tiles.shape[1]
+    _attend[(kv_heads, num_tiles, plan.splits)](
+        q,
+        key_buffer,
+        value_buffer,
+        part,
+        lse,
+        plan.positions,
+        plan.tiles,
+        plan.owners,
+        page_table,
+        scaling * LOG2_E * k_scale,
+        v_scale,
+        rows,
+        num_tiles,
+        page_table.stride(0),
+        q.stride(0),
+        key_buffer.stride(0),
+        value_buffer.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_M=shape.block_m,
+        BLOCK_N=shape.block_n,
+        SPLIT=split,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+    if split:
+        _merge[(rows,)](
+            part,
+            lse,
+            out,
+            rows,
+            plan.splits,
+            HEADS=heads,
+            DIM=dim,
+            HEADS_P2=triton.next_power_of_2(heads),
+        )
+    return out

@@ -1,0 +1,144 @@
+"""Which kernel runs an op on which device: Triton's on a GPU, torch's everywhere.
+
+A caller asks for an op and never for a kernel; what no Triton kernel serves, torch's twin does.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kvshare_sglang.kernels import rope_shift, row_scores
+
+# Attention programs that keep a GPU busy: a few for each multiprocessor, for tiles end at
+# different times.
+PROGRAMS_OF_MULTIPROCESSOR = 4
+
+
+def has_triton(device: Any) -> bool:
+    """Whether Triton's kernels run there: on a GPU, or on a CPU in Triton's interpreter."""
+    kind = torch.device(device).type
+    interpreted = kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (kind == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+class Attention(NamedTuple):
+    """Of rows anywhere in their requests, over paged KV: the launch for one model on one device."""
+
+    heads: int
+    kv_heads: int
+    shape: Any
+    programs: int
+
+    def plan(
+        self, rows: Sequence[np.ndarray], positions: torch.Tensor, owners: torch.Tensor
+    ) -> Any:
+        """For a batch; see ``gpu.rows.plan``."""
+        from kvshare_sglang.kernels.gpu import rows as kernel
+
+        return kernel.plan(
+            rows,
+            positions,
+            owners,
+            group=self.heads // self.kv_heads,
+            kv_heads=self.kv_heads,
+            shape=self.shape,
+            programs=self.programs,
+        )
+
+    def run(self, plan: Any, q: torch.Tensor, *buffers: torch.Tensor, **scales: float) -> Any:
+        """For a layer; see ``gpu.rows.run``."""
+        from kvshare_sglang.kernels.gpu import rows as kernel
+
+        return kernel.run(plan, q, *buffers, shape=self.shape, **scales)
+
+    def warm_up(self, dtype: torch.dtype, *buffers: torch.Tensor, **scales: float) -> None:
+        """Compile what batches will need, so that no request waits for it. Writes nowhere."""
+        device = buffers[0].device
+        at, owner = torch.arange(2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        plan = self.plan([np.arange(2)], at, owner)
+        q = torch.zeros(2, self.heads, buffers[0].shape[2], dtype=dtype, device=device)
+        for splits in (1, 2):
+            self.run(plan._replace(splits=splits), q, *buffers, scaling=1.0, **scales)
+        attention_mass(q, at, buffers[0][:2], scaling=1.0, strongest_head=True)
+
+
+def attention(device: Any, *, heads: int, kv_heads: int, dim: int, v_dim: int) -> Attention | None:
+    """None where no kernel of ours serves such heads: the host's backend does."""
+    if not has_triton(device) or dim != v_dim or not _is_power_of_two(dim) or dim < 16:
+        return None
+    if heads // kv_heads > 64:  # of a tile's rows none would be left
+        return None
+    from kvshare_sglang.kernels.gpu import rows as kernel
+
+    if torch.device(device).type == "cpu":
+        return Attention(heads, kv_heads, kernel.Shape(64, 64, 4, 1), 1)
+    card = torch.cuda.get_device_properties(device)
+    shape = kernel.shape_of(dim, (card.major, card.minor))
+    programs = PROGRAMS_OF_MULTIPROCESSOR * card.multi_processor_count
+    return Attention(heads, kv_heads, shape, programs)
+
+
+def copies(
+    device: Any, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], rotary_dim: int
+) -> Any:
+    """A cache's buffers by layer, for ``copy_rotated``; None where its torch twin must do."""
+    if not has_triton(device):
+        return None
+    if keys[0].dtype.itemsize == 1 and torch.device(device).type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        if (card.major, card.minor) < (8, 9):  # no 8-bit floats
+            return None
+    from kvshare_sglang.kernels.gpu import copy as kernel
+
+    try:
+        layers = kernel.layers_of(keys, values)
+    except ValueError:
+        return None
+    return layers if kernel.serves(layers, rotary_dim) else None
+
+
+def copy_rotated(
+    layers: Any,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool,
+    first_layer: int = 0,
+) -> None:
+    """K and V of all layers from slots to slots, K re-rotated, in one launch; see ``gpu.copy``."""
+    from kvshare_sglang.kernels.gpu import copy as kernel
+
+    kernel.run(layers, src, dst, old, new, cos_sin_cache, is_neox=is_neox, first_layer=first_layer)
+
+
+def attention_mass(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    strongest_head: bool = False,
+) -> torch.Tensor:
+    """The weight that rows give to each key; see ``row_scores.attention_mass``."""
+    run = row_scores.attention_mass
+    if has_triton(q.device) and _is_power_of_two(q.shape[2]) and q.shape[2] >= 16:
+        from kvshare_sglang.kernels.gpu import mass as kernel
+
+        run = kernel.run
+    return run(q, positions, keys, scaling=scaling, strongest_head=strongest_head)
+
+
+deviation = row_scores.deviation
+plan_shift = rope_shift.plan_shift
+rotate_keys = rope_shift.rotate_keys
