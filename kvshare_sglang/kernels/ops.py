@@ -65,12 +65,13 @@ class Attention(NamedTuple):
         at, owner = torch.arange(2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         plan = self.plan([np.arange(2)], at, owner)
         q = torch.zeros(2, self.heads, buffers[0].shape[2], dtype=dtype, device=device)
-        for splits in (1, 2):
-            self.run(plan._replace(splits=splits), q, *buffers, scaling=1.0, **scales)
+        self.run(plan, q, *buffers, scaling=1.0, **scales)
         attention_mass(q, at, buffers[0][:2], scaling=1.0, strongest_head=True)
 
 
-def attention(device: Any, *, heads: int, kv_heads: int, dim: int, v_dim: int) -> Attention | None:
+def attention(
+    device: Any, dtype: torch.dtype, *, heads: int, kv_heads: int, dim: int, v_dim: int
+) -> Attention | None:
     """None where no kernel of ours serves such heads: the host's backend does."""
     if not has_triton(device) or dim != v_dim or not _is_power_of_two(dim) or dim < 16:
         return None
@@ -81,7 +82,7 @@ def attention(device: Any, *, heads: int, kv_heads: int, dim: int, v_dim: int) -
     if torch.device(device).type == "cpu":
         return Attention(heads, kv_heads, kernel.Shape(64, 64, 4, 1), 1)
     card = torch.cuda.get_device_properties(device)
-    shape = kernel.shape_of(dim, (card.major, card.minor))
+    shape = kernel.shape_of(dim, dtype, (card.major, card.minor))
     programs = PROGRAMS_OF_MULTIPROCESSOR * card.multi_processor_count
     return Attention(heads, kv_heads, shape, programs)
 

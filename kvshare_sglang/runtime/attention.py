@@ -123,6 +123,11 @@ def wrap(backend: "AttentionBackend", runner: "ModelRunner") -> None:
     backend.kvshare = BackendReuse(runner, how)
 
 
+def has_kernel(runner: "ModelRunner") -> bool:
+    """Whether partial batches are attended by the kernel for GPUs."""
+    return isinstance(runner.attn_backend.kvshare.how, ops.Attention)
+
+
 def choose_kernel(runner: "ModelRunner", config: KVShareConfig) -> None:
     """Use the kernel for GPUs where there is one for this model and device, and compile it, so that
     no request waits. Once the model is known to be served."""
@@ -132,6 +137,7 @@ def choose_kernel(runner: "ModelRunner", config: KVShareConfig) -> None:
     attn = runner.model.model.layers[0].self_attn.attn
     how = ops.attention(
         runner.device,
+        runner.dtype,
         heads=attn.tp_q_head_num,
         kv_heads=attn.tp_k_head_num,
         dim=attn.qk_head_dim,

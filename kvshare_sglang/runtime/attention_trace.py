@@ -160,6 +160,8 @@ def check_few(rows: Sequence[Rows], traces: Sequence[Trace]) -> None:
 class MassObserver:
     """Notes the attention of the traces' query rows to each position, and stops the pass."""
 
+    narrows = False
+
     def __init__(self, layer: int, rows: Sequence[Rows], traces: Sequence[Trace]) -> None:
         self.layer = layer
         self._rows, self._traces = rows, traces

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _COUNTS = ("global_num_token_non_padded", "num_token_non_padded")
 
 
-class StopForward(Exception):
-    """Ends a forward pass at the layer that it was for."""
+class StopForward(BaseException):
+    """Ends a forward pass at the layer that it was for. No Exception: SGLang would log one that
+    leaves a graph as an error, with advice."""
 
 
 class Stop:
@@ -50,9 +51,11 @@ class LayerView(NamedTuple):
 
 
 class LayerObserver(Protocol):
-    """Looks at the attention of one layer of a forward pass."""
+    """Looks at the attention of one layer of a forward pass. ``narrows``: it may let only some
+    rows go on."""
 
     layer: int
+    narrows: bool
 
     def observe(self, view: LayerView) -> Sequence[Rows] | Stop | None:
         """None: go on. Rows, by request: only these go on to the next layers. STOP: the pass

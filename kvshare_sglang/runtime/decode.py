@@ -81,6 +81,8 @@ def watch(
 class ReadObserver:
     """Notes which watched requests read copied rows, and stops the step if any does."""
 
+    narrows = False
+
     def __init__(self, layer: int, watched: list[Watched], above: float) -> None:
         self.layer = layer
         self.wanted: list[tuple[Watched, np.ndarray]] = []

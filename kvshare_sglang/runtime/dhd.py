@@ -44,6 +44,7 @@ class DhdObserver:
     watch: bool
     runner: "ModelRunner"
     on_done: Callable[[Sequence[Rows]], None]
+    narrows: bool = True
 
     def observe(self, view: LayerView) -> list[Rows]:
         """The rows of each request that go on; sets the plans of the jobs to what is copied then.

@@ -61,9 +61,20 @@ def hook_forward(
 def hook_can_run_graph(
     original: Callable[..., Any], graphs: Any, fb: "ForwardBatch", *args: Any, **kw: Any
 ) -> bool:
-    """AROUND ``can_run_graph`` of both graph runners: a captured prefill runs every row, and a
-    captured decode step calls no Python that could observe its attention."""
+    """AROUND ``can_run_graph`` of both graph runners."""
     reuse: BatchReuse | None = getattr(fb, "kvshare", None)
-    if reuse is not None and (reuse.rows is not None or reuse.observer is not None):
+    if reuse is not None and not _may_replay(graphs, reuse):
         return False
     return bool(original(graphs, fb, *args, **kw))
+
+
+def _may_replay(graphs: Any, reuse: BatchReuse) -> bool:
+    """Whether a captured graph can run what the batch carries. A breakable prefill graph calls
+    attention between its parts, in Python and for the tokens that there are, so it runs any rows
+    and stops where an observer says so; it cannot go on with fewer tokens. A captured decode step
+    calls nothing that could look at its attention."""
+    if reuse.rows is None:
+        return reuse.observer is None
+    breakable = getattr(graphs, "prefill_backend_name", None) == "breakable"
+    narrows = reuse.observer is not None and reuse.observer.narrows
+    return breakable and not narrows and attention.has_kernel(graphs.model_runner)

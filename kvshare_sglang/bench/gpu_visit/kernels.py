@@ -97,7 +97,7 @@ class Paged:
         self.k, self.v = torch.randn(*shape, device=box.device).to(dtype).unbind()
         self.slots = torch.randperm(2 * length)[:length]
         self.how = ops.attention(
-            box.device, heads=heads, kv_heads=box.kv_heads, dim=box.dim, v_dim=box.dim
+            box.device, dtype, heads=heads, kv_heads=box.kv_heads, dim=box.dim, v_dim=box.dim
         )
         if self.how is None:
             rows = [(at, self.slots)]

@@ -25,7 +25,8 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
         settings |= {
             "dtype": "bfloat16", "sampling_backend": "pytorch", "mem_fraction_static": 0.85,
             "max_running_requests": 2048, "max_prefill_tokens": size,
-            "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_prefill": [256, 1024, 4096],
+            "cuda_graph_max_bs_decode": 8,
+            "cuda_graph_bs_prefill": [256, 512, 640, 1024, 1280, 4096],
             "disable_overlap_schedule": False, "env": {"SGLANG_USE_CPU_ENGINE": "0"},
         }  # fmt: skip
     with lab(model.path, **settings) as it:

@@ -12,6 +12,9 @@ from kvshare_sglang.bench.gpu_visit.plan import TWO_SERVERS_GIB, gpu_gib
 
 # Longest prompts early: if time runs out, the shorter ones are missed less.
 SIZES = (8192, 32768, 16384, 4096)
+# Of SGLang's own list, those that the prompts and their partial batches need: each takes time at
+# start. Longer batches run eagerly, as by default.
+GRAPHS = (*range(64, 1025, 64), *range(1280, 2561, 256), 4096, 8192)
 FIGURES = ("prompts", "arm", "ttft_p50_s", "ttft_plain_p50_s", "ratio_plain", "iqr", "ceiling",
            "computed_share", "merged_tokens")  # fmt: skip
 
@@ -73,7 +76,7 @@ def on_gpu(backend: str, extent: str) -> list[str]:
         # not this share, is what bounds their memory.
         f" --mem-fraction-static 0.85 --max-prefill-tokens {longest}"
         f" --context-length {longest + 4096}"
-        " --cuda-graph-max-bs-decode 8 --cuda-graph-bs-prefill 256 1024 4096 8192"
+        " --cuda-graph-max-bs-decode 8 --cuda-graph-bs-prefill " + " ".join(map(str, GRAPHS))
     )
     return [
         *("--device", "cuda", "--model", "llama-8b", "--dummy-weights", "--budget", "0.05"),

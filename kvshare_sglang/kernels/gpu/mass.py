@@ -1,6 +1,7 @@
 """The attention that some rows pay to each key, fp32; no score is ever written. Triton.
 
-Two launches: the log-sum-exp of each row and head, then the weights, summed over rows.
+Three launches: the log-sum-exp of each row and head in parts of the keys, its merge, then the
+weights, summed over rows. Query heads that share a KV head are stacked: a key is read once for all.
 """
 
 import torch
@@ -8,8 +9,29 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-BLOCK_R, BLOCK_N = 64, 64  # rows and keys of a step
+BLOCK_M, BLOCK_N = 128, 64  # stacked rows and keys of a step
 KEYS_OF_SPLIT = 2048
+
+
+@triton.jit
+def _rows_of(
+    q, first, num_rows, kv_head, q_stride, m, d,
+    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Queries [BLOCK_M, DIM], by row and head of the group, and where they stand."""
+    r = first + m // GROUP_P2
+    g = m % GROUP_P2
+    live = (r < num_rows) & (g < GROUP)
+    head = kv_head * GROUP + g
+    at = q + r[:, None].to(tl.int64) * q_stride + head[:, None] * DIM + d[None, :]
+    return tl.load(at, mask=live[:, None], other=0.0), r, head, live
+
+
+@triton.jit
+def _keys_of(keys, key, kv, kv_head, k_stride, d, DIM: tl.constexpr):
+    """Keys [DIM, BLOCK_N], zero past the last."""
+    at = keys + key[None, :].to(tl.int64) * k_stride + kv_head * DIM + d[:, None]
+    return tl.load(at, mask=(key < kv)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "kv", "each"])
@@ -26,93 +48,94 @@ def _lse(
     k_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_P2: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head = tl.program_id(1)
+    kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    live = r < num_rows
-    at = tl.load(positions + r, mask=live, other=-1).to(tl.int32)
+    m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, DIM)
     n = tl.arange(0, BLOCK_N)
-    x = tl.load(
-        q + r[:, None].to(tl.int64) * q_stride + head * DIM + d[None, :],
-        mask=live[:, None],
-        other=0.0,
-    )
-    k_base = keys + (head // GROUP) * DIM
-    top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
+    first = tl.program_id(0) * (BLOCK_M // GROUP_P2)
+    x, r, head, live = _rows_of(q, first, num_rows, kv_head, q_stride, m, d, GROUP, GROUP_P2, DIM)
+    at = tl.load(positions + r, mask=live, other=-1).to(tl.int32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     stop = tl.minimum(tl.minimum(split * each + each, kv), tl.max(at, 0) + 1)
     for begin in range(split * each, stop, BLOCK_N):
         key = begin + n
-        k = tl.load(
-            k_base + key[None, :].to(tl.int64) * k_stride + d[:, None],
-            mask=(key < kv)[None, :],
-            other=0.0,
-        )
-        s = tl.dot(x, k.to(x.dtype)) * scale
+        k = _keys_of(keys, key, kv, kv_head, k_stride, d, DIM)
+        s = tl.dot(x, k.to(x.dtype), input_precision="ieee") * scale
         s = tl.where(key[None, :] <= at[:, None], s, float("-inf"))
         best = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(best == float("-inf"), 0.0, best)
         total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         top = best
     o = (split * num_rows + r.to(tl.int64)) * HEADS + head
-    tl.store(lse + o, top + tl.log2(total), mask=live)
+    tl.store(lse + o, top + tl.log2(total), mask=live)  # -inf where nothing was seen
 
 
-@triton.jit(do_not_specialize=["num_rows", "kv", "each"])
+@triton.jit(do_not_specialize=["num", "splits"])
+def _merge_lse(parts, lse, num, splits, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < num
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        part = tl.load(parts + split * num + i, mask=live, other=0.0)
+        best = tl.maximum(top, part)  # the first part is never -inf: every row sees key 0
+        total = total * tl.exp2(top - best) + tl.exp2(part - best)
+        top = best
+    tl.store(lse + i, top + tl.log2(total), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_rows", "kv"])
 def _mass(
     q,
     keys,
     positions,
     lse,  # fp32 [rows, heads], base 2
-    mass,  # fp32 [splits, kv]
+    mass,  # fp32 [kv]
     num_rows,
     kv,
-    each,  # rows of a split
+    share,  # what a row counts for
     scale,
     q_stride,
     k_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_P2: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRONGEST: tl.constexpr,
 ):
+    ROWS: tl.constexpr = BLOCK_M // GROUP_P2
     key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    inside = key < kv
+    m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, DIM)
     acc = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(split * each, tl.minimum(split * each + each, num_rows), BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        live = r < num_rows
-        at = tl.load(positions + r, mask=live, other=-1).to(tl.int32)
-        seen = (key[None, :] <= at[:, None]) & live[:, None]
-        over = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        for head in range(HEADS):
-            x = tl.load(
-                q + r[:, None].to(tl.int64) * q_stride + head * DIM + d[None, :],
-                mask=live[:, None],
-                other=0.0,
-            )
-            k = tl.load(
-                keys + key[None, :].to(tl.int64) * k_stride + (head // GROUP) * DIM + d[:, None],
-                mask=inside[None, :],
-                other=0.0,
+    for first in range(0, num_rows, ROWS):
+        over = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for kv_head in range(HEADS // GROUP):
+            x, r, head, live = _rows_of(
+                q, first, num_rows, kv_head, q_stride, m, d, GROUP, GROUP_P2, DIM
             )
             whole = tl.load(lse + r * HEADS + head, mask=live, other=0.0)
-            p = tl.exp2(tl.dot(x, k.to(x.dtype)) * scale - whole[:, None])
+            k = _keys_of(keys, key, kv, kv_head, k_stride, d, DIM)
+            s = tl.dot(x, k.to(x.dtype), input_precision="ieee") * scale
+            p = tl.where(live[:, None], tl.exp2(s - whole[:, None]), 0.0)
+            by_head = tl.reshape(p, (ROWS, GROUP_P2, BLOCK_N))
             if STRONGEST:
-                over = tl.maximum(over, p)
+                over = tl.maximum(over, tl.max(by_head, 1))
             else:
-                over += p
-        acc += tl.sum(tl.where(seen, over, 0.0), 0)
-    tl.store(mass + split * kv + key, acc, mask=inside)
+                over += tl.sum(by_head, 1)
+        row = first + tl.arange(0, ROWS)
+        at = tl.load(positions + row, mask=row < num_rows, other=-1).to(tl.int32)
+        acc += tl.sum(tl.where(key[None, :] <= at[:, None], over, 0.0), 0)
+    tl.store(mass + key, acc * share, mask=key < kv)
 
 
 def run(
@@ -123,24 +146,26 @@ def run(
     scaling: float,
     strongest_head: bool = False,
 ) -> torch.Tensor:
-    """As ``kernels.row_scores.attention_mass``; ``dim`` is a power of two."""
+    """As ``kernels.row_scores.attention_mass``; ``dim`` is a power of two, and at most 128 heads
+    share a KV head."""
     rows, heads, dim = q.shape
     kv, kv_heads, _ = keys.shape
-    kind = {"HEADS": heads, "GROUP": heads // kv_heads, "DIM": dim}
-    kind |= {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N}
+    group = heads // kv_heads
+    kind = {"HEADS": heads, "GROUP": group, "GROUP_P2": triton.next_power_of_2(group), "DIM": dim}
+    kind |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     strides = (scaling * LOG2_E, q.stride(0), keys.stride(0))
-    blocks = triton.cdiv(rows, BLOCK_R)
     splits = triton.cdiv(kv, KEYS_OF_SPLIT)
     parts = q.new_empty((splits, rows, heads), dtype=torch.float32)
-    _lse[(blocks, heads, splits)](
-        q, keys, positions, parts, rows, kv, KEYS_OF_SPLIT, *strides, **kind, num_warps=4
+    blocks = triton.cdiv(rows, BLOCK_M // kind["GROUP_P2"])
+    _lse[(blocks, kv_heads, splits)](
+        q, keys, positions, parts, rows, kv, KEYS_OF_SPLIT, *strides, **kind, num_warps=8
     )
-    lse = torch.logsumexp(parts / LOG2_E, dim=0) * LOG2_E if splits > 1 else parts[0]
-    row_splits = min(2, blocks)
-    each = triton.cdiv(blocks, row_splits) * BLOCK_R
-    mass = q.new_empty((row_splits, kv), dtype=torch.float32)
-    _mass[(triton.cdiv(kv, BLOCK_N), row_splits)](
-        q, keys, positions, lse, mass, rows, kv, each, *strides,
-        **kind, STRONGEST=strongest_head, num_warps=4,
+    lse = q.new_empty((rows, heads), dtype=torch.float32)
+    _merge_lse[(triton.cdiv(rows * heads, 256),)](parts, lse, rows * heads, splits, BLOCK=256)
+    mass = q.new_empty(kv, dtype=torch.float32)
+    share = 1.0 / (rows if strongest_head else rows * heads)
+    _mass[(triton.cdiv(kv, BLOCK_N),)](
+        q, keys, positions, lse, mass, rows, kv, share, *strides,
+        **kind, STRONGEST=strongest_head, num_warps=8,
     )  # fmt: skip
-    return mass.sum(0) / (rows if strongest_head else rows * heads)
+    return mass

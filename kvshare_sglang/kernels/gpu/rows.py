@@ -4,8 +4,8 @@ The rows of a request, ascending, are cut into tiles. The query heads that share
 stacked, so a tile has ``BLOCK_M`` matrix rows. It walks the request's page table from key 0 to its
 last row's position, and masks ``key <= position`` only from its first row's position on: the keys
 before are seen by all of its rows. So no mask and no list of keys is ever written, and lone rows
-cost what rows side by side cost. Where tiles are few, their keys are split over programs, and the
-parts are merged by their log-sum-exp (base 2).
+cost what rows side by side cost. The keys of a tile are split over programs, more of them where
+tiles are few, and the parts are merged by their log-sum-exp (base 2).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-MOST_SPLITS, KEYS_OF_SPLIT = 16, 512  # a split of fewer keys costs more than it saves
+# Always in two parts: the kernel that writes one as the result needs more registers than there
+# are, and takes twice as long. A split of fewer keys costs more than it saves.
+FEWEST_SPLITS, MOST_SPLITS, KEYS_OF_SPLIT = 2, 16, 512
 
 
 class Shape(NamedTuple):
@@ -41,8 +43,10 @@ class Plan(NamedTuple):
     splits: int
 
 
-def shape_of(head_dim: int, capability: tuple[int, int]) -> Shape:
-    """Measured on an H100 (benchmarks/gpu-h100); elsewhere what compiles without spills."""
+def shape_of(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Shape:
+    """Measured on an H100 in bf16 (benchmarks/gpu-h100); else what compiles without spills."""
+    if dtype.itemsize > 2:  # products of fp32 take no tensor cores
+        return Shape(32, 32, 4, 1)
     if head_dim > 128:
         return Shape(64, 32, 8, 2)
     return Shape(128, 128, 8, 2) if capability[0] == 9 else Shape(64, 32, 4, 2)
@@ -93,7 +97,7 @@ def plan(
     host = torch.from_numpy(tiles)
     if device.type != "cpu":
         host = host.pin_memory().to(device, non_blocking=True)
-    splits, most = 1, int(keys.max(initial=1)) // KEYS_OF_SPLIT
+    splits, most = FEWEST_SPLITS, int(keys.max(initial=1)) // KEYS_OF_SPLIT
     while (
         splits < MOST_SPLITS
         and 2 * splits <= most
@@ -106,7 +110,7 @@ def plan(
 @triton.jit
 def _scores(x, k_base, slot, d, k_stride, scale):
     key = tl.load(k_base + slot[None, :] * k_stride + d[:, None])
-    return tl.dot(x, key.to(x.dtype)) * scale
+    return tl.dot(x, key.to(x.dtype), input_precision="ieee") * scale
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def _take_in(s, top, total, acc, x, v_base, slot, d, v_stride, inside, TAIL: tl.
         value = tl.load(at, mask=inside[:, None], other=0.0)
     else:
         value = tl.load(at)
-    acc = tl.dot(p.to(x.dtype), value.to(x.dtype), acc * shrink[:, None])
+    acc = tl.dot(p.to(x.dtype), value.to(x.dtype), acc * shrink[:, None], input_precision="ieee")
     return best, total, acc
 
 
@@ -132,8 +136,8 @@ def _attend(
     q,  # [rows, q_heads, dim]
     k_buf,  # [slots, kv_heads, dim]
     v_buf,  # [slots, kv_heads, dim]
-    out,  # [rows, q_heads, dim]; where split: fp32 [splits, rows, q_heads, dim]
-    lse,  # fp32 [splits, rows, q_heads], base 2; unused where not split
+    parts,  # fp32 [splits, rows, q_heads, dim]
+    lse,  # fp32 [splits, rows, q_heads], base 2
     positions,  # [rows]
     tiles,  # int32 [3, tiles]
     owners,  # [requests]
@@ -151,7 +155,6 @@ def _attend(
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -201,9 +204,8 @@ def _attend(
 
     acc = acc * (tl.where(total > 0, v_scale / total, 0.0))[:, None]
     o = (split * num_rows + row) * (KV_HEADS * GROUP) + head
-    tl.store(out + o[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
-    if SPLIT:
-        tl.store(lse + o, top + tl.log2(total), mask=live)  # -inf where nothing was seen
+    tl.store(parts + o[:, None] * DIM + d[None, :], acc, mask=live[:, None])
+    tl.store(lse + o, top + tl.log2(total), mask=live)  # -inf where nothing was seen
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
@@ -259,17 +261,14 @@ def run(
     rows, heads, dim = q.shape
     kv_heads = key_buffer.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    split = plan.splits > 1
-    part, lse = out, out
-    if split:
-        part = q.new_empty((plan.splits, rows, heads, dim), dtype=torch.float32)
-        lse = q.new_empty((plan.splits, rows, heads), dtype=torch.float32)
+    parts = q.new_empty((plan.splits, rows, heads, dim), dtype=torch.float32)
+    lse = q.new_empty((plan.splits, rows, heads), dtype=torch.float32)
     num_tiles = plan.tiles.shape[1]
     _attend[(kv_heads, num_tiles, plan.splits)](
         q,
         key_buffer,
         value_buffer,
-        part,
+        parts,
         lse,
         plan.positions,
         plan.tiles,
@@ -288,19 +287,17 @@ def run(
         DIM=dim,
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
-        SPLIT=split,
         num_warps=shape.warps,
         num_stages=shape.stages,
     )
-    if split:
-        _merge[(rows,)](
-            part,
-            lse,
-            out,
-            rows,
-            plan.splits,
-            HEADS=heads,
-            DIM=dim,
-            HEADS_P2=triton.next_power_of_2(heads),
-        )
+    _merge[(rows,)](
+        parts,
+        lse,
+        out,
+        rows,
+        plan.splits,
+        HEADS=heads,
+        DIM=dim,
+        HEADS_P2=triton.next_power_of_2(heads),
+    )
     return out

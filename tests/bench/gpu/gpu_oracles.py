@@ -216,12 +216,12 @@ def assert_idle(checks: Checks, it: Lab, name: str) -> None:
 
 
 def check_ways(checks: Checks, case: Case, it: Lab) -> None:
-    """Partial batches never replay a graph, and full ones do."""
+    """Batches replay a graph where there is one, partial ones too."""
     ways = Counter(it.ask("gpu_probes:prefill_ways"))
     checks.facts["prefill batches"] = dict(ways)
-    checks.equal("partial batches in a graph", ways["partial, graph"], 0)
-    checks.at_least("partial batches", ways["partial, eager"], 1)
+    checks.at_least("partial batches", ways["partial, eager"] + ways["partial, graph"], 1)
     if case.on_gpu:
+        checks.at_least("partial batches in a graph", ways["partial, graph"], 1)
         checks.at_least("full batches in a graph", ways["full, graph"], 1)
 
 
