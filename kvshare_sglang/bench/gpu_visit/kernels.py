@@ -121,7 +121,7 @@ def attn_checks(box: Box) -> Checks:
         for name, kv_len, at in (
             ("scattered", 70, torch.tensor([0, 1, 2, 9, 10, 33, 40, 41, 42, 69])),
             ("side by side", 300, torch.arange(100, 300)),
-            ("split", 5000, torch.arange(3, 5000, 41)),
+            ("split", 5000, torch.arange(3, 5000, 401)),
         ):
             if kv_len > 1000 and box.device == "cpu":
                 continue
