@@ -27,15 +27,22 @@ LAYER0 = 0.06
 
 
 class Case(NamedTuple):
-    """One server to hold the laws against."""
+    """One server to hold the laws against. ``attention``: --kvshare-attention."""
 
     backend: str = "triton"
     page_size: int = 1
     device: str = "cuda"
+    attention: str = "auto"
 
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        """SGLang's own triton backend and our kernels, in Triton's interpreter: as a GPU's server
+        does, but slow."""
+        return self.backend == "triton" and not self.on_gpu
 
 
 class Checks:
@@ -164,6 +171,10 @@ def settings(case: Case, *, env: dict[str, str] | None = None, **more: Any) -> d
         "disable_overlap_schedule": False,
         "max_total_tokens": 8192,
     }
+    if more.get("kvshare"):
+        args["kvshare_attention"] = case.attention
+    if case.interpreted:
+        env["TRITON_INTERPRET"] = "1"
     if case.backend != "torch_native":
         # As many stretches may the rows of a batch fall into; those of a trace stand alone.
         args["max_running_requests"] = 1024
@@ -237,6 +248,9 @@ def check_partial(case: Case, model: Path) -> Checks:
         {} if case.page_size == 1 else {"chunked_prefill_size": 128, "enable_mixed_chunk": True}
     )
     lengths = (40, 290, 700, 1500) if case.on_gpu else (40, 290)
+    turns = 4
+    if case.interpreted:
+        lengths, turns = (40, 200), 2
     prompts = [texts.passage(n) for n in lengths]
     with server(case, model, kvshare=True, **chunks) as it:
         it.ask("probes:force_plans")
@@ -254,7 +268,7 @@ def check_partial(case: Case, model: Path) -> Checks:
             logits, kv = wanted[i]
             full_off.append(rms(full[f"f{i}"]["logits"] - logits[-1]) / rms(logits[-1]))
             full_kv.append(kv_gap(full[f"f{i}"]["kv"], kv))
-            for turn in range(4):
+            for turn in range(turns):
                 rows = texts.rows(len(prompt))
                 part = it.one(prompt, forced=rows, extra_key=f"t{i}{turn}", keep="kv")
                 part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
