@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from kvshare_sglang.kernels import rope_shift, row_scores
@@ -38,7 +37,7 @@ class Attention(NamedTuple):
     programs: int
 
     def plan(
-        self, rows: Sequence[np.ndarray], positions: torch.Tensor, owners: torch.Tensor
+        self, rows: Sequence[tuple[int, int]], positions: torch.Tensor, owners: torch.Tensor
     ) -> Any:
         """For a batch; see ``gpu.rows.plan``."""
         from kvshare_sglang.kernels.gpu import rows as kernel
@@ -63,7 +62,7 @@ class Attention(NamedTuple):
         """Compile what batches will need, so that no request waits for it. Writes nowhere."""
         device = buffers[0].device
         at, owner = torch.arange(2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        plan = self.plan([np.arange(2)], at, owner)
+        plan = self.plan([(2, 2)], at, owner)
         q = torch.zeros(2, self.heads, buffers[0].shape[2], dtype=dtype, device=device)
         self.run(plan, q, *buffers, scaling=1.0, **scales)
         attention_mass(q, at, buffers[0][:2], scaling=1.0, strongest_head=True)

@@ -22,6 +22,7 @@ from kvshare_sglang.runtime.batch import (
     Stop,
     StopForward,
     cut_tokens,
+    on_host,
     runs_as_rows,
 )
 
@@ -66,13 +67,13 @@ def partial_class(kind: Any) -> type:
             rows = state.batch.rows if state.batch else None
             state.plan = None
             if rows is not None and isinstance(state.how, ops.Attention):
-                positions = [one.positions for one in rows]
-                state.plan = state.how.plan(positions, fb.positions, fb.req_pool_indices)
+                counts = [(one.num, one.stop) for one in rows]
+                state.plan = state.how.plan(counts, fb.positions, fb.req_pool_indices)
                 return None  # nothing of the backend's own runs
             if rows is not None and state.own:
-                state.plan = _blocks(self, fb, rows)
+                state.plan = _blocks(self, fb, on_host(rows))
             elif rows is not None:
-                fb = state.plan = runs_as_rows(fb, rows)
+                fb = state.plan = runs_as_rows(fb, on_host(rows))
             return super().init_forward_metadata(fb)
 
         def forward_extend(
@@ -213,7 +214,7 @@ def _narrow(
     if not state.cuts_layers:
         _cut_layers(state.runner.model.model.layers, state)
         state.cuts_layers = True
-    batch.kept = cut_tokens(fb, batch.rows, rows, state.runner)
+    batch.kept = cut_tokens(fb, on_host(batch.rows), rows, state.runner)
     batch.rows = list(rows)
     backend.init_forward_metadata(fb)
     return batch.kept

@@ -10,20 +10,21 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from kvshare_sglang.kernels.ops import attention_mass
-from kvshare_sglang.plan import Rows
+from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
-from kvshare_sglang.runtime import repair
+from kvshare_sglang.runtime import repair, trace_on_device
 from kvshare_sglang.runtime.batch import (
     STOP,
     BatchedRequest,
     BatchReuse,
+    DeviceRows,
     LayerView,
     Part,
     Stop,
@@ -31,6 +32,7 @@ from kvshare_sglang.runtime.batch import (
     cut_tokens,
     few_enough,
     few_enough_of,
+    keep_tokens,
     sub_batch,
     to_device,
 )
@@ -60,39 +62,27 @@ class TraceStage:
 
     def run(self, fb: "ForwardBatch", runner: "ModelRunner", forward: Forward) -> Any:
         """Trace the jobs by small passes through ``forward``, cut the batch down to the rows that
-        are left to run, those before it included, and run it. Whatever goes wrong, every row of
-        the batch runs."""
+        are left to run, those before it included, and run it. Where a trace goes wrong, every row
+        of the batch runs."""
         try:
-            try:
-                rows, earlier = self._choose(fb, runner, forward, repair_hits=True)
-            except repair.NoSlots:  # ranges were merged over rows that others read
-                rows, earlier = self._choose(fb, runner, forward, repair_hits=False)
-            plans = [job.plan.recompute(rows[job.number] | _ran(job)) for job in self.jobs]
+            traces = self._traces(runner, repair_hits=True)
+            if trace_on_device.serves(traces, self.jobs, self.rows, runner):
+                chosen, known = self._choose_on_device(traces, fb, runner, forward), None
+            else:
+                chosen, known = [], self._choose(traces, fb, runner, forward)
         except Exception:
             logger.exception("KVShare's trace failed; the batch runs all its rows")
-            rows, earlier = list(self.rows), []
             for job in self.jobs:
                 job.state.stop_copying(Decline.FAULT, at=job.chunk.start)
-        else:
-            for job, plan in zip(self.jobs, plans, strict=True):
-                job.state.settle(plan, watch=self.watch, otherwise=Decline.TOO_LITTLE)
-        self.on_done(rows)
-        here = list(rows)
-        for job in self.jobs:
-            here[job.number] = rows[job.number].clip(*job.chunk)
-        if here != self.rows or earlier:
-            cut_tokens(fb, self.rows, here, runner, earlier)
-        for part in earlier:
-            here[part.number] = part.rows | here[part.number]
-        fb.kvshare = BatchReuse(rows=here)
-        return forward(fb)
+            self.on_done(self.rows)
+            fb.kvshare = BatchReuse(rows=self.rows)
+            return forward(fb)
+        if known is None:
+            return self._run_chosen_on_device(chosen, fb, runner, forward)
+        return self._run_chosen(known, fb, runner, forward)
 
-    def _choose(
-        self, fb: "ForwardBatch", runner: "ModelRunner", forward: Forward, *, repair_hits: bool
-    ) -> tuple[list[Rows], list[Part]]:
-        """The rows that run, by request, and of them the tokens of those before the batch. Raises
-        NoSlots, not without ``repair_hits``: then no rows of a prefix hit are among them."""
-        rows = list(self.rows)
+    def _traces(self, runner: "ModelRunner", *, repair_hits: bool) -> list[Trace]:
+        """By job. Without ``repair_hits`` no rows of a prefix hit are among their candidates."""
         page = runner.token_to_kv_pool_allocator.page_size
         traces = []
         for job in self.jobs:
@@ -106,9 +96,23 @@ class TraceStage:
                     most_open=most_open,
                 )
             )
+        return traces
+
+    def _choose(
+        self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
+    ) -> "_Chosen":
+        try:
+            return self._follow(traces, fb, runner, forward)
+        except repair.NoSlots:  # ranges were merged over rows that others read
+            return self._follow(self._traces(runner, repair_hits=False), fb, runner, forward)
+
+    def _follow(
+        self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
+    ) -> "_Chosen":
+        """Take the traces to their ends. Raises NoSlots."""
+        rows = list(self.rows)
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
-        layer = probe_layer(len(runner.model.model.layers), self.probe_at)
-        follow(traces, parts, fb, runner, forward, layer=layer)
+        follow(traces, parts, fb, runner, forward, layer=self._layer(runner))
         for job, trace in zip(self.jobs, traces, strict=True):
             rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
         rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
@@ -117,7 +121,85 @@ class TraceStage:
             before = rows[job.number].clip(0, job.chunk.start)
             if before:
                 earlier.append(make(before))
-        return rows, earlier
+        return _Chosen(rows, earlier, self._plans(rows))
+
+    def _run_chosen(
+        self, chosen: "_Chosen", fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
+    ) -> Any:
+        rows, earlier, plans = chosen
+        self._settle(plans)
+        self.on_done(rows)
+        here = list(rows)
+        for job in self.jobs:
+            here[job.number] = rows[job.number].clip(*job.chunk)
+        if here != self.rows or earlier:
+            cut_tokens(fb, self.rows, here, runner, earlier)
+        for part in earlier:
+            assert isinstance(part.rows, Rows)
+            here[part.number] = part.rows | here[part.number]
+        fb.kvshare = BatchReuse(rows=here)
+        return forward(fb)
+
+    def _choose_on_device(
+        self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
+    ) -> list[DeviceRows]:
+        there = [
+            trace_on_device.DeviceTrace(
+                trace, self.selector.required(job.plan, job.chunk.start), fb.input_ids.device
+            )
+            for trace, job in zip(traces, self.jobs, strict=True)
+        ]
+        trace_on_device.follow(there, self.jobs, fb, forward, layer=self._layer(runner))
+        return [trace.chosen() for trace in there]
+
+    def _run_chosen_on_device(
+        self,
+        chosen: list[DeviceRows],
+        fb: "ForwardBatch",
+        runner: "ModelRunner",
+        forward: Forward,
+    ) -> Any:
+        """As ``_run_chosen``, but the rows are known here only once the batch is on its way."""
+        there = {job.number: (job, mine) for job, mine in zip(self.jobs, chosen, strict=True)}
+        here: list[Rows | DeviceRows] = list(self.rows)
+        keep, base = [], 0
+        for i, old in enumerate(self.rows):
+            if i in there:
+                job, here[i] = there[i]
+                keep.append(trace_on_device.places_of(*there[i]))
+            else:
+                keep.append(torch.arange(base, base + old.num, device=fb.input_ids.device))
+            base += old.num
+        coming = trace_on_device.OnTheirWay(chosen)
+        keep_tokens(fb, torch.cat(keep), [one.num for one in here], runner)
+        fb.kvshare = BatchReuse(rows=here)
+        out = forward(fb)
+        rows = list(self.rows)
+        for job, mine in zip(self.jobs, coming.wait(), strict=True):
+            rows[job.number] = mine
+        self._settle(self._plans(rows))
+        self.on_done(rows)
+        return out
+
+    def _layer(self, runner: "ModelRunner") -> int:
+        return probe_layer(len(runner.model.model.layers), self.probe_at)
+
+    def _plans(self, rows: Sequence[Rows]) -> list[ReusePlan]:
+        """By job: what is copied once ``rows`` ran."""
+        return [job.plan.recompute(rows[job.number] | _ran(job)) for job in self.jobs]
+
+    def _settle(self, plans: Sequence[ReusePlan]) -> None:
+        for job, plan in zip(self.jobs, plans, strict=True):
+            job.state.settle(plan, watch=self.watch, otherwise=Decline.TOO_LITTLE)
+
+
+class _Chosen(NamedTuple):
+    """``rows`` by request, those before the batch included, which ``earlier`` holds; and by job
+    what is copied then."""
+
+    rows: list[Rows]
+    earlier: list[Part]
+    plans: list[ReusePlan]
 
 
 def _ran(job: BatchedRequest) -> Rows:

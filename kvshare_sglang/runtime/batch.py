@@ -77,7 +77,7 @@ class BatchReuse:
     own batch runs. ``observer``: sees one layer. ``stage``: passes before or after. ``kept``: of
     the batch's tokens, those that an observer let go on."""
 
-    rows: list[Rows] | None = None
+    rows: Sequence["Rows | DeviceRows"] | None = None
     observer: LayerObserver | None = None
     stage: Stage | None = None
     kept: torch.Tensor | None = None
@@ -156,15 +156,27 @@ def cut_tokens(
         keep.append(base + torch.from_numpy(new.places_in(old)))
         counts.append(new.num + len(added.get(i, ())))
         base += old.num
+    picked = to_device(torch.cat(keep), fb.input_ids.device)
+    keep_tokens(fb, picked, counts, runner, earlier)
+    return picked
+
+
+def keep_tokens(
+    fb: "ForwardBatch",
+    picked: torch.Tensor,
+    counts: list[int],
+    runner: "ModelRunner",
+    earlier: Sequence["Part"] = (),
+) -> None:
+    """Of a batch keep the tokens ``picked``, by request ``counts`` of them. Changes ``fb``."""
     device = fb.input_ids.device
-    picked = to_device(torch.cat(keep), device)
-    where = [to_device(torch.from_numpy(part.rows.positions), device) for part in earlier]
     for name, more in (
         ("input_ids", [part.ids for part in earlier]),
-        ("positions", [at.to(fb.positions.dtype) for at in where]),
+        ("positions", [on_device(p.rows, device).to(fb.positions.dtype) for p in earlier]),
         ("out_cache_loc", [part.slots for part in earlier]),
     ):
-        setattr(fb, name, torch.cat([getattr(fb, name), *more])[picked])
+        tokens = getattr(fb, name)
+        setattr(fb, name, (torch.cat([tokens, *more]) if more else tokens)[picked])
     if fb.extend_logprob_start_lens_cpu is not None:
         # A request with fewer rows asks for no prompt logprobs; the others keep their start.
         fb.extend_logprob_start_lens_cpu = [
@@ -181,7 +193,6 @@ def cut_tokens(
     if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
         # Its segments were laid out for all tokens when the batch was built.
         runner.lora_manager.prepare_lora_batch(fb)
-    return picked
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:
@@ -219,12 +230,36 @@ def runs_as_rows(fb: "ForwardBatch", rows: Sequence[Rows]) -> Any:
     )
 
 
+class DeviceRows(NamedTuple):
+    """Rows of a request that only the device knows: ``at`` int64 [num], ascending, before ``stop``;
+    the host knows how many they are."""
+
+    num: int
+    stop: int
+    at: torch.Tensor
+
+
+def on_device(rows: Rows | DeviceRows, device: Any) -> torch.Tensor:
+    """Their positions there, int64 [num]."""
+    if isinstance(rows, DeviceRows):
+        return rows.at
+    return to_device(torch.from_numpy(rows.positions), device)
+
+
+def on_host(rows: Sequence[Rows | DeviceRows]) -> list[Rows]:
+    """The rows of a batch of which the host knows all; TypeError otherwise."""
+    known = [one for one in rows if isinstance(one, Rows)]
+    if len(known) < len(rows):
+        raise TypeError("rows that only the device knows can't be cut or attended in ranges")
+    return known
+
+
 class Part(NamedTuple):
     """Some tokens of one request of a batch: the request's ``number`` in it, the ``rows``, and on
     the device their ids and slots [rows.num]."""
 
     number: int
-    rows: Rows
+    rows: Rows | DeviceRows
     ids: torch.Tensor
     slots: torch.Tensor
 
@@ -244,13 +279,13 @@ def sub_batch(fb: "ForwardBatch", parts: Sequence[Part], observer: LayerObserver
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     counts = [part.rows.num for part in parts]
-    at = torch.cat([torch.from_numpy(part.rows.positions) for part in parts])
+    at = torch.cat([on_device(part.rows, fb.input_ids.device) for part in parts])
     stops = [part.rows.stop for part in parts]
     view = _as_requests(fb, [part.number for part in parts], counts, stops)
     view.forward_mode = ForwardMode.EXTEND
     view.input_ids = torch.cat([part.ids for part in parts])
     view.out_cache_loc = torch.cat([part.slots for part in parts])
-    view.positions = to_device(at, fb.input_ids.device).to(fb.positions.dtype)
+    view.positions = at.to(fb.positions.dtype)
     view.orig_seq_lens = view.seq_lens
     view.extend_num_tokens = sum(counts)
     view.extend_logprob_start_lens_cpu = counts

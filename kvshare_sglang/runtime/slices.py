@@ -13,7 +13,7 @@ import numpy as np
 
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime import versions
-from kvshare_sglang.runtime.batch import BatchReuse, cut_tokens
+from kvshare_sglang.runtime.batch import BatchReuse, DeviceRows, cut_tokens, on_host
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -39,16 +39,20 @@ def passes(fb: Any, runner: "ModelRunner") -> Iterator[Any]:
     if reuse is None or reuse.rows is None or chunk is None:
         yield fb
         return
-    parts = sliced(reuse.rows, most=chunk)
+    if any(isinstance(one, DeviceRows) for one in reuse.rows):  # they fit, or would be known
+        yield fb
+        return
+    rows = on_host(reuse.rows)
+    parts = sliced(rows, most=chunk)
     for part in parts[:-1]:
         view = copy.copy(fb)
         view.return_logprob = False
         view.top_logprobs_nums = view.token_ids_logprobs = None
-        cut_tokens(view, reuse.rows, part, runner)
+        cut_tokens(view, rows, part, runner)
         view.kvshare = BatchReuse(rows=part)
         yield view
     if len(parts) > 1:
-        cut_tokens(fb, reuse.rows, parts[-1], runner)
+        cut_tokens(fb, rows, parts[-1], runner)
         fb.kvshare = BatchReuse(rows=parts[-1])
     yield fb
 

@@ -105,7 +105,7 @@ class Paged:
             return
         self.table = self.slots.int()[None].to(box.device)
         owner = torch.zeros(1, dtype=torch.int64, device=box.device)
-        self.plan = self.how.plan([at.numpy()], at.to(box.device), owner)
+        self.plan = self.how.plan([(len(at), int(at[-1]) + 1)], at.to(box.device), owner)
 
     def run(self, scaling: float) -> torch.Tensor:
         if self.how is None:

@@ -47,7 +47,7 @@ def run(box: Box, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             for shape in best:
                 how = paged.how._replace(shape=shape)
                 owner = torch.zeros(1, dtype=torch.int64, device=box.device)
-                plan = how.plan([at.numpy()], at.to(box.device), owner)
+                plan = how.plan([(len(at), int(at[-1]) + 1)], at.to(box.device), owner)
                 for splits in SPLITS:
                     if time.perf_counter() - begun > MOST_S:
                         return found

@@ -52,24 +52,27 @@ def shape_of(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> 
     return Shape(128, 128, 8, 2) if capability[0] == 9 else Shape(64, 32, 4, 2)
 
 
-def cut(rows: Sequence[np.ndarray], *, group: int, block_m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of the ``rows`` (positions, ascending, by request): int32 [3, tiles], and how many
-    keys each sees. O(tiles).
+def cut(
+    rows: Sequence[tuple[int, int]], *, group: int, block_m: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of a batch: int32 [3, tiles], and how many keys each sees by estimate. ``rows``: by
+    request, how many there are and before which position, which is all that the host must know;
+    rows are taken to lie evenly. O(tiles).
 
-    >>> cut([np.array([0, 9]), np.arange(5)], group=4, block_m=16)[0].tolist()
+    >>> cut([(2, 10), (5, 5)], group=4, block_m=16)[0].tolist()
     [[0, 2, 6], [2, 4, 1], [0, 1, 1]]
     """
     size = max(1, block_m // group)
     first, num, owner, keys = [], [], [], []
     base = 0
-    for i, at in enumerate(rows):
-        starts = np.arange(0, len(at), size)
-        stops = np.minimum(starts + size, len(at))
+    for i, (count, stop) in enumerate(rows):
+        starts = np.arange(0, count, size)
+        stops = np.minimum(starts + size, count)
         first.append(base + starts)
         num.append(stops - starts)
         owner.append(np.full(len(starts), i))
-        keys.append(at[stops - 1] + 1)
-        base += len(at)
+        keys.append(stops * stop / max(count, 1))
+        base += count
     table = np.stack([np.concatenate(part) for part in (first, num, owner)]).astype(np.int32)
     seen = np.concatenate(keys)
     # The longest start first, so that none is left over at the end.
@@ -78,7 +81,7 @@ def cut(rows: Sequence[np.ndarray], *, group: int, block_m: int) -> tuple[np.nda
 
 
 def plan(
-    rows: Sequence[np.ndarray],
+    rows: Sequence[tuple[int, int]],
     positions: torch.Tensor,
     owners: torch.Tensor,
     *,
@@ -87,10 +90,11 @@ def plan(
     shape: Shape,
     programs: int,
 ) -> Plan:
-    """For a batch: ``rows`` are its positions by request, as on the device in ``positions``.
+    """For a batch: ``rows`` as for ``cut``; their ``positions`` [rows], by request ascending, and
+    ``owners`` [requests], their rows of the page table, are on the device.
 
-    ``owners`` [requests]: their rows of the page table. ``programs``: how many keep the device
-    busy. One small copy to the device, which nothing waits for.
+    ``programs``: how many keep the device busy. One small copy to the device, which nothing waits
+    for.
     """
     tiles, keys = cut(rows, group=group, block_m=shape.block_m)
     device = positions.device

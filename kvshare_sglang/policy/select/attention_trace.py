@@ -132,6 +132,40 @@ class Trace:
         return len(self._candidates)
 
     @property
+    def candidates(self) -> np.ndarray:
+        """bool [length]; not to be written."""
+        return self._candidates
+
+    @property
+    def num_candidates(self) -> int:
+        return int(self._candidates.sum())
+
+    @property
+    def first_candidate(self) -> int:
+        """Its position; ``length`` without any."""
+        return int(self._candidates.argmax()) if self._candidates.any() else self.length
+
+    @property
+    def takes_shared(self) -> bool:
+        """Whether shared candidates may be chosen: then a step's count depends on the attention."""
+        return self._left_shared > 0 and bool((self._shared & self._candidates).any())
+
+    @property
+    def left(self) -> int:
+        """How many rows are still to be chosen, as far as there are candidates."""
+        return self._left
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the steps to come."""
+        return tuple(self._shares)
+
+    @property
+    def most_chosen(self) -> int:
+        """How many rows will have been chosen in the end, at most."""
+        return int(self._chosen.sum()) + max(self._left, 0)
+
+    @property
     def done(self) -> bool:
         return not self._shares or self._left <= 0 or not self._candidates.any()
 

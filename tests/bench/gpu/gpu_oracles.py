@@ -365,6 +365,9 @@ def check_choice(case: Case, model: Path) -> Checks:
             checks.at_most(f"{select}: logits over full", max(part_off) / base, 3 * FACTOR)
             checks.at_least(f"{select}: refreshed", refreshed, 8 * len(lengths))
             assert_idle(checks, it, select)
+            there = Counter(it.ask("gpu_probes:prefill_ways"))["traces on the device"]
+            kernel = case.attention == "auto" and case.backend != "torch_native"
+            checks.equal(f"{select}: traced on the device", there > 0, kernel and select == "trace")
     return checks
 
 

@@ -35,6 +35,15 @@ def prepare(child: Any) -> None:
         ways["graph"] = graphs
     for way, executor in ways.items():
         executor.execute = _counted(child, way, executor.execute)
+    from kvshare_sglang.runtime import trace_on_device
+
+    follow = trace_on_device.follow
+
+    def counted(*args: Any, **kw: Any) -> None:
+        child.ways["traces on the device"] += 1
+        follow(*args, **kw)
+
+    trace_on_device.follow = counted
 
 
 def _counted(child: Any, way: str, execute: Any) -> Any:
@@ -87,22 +96,29 @@ def stop_profile(child: Any) -> dict[str, Any]:
 
 
 def summed_up(spans: list[tuple[str, float, float]], *, most: int = 15) -> dict[str, Any]:
-    """Of (name, start, end) in us: in ms the whole span, what is busy in it, and the longest."""
+    """Of (name, start, end) in us: in ms the whole span, what is busy in it, the longest kernels,
+    and the longest gaps with what is before and behind them."""
     total: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    busy, gaps, reach = 0.0, [], None
+    busy, gaps, reach, last = 0.0, [], None, ""
     for name, start, end in sorted(spans, key=lambda span: span[1]):
         total[name] += end - start
         calls[name] += 1
         if reach is not None and start > reach:
-            gaps.append(start - reach)
+            gaps.append((start - reach, last, name))
         busy += max(0.0, end - max(start, reach if reach is not None else start))
-        reach = max(end, reach if reach is not None else end)
+        if reach is None or end > reach:
+            reach, last = end, name
+    idle = sum(gap for gap, _, _ in gaps)
     return {
-        "span_ms": round((busy + sum(gaps)) / 1e3, 3),
+        "span_ms": round((busy + idle) / 1e3, 3),
         "busy_ms": round(busy / 1e3, 3),
-        "gaps_ms": round(sum(gaps) / 1e3, 3),
-        "gaps_above_50us": sum(gap > 50 for gap in gaps),
+        "gaps_ms": round(idle / 1e3, 3),
+        "gaps_above_50us": sum(gap > 50 for gap, _, _ in gaps),
+        "longest_gaps": [
+            {"ms": round(gap / 1e3, 3), "after": before[:80], "before": behind[:80]}
+            for gap, before, behind in sorted(gaps, reverse=True)[:most]
+        ],
         "kernels": sum(calls.values()),
         "longest": [
             {"name": name[:120], "ms": round(us / 1e3, 3), "calls": calls[name]}
