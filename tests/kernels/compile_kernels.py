@@ -1,0 +1,99 @@
+"""Compile the kernels for GPUs that are not here, and say what the compiler made of them, as JSON.
+
+A program of its own: in a process with Triton's interpreter nothing can be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvshare_sglang.kernels.gpu import copy, mass, rows
+
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+# An 8B model: 32 heads on 8 of 128. Strides and addresses are multiples of 16.
+ATTEND = dict.fromkeys(("q", "k_buf", "v_buf"), "*bf16") | {
+    **dict.fromkeys(("parts", "lse"), "*fp32"),
+    **dict.fromkeys(("positions", "owners"), "*i64"),
+    **dict.fromkeys(("tiles", "page_table"), "*i32"),
+    **dict.fromkeys(("scale", "v_scale"), "fp32"),
+    **dict.fromkeys(("num_rows", "num_tiles"), "i32"),
+    **dict.fromkeys(("table_stride", "q_stride", "k_stride", "v_stride"), "i32"),
+}
+COPY = dict.fromkeys(("k_table", "v_table"), "*u64") | {
+    **dict.fromkeys(("k_like", "v_like"), "*bf16"),
+    **dict.fromkeys(("src", "dst", "old", "new"), "*i64"),
+    "angles": "*fp32",
+    **dict.fromkeys(("n", "first_layer", "num_layers"), "i32"),
+    **dict.fromkeys(("k_stride", "v_stride", "angle_stride"), "i32"),
+}
+COPY_SHAPE = {
+    "HEADS": 8, "HEADS_P2": 8, "K_DIM": 128, "V_ROW": 1024, "V_ROW_P2": 1024, "HALF": 64,
+    "REST": 0, "NEOX": True, "LARGEST": 0.0, "ROWS": copy.ROWS, "LAYERS": copy.LAYERS,
+}  # fmt: skip
+MASS = dict.fromkeys(("q", "keys"), "*bf16") | {
+    "positions": "*i64",
+    **dict.fromkeys(("lse", "mass"), "*fp32"),
+    **dict.fromkeys(("num_rows", "kv", "each", "q_stride", "k_stride"), "i32"),
+    **dict.fromkeys(("share", "scale"), "fp32"),
+}
+MASS_SHAPE = {"HEADS": 32, "GROUP": 4, "GROUP_P2": 4, "DIM": 128}
+MASS_SHAPE |= {"BLOCK_M": mass.BLOCK_M, "BLOCK_N": mass.BLOCK_N}
+
+
+def compiled(function, types, constants, arch, **options):
+    """Registers, spills and the width of accesses of a kernel for ``sm_<arch>``."""
+    names = [one.name for one in function.params]
+    signature = {name: types.get(name, "constexpr") for name in names}
+    even = [n for n in names if signature[n].startswith("*") or n.endswith("_stride")]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "nvdisasm", "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {
+        "spills": r"\bSTL\b",
+        "wgmma": "HGMMA",
+        "mma": r"\bHMMA\b",
+        "loads of 16 bytes": r"LDG\.E\.128|LDGSTS\.E[.A-Z]*\.128",
+        "loads of 2 bytes": r"LDG\.E\.U16",
+    }
+    return {name: len(re.findall(pattern, code)) for name, pattern in found.items()}
+
+
+def main():
+    out = []
+    for arch in map(int, sys.argv[1:]):
+        capability = (arch // 10, arch % 10)
+        shape = rows.shape_of(128, torch.bfloat16, capability)
+        how = {"KV_HEADS": 8, "GROUP": 4, "DIM": 128}
+        how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+        launch = {"num_warps": shape.warps, "num_stages": shape.stages}
+        for name, made in (
+            ("attend", compiled(rows._attend, ATTEND, how, arch, **launch)),
+            ("copy", compiled(copy._copy, COPY, COPY_SHAPE, arch)),
+            ("lse", compiled(mass._lse, MASS, MASS_SHAPE, arch, num_warps=8)),
+            ("mass", compiled(mass._mass, MASS, {**MASS_SHAPE, "STRONGEST": True}, arch,
+                              num_warps=8)),
+        ):  # fmt: skip
+            out.append({"kernel": name, "arch": arch, **made})
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
