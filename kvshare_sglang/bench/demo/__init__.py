@@ -1,20 +1,24 @@
 """Show a real SGLang server with and without kvshare, side by side, on texts that moved.
 
-Starts two servers on the same model, one plain and one with ``--kvshare``, gives both the same
-texts to cache, and asks both the same prompts: the same text after another preface, a document
-with three edits, RAG passages in another order, and unrelated text.
+First a story: a chat model with real weights is asked about documents that move, are edited, and
+are another tenant's. Then a table of times on longer texts: the same text after another preface, a
+document with three edits, RAG passages in another order, and unrelated text. Each on two servers of
+one model, one plain and one with ``--kvshare``, which get the same texts.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvshare_sglang.bench import common, models
 from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.demo import story
 from kvshare_sglang.bench.demo.picture import draw
 from kvshare_sglang.bench.demo.scenarios import NEW_TOKENS, Scenario, measure_all
 from kvshare_sglang.bench.server import ServerSpec, add_server_arguments, serve
+from kvshare_sglang.bench.smollm2 import ModelError
 from kvshare_sglang.bench.texts import Corpus
 
 
@@ -25,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where demo.png goes, and demo.json without --json (default: out/)")  # fmt: skip
     add("--port", type=int, help="plain's port; kvshare takes the next (default: any free ones)")
     add("--model", help="model directory to time (default: a small random Llama, made on the spot)")
-    add("--answers", type=int, default=4, help="prompts of each kind given to the trained reader")
+    add("--story", action=argparse.BooleanOptionalAction, default=True,
+        help="play the story (fetches SmolLM2-135M-Instruct once, 93 MB)")  # fmt: skip
+    add("--answers", type=int, default=4,
+        help="without a chat model: prompts of each kind for the trained reader")  # fmt: skip
     add("--tokens", type=int, default=2400, help="length of a text in tokens")
     add("--repeats", type=int, default=4, help="fresh texts for each scenario (even: each server "
         "is asked first in half of them)")  # fmt: skip
@@ -38,10 +45,12 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ScriptError(f"--repeats must be at least 1, got {args.repeats}")
     args.json = args.json or args.out / "demo.json"
+    result: dict[str, Any] = {}
+    common.warn_if_busy()
+    told = args.story and tell_story(args, result)
     model, trained = pick_model(args)
     print(about_model(model, trained=trained), flush=True)
     env = common.environment()
-    common.warn_if_busy()
     corpus = Corpus(model.tokenizer(), seed=args.seed)
     with serve(*server_specs(model, args)) as (plain, shared):
         kinds = measure_all(plain, shared, corpus, args)
@@ -53,21 +62,47 @@ def run(args: argparse.Namespace) -> int:
     machine = env["gpu"] if args.device == "cuda" else f"{env['cpu']}, {env['cores']} cores"
     draw(kinds, args.out / "demo.png", subtitle=f"{model.path.name} ({weights}), {machine}, "
          f"median of {args.repeats}, measured side by side")  # fmt: skip
-    result: dict[str, list[dict[str, object]]] = {
-        "scenarios": [
-            {"title": kind.title, "timings": [t._asdict() for t in kind.timings]} for kind in kinds
-        ]
-    }
+    result["scenarios"] = [
+        {"title": kind.title, "timings": [t._asdict() for t in kind.timings]} for kind in kinds
+    ]
     common.write_result(args, result, model=model.path.name)
-    if args.answers and (models.READER / "config.json").is_file():
+    if not told and args.answers and (models.READER / "config.json").is_file():
         # Imported late: these prompts are those of the command quality, which needs torch.
         from kvshare_sglang.bench.demo.answers import ask_reader, show_answers
 
         result["answers"] = ask_reader(args)
         print(f"\n{show_answers(result['answers'])}")
         common.write_result(args, result, model=model.path.name)
-    print(f"\nchart: {args.out / 'demo.png'}   numbers: {args.json}")
+    charts = f"{args.out / 'story.png'}, {args.out / 'demo.png'}" if told else args.out / "demo.png"
+    print(f"\npictures: {charts}   numbers: {args.json}")
     return 1 if declined else 0
+
+
+def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> bool:
+    """Play it on the chat model and add it to ``result``. Without the model False, and why."""
+    try:
+        model = models.open_model(models.FETCHED)
+    except ModelError as error:
+        print(f"no chat model here: {error}; the trained reader answers instead", file=sys.stderr)
+        return False
+    machine = common.environment()
+    name = "SmolLM2-135M-Instruct"
+    print(f"A chat model with real weights, {name}, is asked about documents.", flush=True)
+    with serve(*server_specs(model, args)) as (plain, shared):
+        scenes = story.play(plain, shared)
+    print(f"\n{story.show(scenes)}\n")
+    print(
+        "A model of this size is often wrong; what counts here is that both say the same. The first"
+        " question\nfinds nothing to reuse, and another tenant's finds nothing of the first"
+        " tenant's.\n"
+    )
+    result["story"] = [scene.to_json() for scene in scenes]
+    where = (
+        machine["gpu"] if args.device == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
+    )
+    story.draw(scenes, args.out / "story.png", subtitle=f"{name} (real weights), {where}, one "
+               f"question each; load before: {machine['load_1min_at_start']}")  # fmt: skip
+    return True
 
 
 def show_table(kinds: list[Scenario]) -> str:

@@ -1,5 +1,6 @@
 """The demo's table as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,20 @@ from kvshare_sglang.bench.demo.scenarios import Scenario
 BLUE, ORANGE, LIGHT, GREY = "#3b6ea5", "#e07b39", "#f2c49b", "#c9ced6"
 
 
+Row = tuple[str, float, float, dict[str, float]]  # title, seconds plain and ours, shares by part
+
+
 def draw(kinds: list[Scenario], path: Path, *, subtitle: str) -> None:
     """The table as a picture: times on the left, what became of the prompt on the right."""
+    parts = ("prefix", "copied", "recomputed", "new")
+    rows = [(k.title, k.plain_s, k.kvshare_s, {p: k.share(p) for p in parts}) for k in kinds]
+    draw_pairs(rows, path, subtitle=subtitle, ratios=[k.ratio for k in kinds])
+
+
+def draw_pairs(
+    pairs: Sequence[Row], path: Path, *, subtitle: str, ratios: Sequence[float] | None = None
+) -> None:
+    """``ratios``: by default of the times."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -19,9 +32,8 @@ def draw(kinds: list[Scenario], path: Path, *, subtitle: str) -> None:
     figure, (times, parts) = plt.subplots(
         1, 2, figsize=(12, 4.6), sharey=True, gridspec_kw={"width_ratios": (1.25, 1)}
     )
-    rows = list(range(len(kinds)))
-    _draw_times(times, kinds, rows)
-    _draw_parts(parts, kinds, rows)
+    _draw_times(times, pairs, ratios or [plain / ours for _, plain, ours, _ in pairs])
+    _draw_parts(parts, [shares for _, _, _, shares in pairs])
     figure.suptitle(
         "SGLang with and without kvshare", x=0.01, y=0.99, ha="left", fontsize=14, weight="bold"
     )
@@ -32,30 +44,22 @@ def draw(kinds: list[Scenario], path: Path, *, subtitle: str) -> None:
     plt.close(figure)
 
 
-def _draw_times(axes: Any, kinds: list[Scenario], rows: list[int]) -> None:
+def _draw_times(axes: Any, pairs: Sequence[Row], ratios: Sequence[float]) -> None:
     height = 0.36
-    axes.barh(
-        [y - height / 2 for y in rows],
-        [k.plain_s for k in kinds],
-        height,
-        color=GREY,
-        label="plain",
-    )
-    axes.barh(
-        [y + height / 2 for y in rows],
-        [k.kvshare_s for k in kinds],
-        height,
-        color=BLUE,
-        label="kvshare",
-    )
-    longest = max(max(k.plain_s, k.kvshare_s) for k in kinds)
-    for y, kind in zip(rows, kinds, strict=True):
-        axes.text(kind.plain_s + longest * 0.012, y - height / 2, f"{kind.plain_s:.2f} s",
+    rows = range(len(pairs))
+    sides = ([p for _, p, _, _ in pairs], [o for _, _, o, _ in pairs])
+    for shift, times, colour, label in (
+        (-height / 2, sides[0], GREY, "plain"),
+        (height / 2, sides[1], BLUE, "kvshare"),
+    ):
+        axes.barh([y + shift for y in rows], times, height, color=colour, label=label)
+    longest = max(map(max, sides))
+    for y, (_, plain, ours, _), ratio in zip(rows, pairs, ratios, strict=True):
+        axes.text(plain + longest * 0.012, y - height / 2, f"{plain:.2f} s",
                   va="center", fontsize=9, color="#666666")  # fmt: skip
-        axes.text(kind.kvshare_s + longest * 0.012, y + height / 2,
-                  f"{kind.kvshare_s:.2f} s   {kind.ratio:.1f}x",
+        axes.text(ours + longest * 0.012, y + height / 2, f"{ours:.2f} s   {ratio:.1f}x",
                   va="center", fontsize=9, weight="bold", color=BLUE)  # fmt: skip
-    axes.set_yticks(rows, [kind.title for kind in kinds])
+    axes.set_yticks(list(rows), [title for title, _, _, _ in pairs])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, longest * 1.16)
@@ -64,16 +68,17 @@ def _draw_times(axes: Any, kinds: list[Scenario], rows: list[int]) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
-def _draw_parts(axes: Any, kinds: list[Scenario], rows: list[int]) -> None:
+def _draw_parts(axes: Any, shares: Sequence[dict[str, float]]) -> None:
     looks = (
-        ("prefix", "exact prefix", "#8fb08c", "white"),
+        ("prefix", "prefix", "#8fb08c", "white"),
         ("copied", "reused", BLUE, "white"),
         ("recomputed", "recomputed", ORANGE, "white"),
         ("new", "new text", LIGHT, "#6b4a2b"),
     )
-    left = [0.0] * len(kinds)
+    rows = range(len(shares))
+    left = [0.0] * len(shares)
     for part, label, colour, ink in looks:
-        widths = [100 * kind.share(part) for kind in kinds]
+        widths = [100 * one[part] for one in shares]
         axes.barh(rows, widths, 0.5, left=left, color=colour, label=label)
         for y, start, width in zip(rows, left, widths, strict=True):
             if width >= 6:

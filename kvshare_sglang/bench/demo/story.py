@@ -1,0 +1,227 @@
+"""A chat model with real weights is asked about documents that move, change, and are another's.
+
+The same conversations go to a plain server and to one with kvshare, through the door that chat
+programs use. What a stranger can judge: both answers, side by side, and what each of them took.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from kvshare_sglang.bench import common
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.server import Server
+
+NEW_TOKENS = 24
+SYSTEM = "Answer the question from the documents in one short sentence."
+
+BOOKSHOP = (
+    "The Harbour Bookshop stands on the corner of Mill Street and the old fish market. It was"
+    " opened in 1952 by Ada Lindqvist, who had been a ship's cook for eleven years. Books may be"
+    " returned within 30 days of purchase if the spine is not broken and the receipt is shown at"
+    " the desk. Gift cards and newspapers cannot be returned. Members of the reading club get a"
+    " discount of ten percent on Tuesdays, and children get a free bookmark with each book."
+)
+LIGHTHOUSE = (
+    "The lighthouse of Northern Point is 41 metres high and is painted in red and white stripes."
+    " Its lamp can be seen from 28 kilometres away on a clear night. The last keeper, Tomas"
+    " Brandt, left the tower in 1987, when the lamp was given an electric motor. Visitors may"
+    " climb the 207 steps on Sundays between ten and four o'clock. A small museum at the foot of"
+    " the tower shows old lamps, maps of the coast, and the diary of the first keeper."
+)
+FERRY = (
+    "The ferry Marigold sails from the town pier to Gull Island four times a day in summer and"
+    " twice a day in winter. The crossing takes 35 minutes. A ticket costs 6 euros, and bicycles"
+    " travel for 2 euros more. Dogs are welcome on the upper deck. In storms the ferry stays in"
+    " the harbour, and tickets are valid on the next day. The captain is Ingrid Solberg, whose"
+    " grandfather built the first pier of the island."
+)
+BAKERY = (
+    "Pellegrini's bakery opens at six in the morning, an hour before any other shop in town. It"
+    " is known for its rye bread, which is baked in a wood oven of 1911, and for almond cakes"
+    " that are made on Fridays only. Bread of the day before is sold at half its price. The"
+    " baker, Luca Pellegrini, delivers to the school, the hospital and the two hotels with a"
+    " yellow van. On the first Monday of each month the bakery is closed."
+)
+DOCUMENTS = (BOOKSHOP, LIGHTHOUSE, FERRY, BAKERY)
+HIGHER = LIGHTHOUSE.replace("41 metres", "63 metres")
+DEARER = FERRY.replace("costs 6 euros", "costs 9 euros")
+
+
+class Act(NamedTuple):
+    """A question over some documents. ``tenant``: whose they are."""
+
+    title: str
+    documents: tuple[str, ...]
+    question: str
+    tenant: str = "a"
+
+
+def acts() -> list[Act]:
+    """The first fills the caches; each of the others finds what those before it left."""
+    shop, light, ferry, bread = DOCUMENTS
+    moved = (bread, ferry, light, shop)
+    crossing = "How long does the crossing of the ferry take?"
+    height, ticket = "How high is the lighthouse?", "How much does a ticket for the ferry cost?"
+    return [
+        Act("first asked", DOCUMENTS, height),
+        Act("the documents moved", moved, crossing),
+        Act("a fact was edited", (shop, HIGHER, ferry, bread), height),
+        Act("moved, edited, one is gone", (HIGHER, shop, DEARER), ticket),
+        Act("another tenant asks", moved, crossing, tenant="b"),
+    ]
+
+
+class Told(NamedTuple):
+    """One server's answer. ``ttft_s`` and ``cpu_s``: wall and processor time to the first token."""
+
+    text: str
+    ttft_s: float
+    cpu_s: float
+    prompt_tokens: int
+    kvshare: dict[str, Any] | None
+
+
+class Scene(NamedTuple):
+    """An act, and what both servers said."""
+
+    act: Act
+    plain: Told
+    ours: Told
+
+    @property
+    def ratio(self) -> float:
+        return self.plain.ttft_s / self.ours.ttft_s
+
+    @property
+    def cpu_ratio(self) -> float:
+        return self.plain.cpu_s / max(self.ours.cpu_s, 1e-3)
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"plain": self.plain._asdict(), "kvshare": self.ours._asdict()}
+        return {"title": self.act.title, "question": self.act.question, **told}
+
+
+def play(plain: Server, shared: Server) -> list[Scene]:
+    """All acts, each server first in half of them."""
+    scenes = []
+    with common.Progress(len(acts())) as bar:
+        for server in (plain, shared):
+            server.flush()
+        for i, act in enumerate(acts()):
+            bar.say(act.title)
+            order = (plain, shared) if i % 2 == 0 else (shared, plain)
+            told = {server.spec.name: ask(server, act) for server in order}
+            scenes.append(Scene(act, told["plain"], told["kvshare"]))
+            bar.update()
+        bar.say("told")
+    return scenes
+
+
+def ask(server: Server, act: Act) -> Told:
+    """Stream a greedy answer of the chat door. Raises ScriptError where it fails."""
+    documents = "\n\n".join(f"Document: {one}" for one in act.documents)
+    body = {
+        "model": "any",
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{documents}\n\nQuestion: {act.question}"},
+        ],
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "cache_salt": act.tenant,
+    }
+    text, ttft, cpu = "", None, 0.0
+    usage: dict[str, Any] = {}
+    before, started = cpu_of(server.process.pid), time.perf_counter()
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise ScriptError(f"{server.spec.name} answered {response.read().decode()[:500]}")
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            usage = event.get("usage") or usage
+            for choice in event.get("choices", ()):
+                piece = choice["delta"].get("content") or ""
+                if piece and ttft is None:
+                    ttft = time.perf_counter() - started
+                    cpu = cpu_of(server.process.pid) - before
+                text += piece
+    if ttft is None:
+        raise ScriptError(f"'{server.spec.name}' sent no token. Log:\n{server.log_tail()}")
+    record = (usage.get("kvshare") or [None])[0]
+    return Told(text.strip(), ttft, cpu, usage["prompt_tokens"], record)
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of processor time that a process and all below it have used."""
+    total = 0.0
+    try:
+        top = psutil.Process(pid)
+        for process in (top, *top.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+    except psutil.NoSuchProcess as error:
+        raise ScriptError(f"the server with process id {pid} is gone") from error
+    return total
+
+
+def show(scenes: Sequence[Scene]) -> str:
+    """What a reader of the terminal sees."""
+    lines = []
+    for i, scene in enumerate(scenes, start=1):
+        act, plain, ours = scene.act, scene.plain, scene.ours
+        lines.append(f"{i}. {act.title}: {act.question}")
+        lines.append(f"   plain    {plain.ttft_s:6.2f} s   {one_line(plain.text)}")
+        same = "   (the same)" if ours.text == plain.text else ""
+        lines.append(f"   kvshare  {ours.ttft_s:6.2f} s   {one_line(ours.text)}{same}")
+        lines.append(f"   {what_became(scene)}")
+    return "\n".join(lines)
+
+
+def what_became(scene: Scene) -> str:
+    record = scene.ours.kvshare
+    if record is None:
+        raise ScriptError("the server said nothing of kvshare in the usage: is it running?")
+    computed = record["recomputed_tokens"] + record["fresh_tokens"]
+    kept = record["exact_tokens"] + record["blended_tokens"]
+    return (
+        f"of {scene.ours.prompt_tokens} tokens {kept} were an exact or blended prefix,"
+        f" {record['copied_tokens']} copied, {computed} computed;"
+        f" {scene.ratio:.1f}x as fast to the first token ({scene.cpu_ratio:.1f}x in CPU time)"
+    )
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def draw(scenes: Sequence[Scene], path: Path, *, subtitle: str) -> None:
+    """Times to the first token, and what became of the prompts."""
+    from kvshare_sglang.bench.demo.picture import draw_pairs
+
+    rows = []
+    for scene in scenes:
+        record = scene.ours.kvshare or {}
+        shares = {
+            "prefix": record["exact_tokens"] + record["blended_tokens"],
+            "copied": record["copied_tokens"],
+            "recomputed": record["recomputed_tokens"],
+            "new": record["fresh_tokens"],
+        }
+        total = sum(shares.values())
+        rows.append((
+            scene.act.title, scene.plain.ttft_s, scene.ours.ttft_s,
+            {part: count / total for part, count in shares.items()},
+        ))  # fmt: skip
+    draw_pairs(rows, path, subtitle=subtitle)

@@ -1,0 +1,71 @@
+"""The demo's story: its documents move and change as its titles say, and what it shows adds up."""
+
+import os
+
+import pytest
+
+from kvshare_sglang.bench import models
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.demo import story
+from kvshare_sglang.bench.demo.story import Scene, Told, acts
+from kvshare_sglang.bench.smollm2 import ModelError
+
+
+def scene(text: str = "Yes.", **record: int) -> Scene:
+    tokens = {"exact_tokens": 0, "blended_tokens": 2, "copied_tokens": 50}
+    tokens |= {"recomputed_tokens": 8, "fresh_tokens": 40, **record}
+    plain = Told("Yes.", 2.0, 1.5, 100, None)
+    return Scene(acts()[1], plain, Told(text, 0.5, 0.5, 100, tokens))
+
+
+def test_each_act_does_what_its_title_says():
+    first, moved, edited, mixed, other = acts()
+    assert sorted(moved.documents) == sorted(first.documents) != list(moved.documents)
+    changed = [a != b for a, b in zip(first.documents, edited.documents, strict=True)]
+    assert sum(changed) == 1
+    assert edited.question == first.question  # the answer changes by the edit alone
+    assert len(mixed.documents) < len(first.documents)
+    assert not set(mixed.documents) <= set(edited.documents)
+    assert other._replace(tenant="a", title="") == moved._replace(title="")
+    assert other.tenant != moved.tenant
+
+
+def test_what_is_shown_adds_up():
+    shown = story.show([scene()])
+    assert "2 were an exact or blended prefix, 50 copied, 48 computed" in shown
+    assert "4.0x as fast to the first token (3.0x in CPU time)" in shown
+    assert "(the same)" in shown
+    assert "(the same)" not in story.show([scene("No.")])
+
+
+def test_a_server_without_kvshare_is_told():
+    silent = scene()
+    silent = silent._replace(ours=silent.ours._replace(kvshare=None))
+    with pytest.raises(ScriptError, match="said nothing of kvshare"):
+        story.show([silent])
+
+
+def test_processor_time_only_grows():
+    before = story.cpu_of(os.getpid())
+    sum(range(2_000_000))
+    assert story.cpu_of(os.getpid()) >= before
+    with pytest.raises(ScriptError, match="is gone"):
+        story.cpu_of(2**22 + 1)
+
+
+def test_without_the_model_the_demo_says_why_and_goes_on(monkeypatch, capsys):
+    from kvshare_sglang.bench import demo
+
+    def refuse(name: str) -> None:
+        raise ModelError("pip could not fetch it")
+
+    monkeypatch.setattr(models, "open_model", refuse)
+    result: dict[str, object] = {}
+    assert demo.tell_story(None, result) is False
+    assert result == {}
+    assert "no chat model here: pip could not fetch it" in capsys.readouterr().err
+
+
+def test_the_picture_is_drawn(tmp_path):
+    story.draw([scene(), scene("No.")], tmp_path / "story.png", subtitle="a test")
+    assert (tmp_path / "story.png").stat().st_size > 10_000
