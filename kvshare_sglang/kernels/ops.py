@@ -4,6 +4,7 @@ A caller asks for an op and never for a kernel; what no Triton kernel serves, to
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kvshare_sglang.kernels import rope_shift, row_scores
+
+logger = logging.getLogger(__name__)
 
 # Attention programs that keep a GPU busy: a few for each multiprocessor, for tiles end at
 # different times.
@@ -65,7 +68,8 @@ class Attention(NamedTuple):
         plan = self.plan([(2, 2)], at, owner)
         q = torch.zeros(2, self.heads, buffers[0].shape[2], dtype=dtype, device=device)
         self.run(plan, q, *buffers, scaling=1.0, **scales)
-        attention_mass(q, at, buffers[0][:2], scaling=1.0, strongest_head=True)
+        for strongest_head in (True, False):
+            attention_mass(q, at, buffers[0][:2], scaling=1.0, strongest_head=strongest_head)
 
 
 def attention(
@@ -74,15 +78,17 @@ def attention(
     """None where no kernel of ours serves such heads: the host's backend does."""
     if not has_triton(device) or dim != v_dim or not _is_power_of_two(dim) or dim < 16:
         return None
-    if heads // kv_heads > 64:  # of a tile's rows none would be left
-        return None
     from kvshare_sglang.kernels.gpu import rows as kernel
 
+    programs = 1
     if torch.device(device).type == "cpu":
-        return Attention(heads, kv_heads, kernel.Shape(64, 64, 4, 1), 1)
-    card = torch.cuda.get_device_properties(device)
-    shape = kernel.shape_of(dim, dtype, (card.major, card.minor))
-    programs = PROGRAMS_OF_MULTIPROCESSOR * card.multi_processor_count
+        shape = kernel.Shape(64, 64, 4, 1)
+    else:
+        card = torch.cuda.get_device_properties(device)
+        shape = kernel.shape_of(dim, dtype, (card.major, card.minor))
+        programs = PROGRAMS_OF_MULTIPROCESSOR * card.multi_processor_count
+    if heads // kv_heads > shape.block_m:  # a tile would not hold one row
+        return None
     return Attention(heads, kv_heads, shape, programs)
 
 
@@ -100,9 +106,13 @@ def copies(
 
     try:
         layers = kernel.layers_of(keys, values)
-    except ValueError:
+    except ValueError as error:
+        logger.warning("KVShare copies KV layer by layer: %s", error)
         return None
-    return layers if kernel.serves(layers, rotary_dim) else None
+    if kernel.serves(layers, rotary_dim):
+        return layers
+    logger.warning("KVShare copies KV layer by layer: %d dimensions are rotated", rotary_dim)
+    return None
 
 
 def copy_rotated(
@@ -131,12 +141,25 @@ def attention_mass(
     strongest_head: bool = False,
 ) -> torch.Tensor:
     """The weight that rows give to each key; see ``row_scores.attention_mass``."""
-    run = row_scores.attention_mass
-    if has_triton(q.device) and _is_power_of_two(q.shape[2]) and q.shape[2] >= 16:
-        from kvshare_sglang.kernels.gpu import mass as kernel
+    how: dict[str, Any] = {"scaling": scaling, "strongest_head": strongest_head}
+    group = q.shape[1] // keys.shape[1]
+    kind = (str(q.device), q.dtype, keys.dtype, q.shape[1:], keys.shape[1:], strongest_head)
+    fits = _is_power_of_two(q.shape[2]) and q.shape[2] >= 16 and group <= 64
+    if not fits or not has_triton(q.device) or kind in _MASS_FAILED:
+        return row_scores.attention_mass(q, positions, keys, **how)
+    from kvshare_sglang.kernels.gpu import mass as kernel
 
-        run = kernel.run
-    return run(q, positions, keys, scaling=scaling, strongest_head=strongest_head)
+    try:
+        return kernel.run(q, positions, keys, **how)
+    except Exception:
+        logger.exception("KVShare's kernel of attention mass does not run here; torch does it")
+        _MASS_FAILED.add(kind)
+        return row_scores.attention_mass(q, positions, keys, **how)
+
+
+_MASS_FAILED: set[Any] = (
+    set()
+)  # devices, types and shapes that the kernel could not be launched for
 
 
 deviation = row_scores.deviation

@@ -195,8 +195,9 @@ def _observe(
     owners = fb.req_pool_indices
 
     def keys(i: int, n: int) -> torch.Tensor:
-        # index_select: on CPU four times as fast as indexing
-        return buffer.index_select(0, table[owners[i], :n])
+        # index_select: on CPU four times as fast as indexing. A slice, not a number, of what is on
+        # the device: for a number the host would wait.
+        return buffer.index_select(0, table[owners[i : i + 1], :n][0])
 
     q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
     found = observer.observe(LayerView(layer, q, k, v, keys, layer.scaling))

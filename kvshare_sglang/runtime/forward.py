@@ -49,6 +49,9 @@ def hook_forward(
             try:
                 out = original(runner, one, *args, **kw)
             finally:
+                if backend.batch is not None and hasattr(runner, "shared_read_done_event"):
+                    # Some backends say so once they have planned; ours reads the page table on.
+                    runner.shared_read_done_event = None
                 backend.batch = None
         return out
 

@@ -45,8 +45,7 @@ MASS = dict.fromkeys(("q", "keys"), "*bf16") | {
     **dict.fromkeys(("num_rows", "kv", "each", "q_stride", "k_stride"), "i32"),
     **dict.fromkeys(("share", "scale"), "fp32"),
 }
-MASS_SHAPE = {"HEADS": 32, "GROUP": 4, "GROUP_P2": 4, "DIM": 128}
-MASS_SHAPE |= {"BLOCK_M": mass.BLOCK_M, "BLOCK_N": mass.BLOCK_N}
+KINDS = ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 128))
 
 
 def compiled(function, types, constants, arch, **options):
@@ -73,25 +72,41 @@ def compiled(function, types, constants, arch, **options):
         "loads of 16 bytes": r"LDG\.E\.128|LDGSTS\.E[.A-Z]*\.128",
         "loads of 2 bytes": r"LDG\.E\.U16",
     }
-    return {name: len(re.findall(pattern, code)) for name, pattern in found.items()}
+    told = {name: len(re.findall(pattern, code)) for name, pattern in found.items()}
+    return {**told, "shared": kernel.metadata.shared}
+
+
+def of_kind(types, dtype):
+    """The same arguments for a model in another type."""
+    name = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    return {key: name if value == "*bf16" else value for key, value in types.items()}
+
+
+def kernels_of(arch, dtype, dim):
+    shape = rows.shape_of(dim, dtype, (arch // 10, arch % 10))
+    how = {"KV_HEADS": 8, "GROUP": 4, "DIM": dim}
+    how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+    launch = {"num_warps": shape.warps, "num_stages": shape.stages}
+    yield "attend", compiled(rows._attend, of_kind(ATTEND, dtype), how, arch, **launch)
+    block_m, block_n = mass.blocks_of(dim, dtype)
+    how = {"HEADS": 32, "GROUP": 4, "GROUP_P2": 4, "DIM": dim}
+    how |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    types = of_kind(MASS, dtype)
+    yield "lse", compiled(mass._lse, types, how, arch, num_warps=8)
+    how["STRONGEST"] = True
+    yield "mass", compiled(mass._mass, types, how, arch, num_warps=8)
 
 
 def main():
     out = []
     for arch in map(int, sys.argv[1:]):
-        capability = (arch // 10, arch % 10)
-        shape = rows.shape_of(128, torch.bfloat16, capability)
-        how = {"KV_HEADS": 8, "GROUP": 4, "DIM": 128}
-        how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-        launch = {"num_warps": shape.warps, "num_stages": shape.stages}
-        for name, made in (
-            ("attend", compiled(rows._attend, ATTEND, how, arch, **launch)),
-            ("copy", compiled(copy._copy, COPY, COPY_SHAPE, arch)),
-            ("lse", compiled(mass._lse, MASS, MASS_SHAPE, arch, num_warps=8)),
-            ("mass", compiled(mass._mass, MASS, {**MASS_SHAPE, "STRONGEST": True}, arch,
-                              num_warps=8)),
-        ):  # fmt: skip
-            out.append({"kernel": name, "arch": arch, **made})
+        made = compiled(copy._copy, COPY, COPY_SHAPE, arch)
+        out.append({"kernel": "copy", "arch": arch, "dtype": "bfloat16", "dim": 128, **made})
+        # All kinds where memory is widest and where it is scarcest; the common one everywhere.
+        for dtype, dim in KINDS if arch in (86, 90) else KINDS[:1]:
+            for name, made in kernels_of(arch, dtype, dim):
+                told = {"kernel": name, "arch": arch, "dtype": str(dtype)[6:], "dim": dim}
+                out.append({**told, **made})
     print(json.dumps(out))
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from tolerances import TOL, assert_close
 
+pytest.importorskip("triton")
+
 from kvshare_sglang.kernels import reference
 from kvshare_sglang.kernels.gpu import copy, mass, rows
 from kvshare_sglang.kernels.gpu.rows import Shape
@@ -83,7 +85,7 @@ def test_scattered_rows_see_all_keys_up_to_their_own(dtype, heads, kv_heads, dim
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "KEYS_OF_SPLIT", 200)
         got, plan = paged.attend(positions, q, Shape(16, 16, 4, 2), programs=programs)
-    assert plan.splits == (2 if programs == 1 else 4)
+    assert [one.splits for one in plan.launches] == [2 if programs == 1 else 4]
     assert_close(got, paged.want(positions, q), dtype)
 
 
@@ -118,10 +120,38 @@ def test_queries_may_be_a_slice_of_a_wider_projection():
     assert_close(got, paged.want(positions, wide[:, :4]), torch.float32)
 
 
-def test_tiles_hold_every_row_once_and_the_longest_come_first():
+@pytest.mark.parametrize("at_once", [1, 16, 40])
+def test_many_rows_are_attended_a_part_at_a_time(monkeypatch, at_once):
+    """No more than so many rows, or one tile, need workspace at a time."""
+    monkeypatch.setattr(rows, "ROWS_AT_ONCE", at_once)
+    gen = seeded(6)
+    paged = Paged([90, 200, 5], kv_heads=2, dim=16, dtype=torch.float32)
+    positions = [some(n, c, gen) for n, c in ((90, 50), (200, 33), (5, 1))]
+    q = torch.randn(84, 4, 16, generator=gen)
+    got, plan = paged.attend(positions, q, Shape(16, 16, 4, 2), programs=1)
+    assert [one.start for one in plan.launches] == [0, *(p.stop for p in plan.launches[:-1])]
+    assert plan.launches[-1].stop == 84
+    assert max(one.stop - one.start for one in plan.launches) <= max(at_once, 8)
+    assert_close(got, paged.want(positions, q), torch.float32)
+
+
+def test_a_launch_begins_with_the_tiles_of_most_keys():
+    paged = Paged([900, 40], kv_heads=1, dim=16, dtype=torch.float32)
+    positions = [torch.arange(0, 900, 9), torch.arange(40)]
+    _, plan = paged.attend(positions, torch.zeros(140, 1, 16), Shape(16, 16, 4, 2), programs=1)
+    (launch,) = plan.launches
+    first, num, owner = launch.tiles.cpu()
+    at = torch.cat(positions)
+    last = at[first + num - 1]
+    assert last[owner == 0].diff().max() < 0
+    assert last[0] == 891
+    assert launch.tiles[0].sort()[0].diff().min() > 0
+
+
+def test_tiles_hold_every_row_once():
     counts = [(300, 900), (20, 20), (70, 5000)]
     tiles, keys = rows.cut(counts, group=7, block_m=128)
-    assert (keys[:-1] >= keys[1:]).all()
+    assert (keys <= 5000).all()
     assert tiles[1].max() <= 128 // 7
     owned = [set() for _ in counts]
     starts = [0, 300, 320]

@@ -52,7 +52,10 @@ def run(box: Box, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
                     if time.perf_counter() - begun > MOST_S:
                         return found
                     told = {"rows": name, "tokens": tokens, "shape": list(shape), "splits": splits}
-                    paged.how, paged.plan = how, plan._replace(splits=splits)
+                    paged.how = how
+                    paged.plan = plan._replace(
+                        launches=[one._replace(splits=splits) for one in plan.launches]
+                    )
                     try:
                         out = paged.run(box.dim**-0.5)
                         told |= timed(box, functools.partial(paged.run, box.dim**-0.5), repeats=9)

@@ -31,7 +31,9 @@ def layers_of(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> L
         for one in buffers:
             if (one.shape, one.stride(), one.dtype) != (first.shape, first.stride(), first.dtype):
                 raise ValueError("the layers' KV buffers differ in shape, strides or dtype")
-        if first.stride(-1) != 1 or first.stride(1) != first.shape[2] or first.data_ptr() % 16:
+            if one.data_ptr() % 16:
+                raise ValueError("a layer's KV buffer does not begin at a multiple of 16 bytes")
+        if first.stride(-1) != 1 or first.stride(1) != first.shape[2]:
             raise ValueError(f"KV buffers of strides {first.stride()} cannot be copied in one pass")
     device = keys[0].device
 

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-BLOCK_M, BLOCK_N = 128, 64  # stacked rows and keys of a step
 KEYS_OF_SPLIT = 2048
 
 
@@ -138,6 +137,11 @@ def _mass(
     tl.store(mass + key, acc * share, mask=key < kv)
 
 
+def blocks_of(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Stacked rows and keys of a step, so that they fit a multiprocessor's memory."""
+    return (64, 32) if dim > 128 or dtype.itemsize > 2 else (128, 64)
+
+
 def run(
     q: torch.Tensor,
     positions: torch.Tensor,
@@ -146,17 +150,18 @@ def run(
     scaling: float,
     strongest_head: bool = False,
 ) -> torch.Tensor:
-    """As ``kernels.row_scores.attention_mass``; ``dim`` is a power of two, and at most 128 heads
+    """As ``kernels.row_scores.attention_mass``; ``dim`` is a power of two, and at most 64 heads
     share a KV head."""
     rows, heads, dim = q.shape
     kv, kv_heads, _ = keys.shape
     group = heads // kv_heads
     kind = {"HEADS": heads, "GROUP": group, "GROUP_P2": triton.next_power_of_2(group), "DIM": dim}
-    kind |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    block_m, block_n = blocks_of(dim, q.dtype)
+    kind |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
     strides = (scaling * LOG2_E, q.stride(0), keys.stride(0))
     splits = triton.cdiv(kv, KEYS_OF_SPLIT)
     parts = q.new_empty((splits, rows, heads), dtype=torch.float32)
-    blocks = triton.cdiv(rows, BLOCK_M // kind["GROUP_P2"])
+    blocks = triton.cdiv(rows, block_m // kind["GROUP_P2"])
     _lse[(blocks, kv_heads, splits)](
         q, keys, positions, parts, rows, kv, KEYS_OF_SPLIT, *strides, **kind, num_warps=8
     )
@@ -164,7 +169,7 @@ def run(
     _merge_lse[(triton.cdiv(rows * heads, 256),)](parts, lse, rows * heads, splits, BLOCK=256)
     mass = q.new_empty(kv, dtype=torch.float32)
     share = 1.0 / (rows if strongest_head else rows * heads)
-    _mass[(triton.cdiv(kv, BLOCK_N),)](
+    _mass[(triton.cdiv(kv, block_n),)](
         q, keys, positions, lse, mass, rows, kv, share, *strides,
         **kind, STRONGEST=strongest_head, num_warps=8,
     )  # fmt: skip

@@ -20,6 +20,7 @@ LOG2_E = 1.4426950408889634
 # Always in two parts: the kernel that writes one as the result needs more registers than there
 # are, and takes twice as long. A split of fewer keys costs more than it saves.
 FEWEST_SPLITS, MOST_SPLITS, KEYS_OF_SPLIT = 2, 16, 512
+ROWS_AT_ONCE = 4096  # bounds the parts: 32 KiB a row for 32 heads of 128
 
 
 class Shape(NamedTuple):
@@ -31,16 +32,22 @@ class Shape(NamedTuple):
     stages: int
 
 
-class Plan(NamedTuple):
-    """``tiles`` int32 [3, tiles]: first row, rows, number of the request; tiles with most keys
-    first. ``positions`` [rows] and ``owners`` [requests] (rows of the page table), on the device.
-    """
+class Launch(NamedTuple):
+    """Rows ``[start, stop)`` of a batch. ``tiles`` int32 [3, tiles], on the device: first row (from
+    ``start`` on), rows, number of the request; tiles with most keys first."""
 
+    start: int
+    stop: int
     tiles: torch.Tensor
+    splits: int
+
+
+class Plan(NamedTuple):
+    """``positions`` [rows] and ``owners`` [requests] (rows of the page table), on the device."""
+
+    launches: list[Launch]
     positions: torch.Tensor
     owners: torch.Tensor
-    block_m: int
-    splits: int
 
 
 def shape_of(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Shape:
@@ -55,14 +62,14 @@ def shape_of(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> 
 def cut(
     rows: Sequence[tuple[int, int]], *, group: int, block_m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of a batch: int32 [3, tiles], and how many keys each sees by estimate. ``rows``: by
-    request, how many there are and before which position, which is all that the host must know;
-    rows are taken to lie evenly. O(tiles).
+    """Tiles of a batch, in order of its rows: int32 [3, tiles], and how many keys each sees by
+    estimate. ``rows``: by request, how many there are and before which position, which is all that
+    the host must know; they are taken to lie evenly. O(tiles).
 
     >>> cut([(2, 10), (5, 5)], group=4, block_m=16)[0].tolist()
     [[0, 2, 6], [2, 4, 1], [0, 1, 1]]
     """
-    size = max(1, block_m // group)
+    size = block_m // group
     first, num, owner, keys = [], [], [], []
     base = 0
     for i, (count, stop) in enumerate(rows):
@@ -73,11 +80,8 @@ def cut(
         owner.append(np.full(len(starts), i))
         keys.append(stops * stop / max(count, 1))
         base += count
-    table = np.stack([np.concatenate(part) for part in (first, num, owner)]).astype(np.int32)
-    seen = np.concatenate(keys)
-    # The longest start first, so that none is left over at the end.
-    order = np.argsort(-seen, kind="stable")
-    return np.ascontiguousarray(table[:, order]), seen[order]
+    table = np.stack([np.concatenate(part) for part in (first, num, owner)])
+    return table.astype(np.int32), np.concatenate(keys)
 
 
 def plan(
@@ -93,22 +97,31 @@ def plan(
     """For a batch: ``rows`` as for ``cut``; their ``positions`` [rows], by request ascending, and
     ``owners`` [requests], their rows of the page table, are on the device.
 
-    ``programs``: how many keep the device busy. One small copy to the device, which nothing waits
+    ``programs``: how many keep the device busy. Small copies to the device, which nothing waits
     for.
     """
     tiles, keys = cut(rows, group=group, block_m=shape.block_m)
     device = positions.device
-    host = torch.from_numpy(tiles)
-    if device.type != "cpu":
-        host = host.pin_memory().to(device, non_blocking=True)
-    splits, most = FEWEST_SPLITS, int(keys.max(initial=1)) // KEYS_OF_SPLIT
-    while (
-        splits < MOST_SPLITS
-        and 2 * splits <= most
-        and tiles.shape[1] * kv_heads * splits < programs
-    ):
-        splits *= 2
-    return Plan(host, positions, owners, shape.block_m, splits)
+    launches = []
+    last_rows = tiles[0] + tiles[1]
+    at = 0
+    while at < tiles.shape[1]:
+        start = int(tiles[0, at])
+        end = max(at + 1, int(np.searchsorted(last_rows, start + ROWS_AT_ONCE, side="right")))
+        mine, seen = tiles[:, at:end].copy(), keys[at:end]
+        mine[0] -= start
+        # The longest start first, so that none is left over at the end.
+        mine = np.ascontiguousarray(mine[:, np.argsort(-seen, kind="stable")])
+        host = torch.from_numpy(mine)
+        if device.type != "cpu":
+            host = host.pin_memory().to(device, non_blocking=True)
+        splits, most = FEWEST_SPLITS, int(seen.max()) // KEYS_OF_SPLIT
+        num = (end - at) * kv_heads
+        while splits < MOST_SPLITS and 2 * splits <= most and num * splits < programs:
+            splits *= 2
+        launches.append(Launch(start, int(last_rows[end - 1]), host, splits))
+        at = end
+    return Plan(launches, positions, owners)
 
 
 @triton.jit
@@ -262,46 +275,47 @@ def run(
     and V of this layer; ``page_table`` int32 [any, longest] gives the slot of each position.
     ``dim`` is a power of two. Buffers of 8 bits are multiplied by their scales.
     """
-    rows, heads, dim = q.shape
+    _, heads, dim = q.shape
     kv_heads = key_buffer.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    parts = q.new_empty((plan.splits, rows, heads, dim), dtype=torch.float32)
-    lse = q.new_empty((plan.splits, rows, heads), dtype=torch.float32)
-    num_tiles = plan.tiles.shape[1]
-    _attend[(kv_heads, num_tiles, plan.splits)](
-        q,
-        key_buffer,
-        value_buffer,
-        parts,
-        lse,
-        plan.positions,
-        plan.tiles,
-        plan.owners,
-        page_table,
-        scaling * LOG2_E * k_scale,
-        v_scale,
-        rows,
-        num_tiles,
-        page_table.stride(0),
-        q.stride(0),
-        key_buffer.stride(0),
-        value_buffer.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=dim,
-        BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-    )
-    _merge[(rows,)](
-        parts,
-        lse,
-        out,
-        rows,
-        plan.splits,
-        HEADS=heads,
-        DIM=dim,
-        HEADS_P2=triton.next_power_of_2(heads),
-    )
+    for start, stop, tiles, splits in plan.launches:
+        rows, mine = stop - start, q[start:stop]
+        parts = q.new_empty((splits, rows, heads, dim), dtype=torch.float32)
+        lse = q.new_empty((splits, rows, heads), dtype=torch.float32)
+        _attend[(kv_heads, tiles.shape[1], splits)](
+            mine,
+            key_buffer,
+            value_buffer,
+            parts,
+            lse,
+            plan.positions[start:stop],
+            tiles,
+            plan.owners,
+            page_table,
+            scaling * LOG2_E * k_scale,
+            v_scale,
+            rows,
+            tiles.shape[1],
+            page_table.stride(0),
+            q.stride(0),
+            key_buffer.stride(0),
+            value_buffer.stride(0),
+            KV_HEADS=kv_heads,
+            GROUP=heads // kv_heads,
+            DIM=dim,
+            BLOCK_M=shape.block_m,
+            BLOCK_N=shape.block_n,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+        )
+        _merge[(rows,)](
+            parts,
+            lse,
+            out[start:stop],
+            rows,
+            splits,
+            HEADS=heads,
+            DIM=dim,
+            HEADS_P2=triton.next_power_of_2(heads),
+        )
     return out
