@@ -231,6 +231,8 @@ def check_ways(checks: Checks, case: Case, it: Lab) -> None:
     ways = Counter(it.ask("gpu_probes:prefill_ways"))
     checks.facts["prefill batches"] = dict(ways)
     checks.at_least("partial batches", ways["partial, eager"] + ways["partial, graph"], 1)
+    kernel = case.attention == "auto" and case.backend != "torch_native"
+    checks.equal("our kernel attends", it.ask("gpu_probes:has_kernel"), kernel)
     if case.on_gpu:
         checks.at_least("partial batches in a graph", ways["partial, graph"], 1)
         checks.at_least("full batches in a graph", ways["full, graph"], 1)
@@ -360,6 +362,21 @@ def check_choice(case: Case, model: Path) -> Checks:
                 refreshed += told.get("refreshed_tokens", 0)
                 full_off.append(rms(full["logits"] - logits[-1]) / rms(logits[-1]))
                 part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
+            # Two in one batch: the second's rows begin where the first's end.
+            twins = [texts.passage(length) for length in (lengths[0], lengths[0] - 30)]
+            for prompt in twins:
+                donor = prompt + texts.passage(32)
+                it.one(donor, extra_key="donor", new=1, kvshare="exact")
+            rows = [[(0, 20), (len(prompt) - 5, len(prompt))] for prompt in twins]
+            both = it.play([[
+                request(f"w{i}", prompt, forced=rows[i], extra_key=f"w{i}", new=2)
+                for i, prompt in enumerate(twins)
+            ]])  # fmt: skip
+            for i, prompt in enumerate(twins):
+                logits, _ = reference.run(prompt)
+                told = both[f"w{i}"]["kvshare"]
+                checks.at_least(f"{select}: copied beside another", told["copied_tokens"], 60)
+                part_off.append(rms(both[f"w{i}"]["logits"] - logits[-1]) / rms(logits[-1]))
             base = _rms_of(full_off)
             checks.facts |= {f"{select}, full off": full_off, f"{select}, partial off": part_off}
             checks.at_most(f"{select}: logits over full", max(part_off) / base, 3 * FACTOR)

@@ -63,6 +63,13 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if hasattr(value, "cpu") else value
 
 
+def has_kernel(child: Any) -> bool:
+    """Whether partial batches are attended by our own kernel."""
+    from kvshare_sglang.runtime import attention
+
+    return attention.has_kernel(child.runner)
+
+
 def prefill_ways(child: Any) -> dict[str, int]:
     """How many prefill batches ran full or partial, by graph or eagerly."""
     return dict(child.ways)
