@@ -50,7 +50,9 @@ class Lab:
 
     def __init__(self, model: Path, **server_args: Any) -> None:
         settings = {**BASE, **server_args, "model_path": str(model)}
-        context = _processes(settings)
+        # A GPU's libraries bear no fork, and SGLang may read variables while it is imported.
+        fork = settings["device"] == "cpu" and "env" not in settings
+        context = imported() if fork else multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
             # What structure says can be told in a test beforehand; other choices are asked for.
@@ -164,12 +166,9 @@ def _environment() -> dict[str, str]:
     return {**ENVIRONMENT, "OMP_NUM_THREADS": os.environ.get("KVSHARE_LAB_THREADS", "1")}
 
 
-def _processes(settings: dict[str, Any]) -> Any:
-    """How a child starts. Importing SGLang is most of a start, so a process that has imported it,
-    and done nothing else, is forked for each lab; not where a lab has variables of its own, which
-    SGLang may read while it is imported, nor for a GPU, which bears no fork."""
-    if settings["device"] != "cpu" or "env" in settings:
-        return multiprocessing.get_context("spawn")
+def imported() -> Any:
+    """Processes for a CPU in which SGLang is imported, which is most of what a start takes: forks
+    of one that did nothing else. Their variables are those that the first of them found."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with mock.patch.dict(os.environ, _environment()):

@@ -15,7 +15,7 @@ import pytest
 import requests
 from conftest import Texts
 from lab import computed
-from server import ARGS, Server, environment, refuse, serve
+from server import ARGS, Server, environment, forked, main, refuse, serve
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
@@ -204,17 +204,12 @@ def test_a_random_mix_leaves_a_healthy_server(server: Server, texts: Texts) -> N
 # ---- starting --------------------------------------------------------------------------------
 
 
-def test_help_lists_every_option(model: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-    )
+def test_help_lists_every_option() -> None:
+    done = forked(main, "sglang.launch_server", "--help")
+    assert done.returncode == 0
     for field in dataclasses.fields(KVShareConfig):
-        assert "--kvshare-" + field.name.replace("_", "-") in done.stdout
-    assert "--kvshare " in done.stdout
+        assert "--kvshare-" + field.name.replace("_", "-") in done.said
+    assert "--kvshare " in done.said
 
 
 @pytest.mark.parametrize(
@@ -245,41 +240,35 @@ def test_an_option_without_the_switch_is_an_error(model: Path) -> None:
     assert "--kvshare-budget given without --kvshare" in refuse(model, "--kvshare-budget", "0.2")
 
 
+def load_with_launcher(launcher: str | None) -> None:
+    """What a process of a server does first; None: it is its own parent's."""
+    os.environ["KVSHARE_LAUNCHER"] = str(os.getppid()) if launcher is None else launcher
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    print("MISSING", len(hooks.missing()), "OF", len(hooks.WRAPPED))
+
+
 def test_a_launcher_of_another_server_changes_nothing() -> None:
     """The variable that tells spawned processes of kvshare counts only from their own parent."""
-    code = """
-import os
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from kvshare_sglang.runtime import hooks
-print("MISSING", len(hooks.missing()), "OF", len(hooks.WRAPPED))
-"""
     count = len(hooks.WRAPPED)
-    for launcher, missing in (("garbage", count), ("1", count), (str(os.getpid()), 0)):
-        env = {**environment(), "KVSHARE_LAUNCHER": launcher}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-        assert f"MISSING {missing} OF {count}" in done.stdout, done.stderr
+    for launcher, missing in (("garbage", count), ("1", count), (None, 0)):
+        done = forked(load_with_launcher, launcher)
+        assert f"MISSING {missing} OF {count}" in done.said
 
 
-def test_a_missing_seam_stops_the_start_by_name(tmp_path: Path) -> None:
-    code = """
-import os, sys
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-from sglang.srt.managers import schedule_policy
-del schedule_policy.PrefillAdder.add_one_req
-sys.argv = ["launch", "--model-path", "dummy", "--kvshare", *sys.argv[1:]]
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-prepare_server_args(sys.argv[1:])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *ARGS], capture_output=True, text=True, env=environment()
-    )
+def start_without_a_seam() -> None:
+    from sglang.srt.managers import schedule_policy
+
+    del schedule_policy.PrefillAdder.add_one_req
+    main("sglang.launch_server", "--model-path", "dummy", "--kvshare", *ARGS)
+
+
+def test_a_missing_seam_stops_the_start_by_name() -> None:
+    done = forked(start_without_a_seam)
     assert done.returncode != 0
-    assert "kvshare refuses to start" in done.stderr
-    assert "PrefillAdder.add_one_req" in done.stderr
+    assert "kvshare refuses to start" in done.said
+    assert "PrefillAdder.add_one_req" in done.said
 
 
 def test_engine_takes_kvshare_as_a_keyword(model: Path, tmp_path: Path) -> None:
