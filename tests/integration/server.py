@@ -85,7 +85,9 @@ def forked(run: Callable[..., None], *args: Any) -> Done:
         if process.is_alive():
             process.kill()
             process.join()
-            raise AssertionError(f"it did not end; the end of what it printed: {out.read()[-3000:]}")
+            raise AssertionError(
+                f"it did not end; the end of what it printed: {out.read()[-3000:]}"
+            )
         assert process.exitcode is not None
         return Done(process.exitcode, out.read())
 
