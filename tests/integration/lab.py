@@ -50,9 +50,8 @@ class Lab:
 
     def __init__(self, model: Path, **server_args: Any) -> None:
         settings = {**BASE, **server_args, "model_path": str(model)}
-        # A GPU's libraries bear no fork, and SGLang may read variables while it is imported.
-        fork = settings["device"] == "cpu" and "env" not in settings
-        context = imported() if fork else multiprocessing.get_context("spawn")
+        # SGLang reads some variables while it is imported.
+        context = multiprocessing.get_context("spawn") if "env" in settings else imported()
         self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
             # What structure says can be told in a test beforehand; other choices are asked for.
@@ -167,8 +166,13 @@ def _environment() -> dict[str, str]:
 
 
 def imported() -> Any:
-    """Processes for a CPU in which SGLang is imported, which is most of what a start takes: forks
-    of one that did nothing else. Their variables are those that the first of them found."""
+    """Processes in which SGLang is imported, which is most of what a start takes: forks of one that
+    did nothing else. Their variables are those that the first of them found. Where there is a GPU,
+    whose libraries bear no fork, each imports it itself."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with mock.patch.dict(os.environ, _environment()):

@@ -93,9 +93,11 @@ def forked(run: Callable[..., None], *args: Any) -> Done:
 
 
 def _forked(out: str, env: dict[str, str], run: Callable[..., None], args: Sequence[Any]) -> None:
+    sys.stdout.flush()
     with open(out, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed stands in order
     os.environ.clear()
     os.environ.update(env)
     run(*args)
