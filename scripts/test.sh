@@ -66,7 +66,8 @@ integration() {
         for version in $ENV_OLDER_SGLANG; do # for their smoke tests
             env_other_sglang "$version" >/dev/null || return 1
         done
-        workers=(-n 2 --dist loadfile) # each server runs on one thread
+        # each server runs on one thread; tests/conftest.py puts the longest files first
+        workers=(-n 2 --dist loadfile --no-loadscope-reorder)
     fi
     run_pytest "${workers[@]}" tests/integration tests/bench -m "sglang or gpu"
 }

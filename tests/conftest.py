@@ -25,7 +25,23 @@ def _why_not(marker: str) -> str | None:
     return None
 
 
+# The files that take minutes, longest first: two workers that take whole files end together.
+LONG = (
+    "test_doors_launch.py",
+    "test_server.py",
+    "test_doors_requests.py",
+    "test_exact_stays_exact.py",
+    "test_visit.py",
+    "test_life.py",
+    "test_reader.py",
+    "test_conversation.py",
+    "test_partial_prefill.py",
+    "test_conversations.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for marker in ("sglang", "gpu"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (why := _why_not(marker)):

@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 BASE = {
     "device": "cpu",
@@ -29,6 +31,15 @@ BASE = {
     "log_level": "error",
 }
 
+# What a child's first import of SGLang must find.
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+IMPORTED = ["sglang.srt.entrypoints.engine", "sglang.srt.models.registry"]
+
 
 class LabError(AssertionError):
     """What failed in the child, with its traceback."""
@@ -38,9 +49,10 @@ class Lab:
     """The parent's side. ``play`` runs a script; ``ask`` calls ``module:function(child, ...)``."""
 
     def __init__(self, model: Path, **server_args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         settings = {**BASE, **server_args, "model_path": str(model)}
+        # SGLang reads some variables while it is imported.
+        context = multiprocessing.get_context("spawn") if "env" in settings else imported()
+        self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
             # What structure says can be told in a test beforehand; other choices are asked for.
             settings.setdefault("kvshare_select", "window")
@@ -149,17 +161,30 @@ def request(
     }
 
 
+def _environment() -> dict[str, str]:
+    return {**ENVIRONMENT, "OMP_NUM_THREADS": os.environ.get("KVSHARE_LAB_THREADS", "1")}
+
+
+def imported() -> Any:
+    """Processes in which SGLang is imported, which is most of what a start takes: forks of one that
+    did nothing else. Their variables are those that the first of them found. Where there is a GPU,
+    whose libraries bear no fork, each imports it itself."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, _environment()):
+        forkserver.ensure_running()
+    return context
+
+
 # ---- the child -------------------------------------------------------------------------------
 
 
 def _child_main(pipe: Any, settings: dict[str, Any]) -> None:
-    os.environ.update(
-        SGLANG_USE_CPU_ENGINE="1",
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-        OMP_NUM_THREADS=os.environ.get("KVSHARE_LAB_THREADS", "1"),
-    )
+    os.environ.update(_environment())
     os.environ.update(settings.pop("env", {}))
     try:
         child = Child(settings)

@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import os
-import subprocess
+import runpy
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
+from lab import imported
 
 from kvshare_sglang.bench import server as bench
 from kvshare_sglang.bench.processes import free_port
@@ -67,11 +69,48 @@ def serve(model: Path, folder: Path, *args: str, sglang: Path | None = None) -> 
         server.stop()
 
 
+class Done(NamedTuple):
+    """How a process ended, and what it printed."""
+
+    returncode: int
+    said: str
+
+
+def forked(run: Callable[..., None], *args: Any) -> Done:
+    """A function in a process of its own that has imported SGLang and no more: no plug-ins."""
+    with tempfile.NamedTemporaryFile("r", errors="replace") as out:
+        process = imported().Process(target=_forked, args=(out.name, environment(), run, args))
+        process.start()
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(
+                f"it did not end; the end of what it printed: {out.read()[-3000:]}"
+            )
+        assert process.exitcode is not None
+        return Done(process.exitcode, out.read())
+
+
+def _forked(out: str, env: dict[str, str], run: Callable[..., None], args: Sequence[Any]) -> None:
+    sys.stdout.flush()
+    with open(out, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed stands in order
+    os.environ.clear()
+    os.environ.update(env)
+    run(*args)
+
+
+def main(module: str, *argv: str) -> None:
+    """As ``python -m module`` with these arguments."""
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def refuse(model: Path, *args: str) -> str:
     """Start a server that must refuse to start; what it printed."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    done = subprocess.run(
-        [*command, *ARGS, *args], capture_output=True, text=True, timeout=120, env=environment()
-    )
-    assert done.returncode != 0, done.stdout
-    return done.stdout + done.stderr
+    done = forked(main, "sglang.launch_server", "--model-path", str(model), *ARGS, *args)
+    assert done.returncode != 0, done.said
+    return done.said

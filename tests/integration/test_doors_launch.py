@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Texts
 from lab import lab, request
-from server import SPEC, Server, environment
+from server import SPEC, Server, environment, forked, main
 
 from kvshare_sglang.bench import server as bench
 from kvshare_sglang.config import KVShareConfig
@@ -28,6 +28,29 @@ def run(
     if path is not None:
         env["PYTHONPATH"] = ":".join(filter(None, [str(path), env.get("PYTHONPATH")]))
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def sglang_command(folder: str, *argv: str) -> None:
+    """As ``sglang`` with these arguments; ``folder`` is one to import from, before all others."""
+    sys.path.insert(0, folder)
+    sys.argv = ["sglang", *argv]
+    from sglang.cli.main import main
+
+    main()
+
+
+def start_each(starts: list[list[str]]) -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    for argv in starts:
+        try:
+            prepare_server_args(argv)
+            print("STARTED")
+        except SystemExit as end:
+            print(json.dumps(end.code))
 
 
 def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> None:
@@ -62,26 +85,11 @@ def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> N
             ([*good, "--config", str(options)], "--kvshare-budget must be float in [0, 1], got"),
             ([*good, f"--config={options}"], f"SGLang does not read {options} here"),
         ]
-        script = tmp_path / "starts.py"
-        script.write_text(
-            """
-import json, sys
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-for argv in json.loads(sys.argv[1]):
-    try:
-        prepare_server_args(argv)
-        print("STARTED")
-    except SystemExit as end:
-        print(json.dumps(end.code))
-"""
-        )
         starts = [[*argv, "--device", "cpu", "--kvshare"] for argv, _ in cases]
-        done = run(sys.executable, str(script), json.dumps(starts))
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
-    assert len(said) == len(cases), done.stdout
+        done = forked(start_each, starts)
+    assert done.returncode == 0, done.said[-3000:]
+    said = [json.loads(line) for line in done.said.splitlines() if line.startswith('"')]
+    assert len(said) == len(cases), done.said
     for line, (_, expected) in zip(said, cases, strict=True):
         assert line.startswith("error: ")
         assert expected in line
@@ -148,13 +156,18 @@ def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     general = run(str(SGLANG), "serve", "--help", path=tmp_path)
     assert "--model-type {auto,llm,diffusion,kvshare}" in general.stdout
-    ours = run(str(SGLANG), "serve", "--model-type", "kvshare", "--help", path=tmp_path)
-    assert ours.returncode == 0, ours.stderr
+    help_of_ours = ("serve", "--model-type", "kvshare", "--help")
+    ours = forked(sglang_command, str(tmp_path), *help_of_ours)
+    assert ours.returncode == 0, ours.said
     for field in dataclasses.fields(KVShareConfig):
-        assert "--kvshare-" + field.name.replace("_", "-") in ours.stdout
+        assert "--kvshare-" + field.name.replace("_", "-") in ours.said
 
 
-def test_an_engine_of_a_server_args_reuses(model: Path, tmp_path: Path) -> None:
+def test_engines_take_kvshare_as_keywords_and_by_their_server_args(
+    model: Path, tmp_path: Path
+) -> None:
+    """Three engines of one script, the last without kvshare. What Engine makes of keywords is what
+    ``server_args`` makes of them."""
     script = tmp_path / "engines.py"
     script.write_text(
         """
@@ -172,24 +185,45 @@ if __name__ == "__main__":
     try:
         ServerArgs(**common, kvshare=True)
     except TypeError as error:
+        print("NO KEYWORD", error)
+    try:
+        sglang.Engine(**common, kvshare=True, kvshare_budget=7.0)
+    except ValueError as error:
         print("REFUSED", error)
-    ours = server_args(**common, kvshare=True, kvshare_seam=8)
-    for args in (ServerArgs(**common, radix_cache_backend="kvshare"), ours):
-        engine = sglang.Engine(server_args=args)
-        a = list(range(100, 400))
-        params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    keywords = dict(**common, kvshare=True, kvshare_seam=8)
+    ours, engines = server_args(**keywords), sglang.Engine.server_args_class(**keywords)
+    print("SAME", ours == engines and ours._kvshare == engines._kvshare)
+    a = list(range(100, 400))
+    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    for how in (dict(server_args=ServerArgs(**common, radix_cache_backend="kvshare")), keywords):
+        engine = sglang.Engine(**how)
         engine.generate(input_ids=a, sampling_params=params)
         answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
         print("COPIED", answer["meta_info"]["kvshare"][0]["copied_tokens"])
+        bad = {**params, "custom_params": {"kvshare": "exakt"}}
+        try:
+            engine.generate(input_ids=[a, a[:9]], sampling_params=[params, bad])
+        except ValueError as error:
+            print("BAD", error)
         engine.shutdown()
+    engine = sglang.Engine(**common)
+    answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
+    print("PLAIN", answer["meta_info"].get("kvshare"))
+    engine.shutdown()
 """
     )
     done = run(sys.executable, str(script), str(model))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "REFUSED" in done.stdout
-    copied = [int(line.split()[1]) for line in done.stdout.splitlines() if "COPIED" in line]
+    printed = done.stdout.splitlines()
+    assert "NO KEYWORD" in done.stdout
+    assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in printed
+    copied = [int(line.split()[1]) for line in printed if "COPIED" in line]
+    assert "SAME True" in printed
     assert len(copied) == 2
     assert min(copied) > 200
+    bad = "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
+    assert printed.count(bad) == 2
+    assert "PLAIN None" in printed
     configs = [str(KVShareConfig()), str(KVShareConfig(seam=8))]
     said = done.stdout + done.stderr
     assert all(said.count(config) == 1 for config in configs)
@@ -204,6 +238,12 @@ def datasets(tmp_path: Path) -> Path:
     (tmp_path / "stand-in").mkdir()
     (tmp_path / "stand-in" / "datasets.py").write_text("load_dataset = None\n")
     return tmp_path / "stand-in"
+
+
+def run_beside(folder: str, module: str, *argv: str) -> None:
+    """A module as a program; ``folder`` is one to import from, before all others."""
+    sys.path.insert(0, folder)
+    main(module, *argv)
 
 
 def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
@@ -226,9 +266,9 @@ def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
     assert str(KVShareConfig(seam=8)) in said
     assert "KVShare batch, #reuse-seq: 1" in said
     # Alone it reads its arguments before it loads plug-ins, and does not run.
-    alone = run(sys.executable, "-m", module, *arguments, path=datasets)
+    alone = forked(run_beside, str(datasets), module, *arguments)
     assert alone.returncode == 2
-    assert "unrecognized arguments: --kvshare" in alone.stderr.splitlines()[-1]
+    assert "unrecognized arguments: --kvshare" in alone.said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("module", ["sglang.benchmark.one_batch", "sglang.bench_one_batch"])

@@ -24,17 +24,13 @@ def answers(it: Lab, prompt: Prompt) -> dict[str, list[int]]:
     """By way: full prefill, traced, and copied without computing anything again."""
     ids, new = prompt.ids.tolist(), len(prompt.answer)
     sources = [request(f"s{i}", one.tolist(), new=1) for i, one in enumerate(prompt.cached)]
-    out = {}
-    for way, options in (
-        ("full", {"kvshare": "exact", "extra_key": "other"}),
-        ("trace", {}),
-        ("copy", {"kvshare": {"budget": 0.0}}),
-    ):
-        it.flush()
-        got = it.play([*sources, ("idle",), request("it", ids, new=new, **options)])["it"]
-        assert (got["kvshare"]["copied_tokens"] > 0) == (way != "full")
-        out[way] = got["output"]
-    return out
+    cached = [("flush",), *sources, ("idle",)]
+    full = request("full", ids, new=new, kvshare="exact", extra_key="other")
+    got = it.play([*cached, full, ("idle",), request("trace", ids, new=new)])
+    got |= it.play([*cached, request("copy", ids, new=new, kvshare={"budget": 0.0})])
+    ways = ("full", "trace", "copy")
+    assert [got[way]["kvshare"]["copied_tokens"] > 0 for way in ways] == [False, True, True]
+    return {way: got[way]["output"] for way in ways}
 
 
 @pytest.mark.parametrize("case", ["edit far", "template", "adversarial"])
