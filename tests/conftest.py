@@ -27,6 +27,7 @@ def _why_not(marker: str) -> str | None:
 
 # The files that take minutes, longest first: two workers that take whole files end together.
 LONG = (
+    "test_gpu_path.py",
     "test_doors_launch.py",
     "test_server.py",
     "test_doors_requests.py",
