@@ -32,6 +32,7 @@ setup(
         "bench": [
             "httpx>=0.27,<1",
             "matplotlib>=3.9,<4",
+            "psutil>=5.9,<8",
             "tqdm>=4.66,<5",
         ],
         "dev": [

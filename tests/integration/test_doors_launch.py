@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import socket
+import site
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ def run(
 
 
 def sglang_command(folder: str, *argv: str) -> None:
-    """As ``sglang`` with these arguments; ``folder`` is one to import from, before all others."""
-    sys.path.insert(0, folder)
+    """As ``sglang`` with these arguments; ``folder`` is one more to import from."""
+    site.addsitedir(folder)
     sys.argv = ["sglang", *argv]
     from sglang.cli.main import main
 
@@ -241,8 +242,8 @@ def datasets(tmp_path: Path) -> Path:
 
 
 def run_beside(folder: str, module: str, *argv: str) -> None:
-    """A module as a program; ``folder`` is one to import from, before all others."""
-    sys.path.insert(0, folder)
+    """A module as a program; ``folder`` is one more to import from."""
+    site.addsitedir(folder)
     main(module, *argv)
 
 
