@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import socket
 import site
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
