@@ -50,7 +50,7 @@ RUNTIME_ORDER = (
     ("versions", "report"),
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync"),
-    ("attention", "copying", "slices", "cache.sources", "cache.branches"),
+    ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
     ("cache.retain", "repair"),
     ("cache.radix",),
     ("support",),

@@ -3,10 +3,11 @@
 A caller asks for an op and never for a kernel; what no Triton kernel serves, torch's twin does.
 """
 
+import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Attention programs that keep a GPU busy: a few for each multiprocessor, for tiles end at
 # different times.
 PROGRAMS_OF_MULTIPROCESSOR = 4
+# Devices, types and shapes for which the kernel of attention mass could not be launched.
+_MASS_FAILED: set[Any] = set()
 
 
 def has_triton(device: Any) -> bool:
@@ -27,8 +30,9 @@ def has_triton(device: Any) -> bool:
     return (kind == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
 
 
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
+def _fits_tiles(dim: int) -> bool:
+    """Whether products over heads of this size are served: powers of two, from 16 on."""
+    return dim >= 16 and dim & (dim - 1) == 0
 
 
 class Attention(NamedTuple):
@@ -76,7 +80,7 @@ def attention(
     device: Any, dtype: torch.dtype, *, heads: int, kv_heads: int, dim: int, v_dim: int
 ) -> Attention | None:
     """None where no kernel of ours serves such heads: the host's backend does."""
-    if not has_triton(device) or dim != v_dim or not _is_power_of_two(dim) or dim < 16:
+    if not has_triton(device) or dim != v_dim or not _fits_tiles(dim):
         return None
     from kvshare_sglang.kernels.gpu import rows as kernel
 
@@ -92,10 +96,11 @@ def attention(
     return Attention(heads, kv_heads, shape, programs)
 
 
-def copies(
+def copier(
     device: Any, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], rotary_dim: int
-) -> Any:
-    """A cache's buffers by layer, for ``copy_rotated``; None where its torch twin must do."""
+) -> Callable[..., None] | None:
+    """What copies slots of a cache, given by layer, to slots, K re-rotated, in one launch:
+    ``gpu.copy.run`` without its first argument. None where torch must do it."""
     if not has_triton(device):
         return None
     if keys[0].dtype.itemsize == 1 and torch.device(device).type == "cuda":
@@ -110,26 +115,9 @@ def copies(
         logger.warning("KVShare copies KV layer by layer: %s", error)
         return None
     if kernel.serves(layers, rotary_dim):
-        return layers
+        return functools.partial(kernel.run, layers)
     logger.warning("KVShare copies KV layer by layer: %d dimensions are rotated", rotary_dim)
     return None
-
-
-def copy_rotated(
-    layers: Any,
-    src: torch.Tensor,
-    dst: torch.Tensor,
-    old: torch.Tensor,
-    new: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    *,
-    is_neox: bool,
-    first_layer: int = 0,
-) -> None:
-    """K and V of all layers from slots to slots, K re-rotated, in one launch; see ``gpu.copy``."""
-    from kvshare_sglang.kernels.gpu import copy as kernel
-
-    kernel.run(layers, src, dst, old, new, cos_sin_cache, is_neox=is_neox, first_layer=first_layer)
 
 
 def attention_mass(
@@ -144,7 +132,7 @@ def attention_mass(
     how: dict[str, Any] = {"scaling": scaling, "strongest_head": strongest_head}
     group = q.shape[1] // keys.shape[1]
     kind = (str(q.device), q.dtype, keys.dtype, q.shape[1:], keys.shape[1:], strongest_head)
-    fits = _is_power_of_two(q.shape[2]) and q.shape[2] >= 16 and group <= 64
+    fits = _fits_tiles(q.shape[2]) and group <= 64
     if not fits or not has_triton(q.device) or kind in _MASS_FAILED:
         return row_scores.attention_mass(q, positions, keys, **how)
     from kvshare_sglang.kernels.gpu import mass as kernel
@@ -155,11 +143,6 @@ def attention_mass(
         logger.exception("KVShare's kernel of attention mass does not run here; torch does it")
         _MASS_FAILED.add(kind)
         return row_scores.attention_mass(q, positions, keys, **how)
-
-
-_MASS_FAILED: set[Any] = (
-    set()
-)  # devices, types and shapes that the kernel could not be launched for
 
 
 deviation = row_scores.deviation

@@ -5,7 +5,6 @@ ends at the probe layer, whose attention tells the next step. Then the batch run
 that the steps found among those that are computed again.
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -15,27 +14,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvshare_sglang.kernels.ops import attention_mass
 from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
 from kvshare_sglang.runtime import repair, trace_on_device
 from kvshare_sglang.runtime.batch import (
-    STOP,
     BatchedRequest,
     BatchReuse,
     DeviceRows,
-    LayerView,
     Part,
-    Stop,
-    StopForward,
     cut_tokens,
     few_enough,
     few_enough_of,
     keep_tokens,
-    sub_batch,
+    on_device,
     to_device,
 )
+from kvshare_sglang.runtime.probe import Asking, attention_of
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -66,10 +61,11 @@ class TraceStage:
         of the batch runs."""
         try:
             traces = self._traces(runner, repair_hits=True)
+            choose: Callable[..., Any] = self._choose
+            run: Callable[..., Any] = self._run_chosen
             if trace_on_device.serves(traces, self.jobs, self.rows, runner):
-                chosen, known = self._choose_on_device(traces, fb, runner, forward), None
-            else:
-                chosen, known = [], self._choose(traces, fb, runner, forward)
+                choose, run = self._choose_on_device, self._run_chosen_on_device
+            chosen = choose(traces, fb, runner, forward)
         except Exception:
             logger.exception("KVShare's trace failed; the batch runs all its rows")
             for job in self.jobs:
@@ -77,9 +73,7 @@ class TraceStage:
             self.on_done(self.rows)
             fb.kvshare = BatchReuse(rows=self.rows)
             return forward(fb)
-        if known is None:
-            return self._run_chosen_on_device(chosen, fb, runner, forward)
-        return self._run_chosen(known, fb, runner, forward)
+        return run(chosen, fb, runner, forward)
 
     def _traces(self, runner: "ModelRunner", *, repair_hits: bool) -> list[Trace]:
         """By job. Without ``repair_hits`` no rows of a prefix hit are among their candidates."""
@@ -160,23 +154,21 @@ class TraceStage:
         forward: Forward,
     ) -> Any:
         """As ``_run_chosen``, but the rows are known here only once the batch is on its way."""
-        there = {job.number: (job, mine) for job, mine in zip(self.jobs, chosen, strict=True)}
         here: list[Rows | DeviceRows] = list(self.rows)
         keep, base = [], 0
-        for i, old in enumerate(self.rows):
-            if i in there:
-                job, here[i] = there[i]
-                keep.append(trace_on_device.places_of(*there[i]))
-            else:
-                keep.append(torch.arange(base, base + old.num, device=fb.input_ids.device))
+        for old in self.rows:
+            keep.append(torch.arange(base, base + old.num, device=fb.input_ids.device))
             base += old.num
+        for job, mine in zip(self.jobs, chosen, strict=True):
+            here[job.number] = mine
+            keep[job.number] = trace_on_device.places_of(job, mine)
         coming = trace_on_device.OnTheirWay(chosen)
         keep_tokens(fb, torch.cat(keep), [one.num for one in here], runner)
         fb.kvshare = BatchReuse(rows=here)
         out = forward(fb)
         rows = list(self.rows)
-        for job, mine in zip(self.jobs, coming.wait(), strict=True):
-            rows[job.number] = mine
+        for job, ran in zip(self.jobs, coming.wait(), strict=True):
+            rows[job.number] = ran
         self._settle(self._plans(rows))
         self.on_done(rows)
         return out
@@ -220,12 +212,20 @@ def follow(
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
         rows = few_enough([traces[i].rows for i in live], runner)
         check_few(rows, [traces[i] for i in live])
-        observer = MassObserver(layer, rows, [traces[i] for i in live])
-        view = sub_batch(fb, [parts[i](mine) for i, mine in zip(live, rows, strict=True)], observer)
-        with contextlib.suppress(StopForward):
-            forward(view)
-        for i, mass in zip(live, observer.found(), strict=True):
-            traces[i].feed(mass)
+        made = [parts[i](mine) for i, mine in zip(live, rows, strict=True)]
+        device = fb.input_ids.device
+        asking = [
+            Asking(
+                to_device(torch.from_numpy(traces[i].query.places_in(mine)), device),
+                on_device(traces[i].query, device),
+                traces[i].length,
+            )
+            for i, mine in zip(live, rows, strict=True)
+        ]
+        mass = torch.cat(attention_of(fb, made, asking, forward, layer=layer))
+        cuts = np.cumsum([one.length for one in asking])[:-1]
+        for i, mine in zip(live, np.split(mass.cpu().numpy(), cuts), strict=True):
+            traces[i].feed(mine)
 
 
 def check_few(rows: Sequence[Rows], traces: Sequence[Trace]) -> None:
@@ -237,40 +237,3 @@ def check_few(rows: Sequence[Rows], traces: Sequence[Trace]) -> None:
             raise RuntimeError(
                 f"{wanted} rows became {mine.num} in as many ranges as --max-running-requests"
             )
-
-
-class MassObserver:
-    """Notes the attention of the traces' query rows to each position, and stops the pass."""
-
-    narrows = False
-
-    def __init__(self, layer: int, rows: Sequence[Rows], traces: Sequence[Trace]) -> None:
-        self.layer = layer
-        self._rows, self._traces = rows, traces
-        self._mass: list[torch.Tensor] = []
-        self._failed: Exception | None = None
-
-    def observe(self, view: LayerView) -> Stop:
-        try:
-            base = 0
-            for i, (rows, trace) in enumerate(zip(self._rows, self._traces, strict=True)):
-                query, at = trace.query, trace.query.places_in(rows)
-                here = to_device(torch.from_numpy(base + at), view.q.device)
-                where = to_device(torch.from_numpy(query.positions), view.q.device)
-                keys = view.keys(i, trace.length)
-                self._mass.append(
-                    attention_mass(
-                        view.q[here], where, keys, scaling=view.scaling, strongest_head=True
-                    )
-                )
-                base += rows.num
-        except Exception as error:
-            self._failed = error
-        return STOP
-
-    def found(self) -> list[np.ndarray]:
-        """By trace, fp32 [prompt_len]; waits once for the device. Raises what failed."""
-        if self._failed is not None:
-            raise self._failed
-        cuts = np.cumsum([trace.length for trace in self._traces])[:-1]
-        return np.split(torch.cat(self._mass).cpu().numpy(), cuts)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -86,12 +87,10 @@ def joined(parts: list[Copy]) -> Copy:
 def copy_kv(runner: Any, rows: Copy, *, first_layer: int = 0) -> None:
     """Copy K and V of ``rows`` from ``first_layer`` on: in one launch where a kernel can, else
     through the pool's own writer."""
-    if (layers := _layers(runner)) is not None:
+    if (copy_at_once := _copier(runner)) is not None:
         rotary = _rotary(runner)
-        table = _rope_table(rotary)
-        ops.copy_rotated(
-            layers, *rows, table, is_neox=rotary.is_neox_style, first_layer=first_layer
-        )
+        table, is_neox = _rope_table(rotary), rotary.is_neox_style
+        copy_at_once(*rows, table, is_neox=is_neox, first_layer=first_layer)
         return
     pool = runner.token_to_kv_pool
     rotation = _rotation(runner, rows)
@@ -104,30 +103,30 @@ def copy_kv(runner: Any, rows: Copy, *, first_layer: int = 0) -> None:
 def warm_up(runner: Any) -> None:
     """Compile the kernel, so that no request waits for it: the slot that SGLang pads batches with
     is copied to itself."""
-    if _layers(runner) is None:
+    if _copier(runner) is None:
         return
     zero = torch.zeros(1, dtype=torch.int64, device=runner.device)
     try:
         copy_kv(runner, Copy(zero, zero, zero, zero))
     except Exception:
         logger.exception("KVShare's copy kernel does not run here; KV is copied layer by layer")
-        runner.kvshare_layers = (runner.token_to_kv_pool, None)
+        runner.kvshare_copier = (runner.token_to_kv_pool, None)
 
 
-def _layers(runner: Any) -> Any:
-    """The pool's buffers as a kernel takes them; None where none can. Found once for a pool."""
+def _copier(runner: Any) -> Callable[..., None] | None:
+    """The kernel over the pool's buffers; None where none can. Made once for a pool."""
     pool = runner.token_to_kv_pool
-    known = getattr(runner, "kvshare_layers", None)
+    known = getattr(runner, "kvshare_copier", None)
     if known is None or known[0] is not pool:
         attns = [layer.self_attn.attn for layer in runner.model.model.layers]
         rotary_dim = _rope_table(_rotary(runner)).shape[1]
-        found = ops.copies(
+        found = ops.copier(
             runner.device,
             [pool.get_key_buffer(attn.layer_id) for attn in attns],
             [pool.get_value_buffer(attn.layer_id) for attn in attns],
             rotary_dim,
         )
-        known = runner.kvshare_layers = (pool, found)
+        known = runner.kvshare_copier = (pool, found)
     return known[1]
 
 

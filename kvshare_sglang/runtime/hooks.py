@@ -217,7 +217,7 @@ ATTRIBUTES = (
         for name in names
     ),
     Attribute(_ROTARY, "kvshare_table", "torch.Tensor"),
-    Attribute(f"{_SRT}.model_executor.model_runner.ModelRunner", "kvshare_layers", "tuple"),
+    Attribute(f"{_SRT}.model_executor.model_runner.ModelRunner", "kvshare_copier", "tuple"),
 )
 USED = (
     Used(

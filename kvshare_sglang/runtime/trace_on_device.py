@@ -5,29 +5,23 @@ depends on attention. So tokens, slots and positions are gathered on the device,
 the batch follow each other without a gap. The rows come back once the batch is on its way.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvshare_sglang.kernels.ops import attention_mass
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.select.attention_trace import Trace
 from kvshare_sglang.runtime import attention, versions
 from kvshare_sglang.runtime.batch import (
-    STOP,
     BatchedRequest,
     DeviceRows,
-    LayerView,
     Part,
-    Stop,
-    StopForward,
     on_device,
-    sub_batch,
     to_device,
 )
+from kvshare_sglang.runtime.probe import Asking, attention_of
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -67,9 +61,8 @@ class DeviceTrace:
         self._left, self._shares = trace.left, list(trace.shares)
         self._kept = [on_device(must | trace.chosen, device)]
         self.rows = DeviceRows(trace.rows.num, trace.length, on_device(trace.rows, device))
-        self.query = on_device(trace.query, device)
-        places = torch.from_numpy(trace.query.places_in(trace.rows))
-        self.query_places = to_device(places, device)
+        places = to_device(torch.from_numpy(trace.query.places_in(trace.rows)), device)
+        self.asking = Asking(places, on_device(trace.query, device), self.length)
 
     @property
     def done(self) -> bool:
@@ -88,48 +81,12 @@ class DeviceTrace:
         self._left -= count
         self._num_open -= count
         self.rows = DeviceRows(count, self.length, at)
-        self.query, self.query_places = at, torch.arange(count, device=at.device)
+        self.asking = Asking(torch.arange(count, device=at.device), at, self.length)
 
     def chosen(self) -> DeviceRows:
         """All that runs, in order of position."""
         at = torch.cat(self._kept).sort().values
         return DeviceRows(len(at), self.length, at)
-
-
-class MassOnDevice:
-    """Notes the attention of the traces' query rows to each position, and stops the pass."""
-
-    narrows = False
-
-    def __init__(self, layer: int, traces: Sequence[DeviceTrace]) -> None:
-        self.layer = layer
-        self._traces = traces
-        self._mass: list[torch.Tensor] = []
-        self._failed: Exception | None = None
-
-    def observe(self, view: LayerView) -> Stop:
-        try:
-            base = 0
-            for i, trace in enumerate(self._traces):
-                self._mass.append(
-                    attention_mass(
-                        view.q[trace.query_places + base],
-                        trace.query,
-                        view.keys(i, trace.length),
-                        scaling=view.scaling,
-                        strongest_head=True,
-                    )
-                )
-                base += trace.rows.num
-        except Exception as error:
-            self._failed = error
-        return STOP
-
-    def found(self) -> list[torch.Tensor]:
-        """By trace, fp32 [prompt_len]. Raises what failed."""
-        if self._failed is not None:
-            raise self._failed
-        return self._mass
 
 
 def follow(
@@ -142,11 +99,10 @@ def follow(
 ) -> None:
     """Take the traces to their ends."""
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
-        observer = MassOnDevice(layer, [traces[i] for i in live])
         parts = [_part(fb, jobs[i], traces[i].rows) for i in live]
-        with contextlib.suppress(StopForward):
-            forward(sub_batch(fb, parts, observer))
-        for i, mass in zip(live, observer.found(), strict=True):
+        asking = [traces[i].asking for i in live]
+        found = attention_of(fb, parts, asking, forward, layer=layer)
+        for i, mass in zip(live, found, strict=True):
             traces[i].feed(mass)
 
 

@@ -42,9 +42,9 @@ def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, seed):
         assert not device.done
         assert np.array_equal(device.rows.at.numpy(), host.rows.positions)
         assert device.rows.num == host.rows.num
-        assert np.array_equal(device.query.numpy(), host.query.positions)
-        query_at = device.rows.at[device.query_places]
-        assert query_at.equal(device.query)
+        assert np.array_equal(device.asking.positions.numpy(), host.query.positions)
+        query_at = device.rows.at[device.asking.places]
+        assert query_at.equal(device.asking.positions)
         mass = noise(rng, host.length)
         host.feed(mass)
         device.feed(torch.from_numpy(mass))

@@ -49,11 +49,11 @@ def copy_case(box: Box, tokens: int) -> Case:
     angles, _ = _rope_table(box, tokens, box.dim)
     at = torch.arange(tokens, device=box.device)
     new = at.flip(0)
-    layers = ops.copies(box.device, keys, values, box.dim)
+    copy_at_once = ops.copier(box.device, keys, values, box.dim)
 
     def run() -> None:
-        if layers is not None:
-            ops.copy_rotated(layers, src, dst, at, new, angles, is_neox=True)
+        if copy_at_once is not None:
+            copy_at_once(src, dst, at, new, angles, is_neox=True)
             return
         shift = plan_shift(angles, at, new)
         for k, v in zip(keys, values, strict=True):
@@ -74,12 +74,12 @@ def copy_checks(box: Box) -> Checks:
             k, v = ([torch.randn(4 * count, 2, 128).to(dtype) for _ in range(num_layers)]
                     for _ in range(2))  # fmt: skip
             on_k, on_v = ([one.to(box.device) for one in side] for side in (k, v))
-            layers = ops.copies(box.device, on_k, on_v, 128)
-            if layers is None:
+            copy_at_once = ops.copier(box.device, on_k, on_v, 128)
+            if copy_at_once is None:
                 return
             slots = (src.to(box.device), dst.to(box.device))
             places = (old.to(box.device), new.to(box.device))
-            ops.copy_rotated(layers, *slots, *places, angles, is_neox=is_neox)
+            copy_at_once(*slots, *places, angles, is_neox=is_neox)
             want = reference.rotate_keys(k[-1][src], new - old, freq, is_neox=is_neox)
             name = f"{dtype} {'neox' if is_neox else 'gptj'}"
             yield f"{name} K", dtype, far(on_k[-1][dst], want)
@@ -90,7 +90,7 @@ class Paged:
     """Some rows of one request over a cache whose slots are in no order."""
 
     def __init__(self, box: Box, at: torch.Tensor, length: int, dtype: torch.dtype) -> None:
-        self.at = at
+        self.at, self.device = at, box.device
         heads = box.kv_heads * box.group
         self.q = torch.randn(len(at), heads, box.dim, device=box.device).to(dtype)
         shape = (2, 2 * length, box.kv_heads, box.dim)
@@ -104,8 +104,13 @@ class Paged:
             self.blocks = partial_attn.plan(rows, group=box.group, dtype=dtype)
             return
         self.table = self.slots.int()[None].to(box.device)
-        owner = torch.zeros(1, dtype=torch.int64, device=box.device)
-        self.plan = self.how.plan([(len(at), int(at[-1]) + 1)], at.to(box.device), owner)
+        self.use(self.how)
+
+    def use(self, how: ops.Attention) -> None:
+        """Attend by this launch from now on."""
+        owner = torch.zeros(1, dtype=torch.int64, device=self.device)
+        rows = [(len(self.at), int(self.at[-1]) + 1)]
+        self.how, self.plan = how, how.plan(rows, self.at.to(self.device), owner)
 
     def run(self, scaling: float) -> torch.Tensor:
         if self.how is None:
@@ -140,17 +145,23 @@ def _rows_case(box: Box, at: torch.Tensor, tokens: int) -> Case:
     )
 
 
-def attn_case(box: Box, tokens: int) -> Case:
+def scattered(tokens: int) -> torch.Tensor:
     """Of a prompt that is 98% cached: 5% of its rows, scattered, and the 2% at its end."""
     rows = torch.randperm(tokens)[: tokens // 20]
-    at = torch.unique(torch.cat((rows, torch.arange(tokens - tokens // 50, tokens))))
-    return _rows_case(box, at, tokens)
+    return torch.unique(torch.cat((rows, torch.arange(tokens - tokens // 50, tokens))))
+
+
+def side_by_side(tokens: int) -> torch.Tensor:
+    """As many rows, side by side at the end."""
+    return torch.arange(tokens - tokens // 20 - tokens // 50, tokens)
+
+
+def attn_case(box: Box, tokens: int) -> Case:
+    return _rows_case(box, scattered(tokens), tokens)
 
 
 def causal_case(box: Box, tokens: int) -> Case:
-    """As many rows, side by side at the end."""
-    count = tokens // 20 + tokens // 50
-    return _rows_case(box, torch.arange(tokens - count, tokens), tokens)
+    return _rows_case(box, side_by_side(tokens), tokens)
 
 
 def mass_checks(box: Box) -> Checks:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvshare_sglang.bench.gpu_visit.kernels import Paged
+from kvshare_sglang.bench.gpu_visit.kernels import Paged, scattered, side_by_side
 from kvshare_sglang.bench.gpu_visit.table import Box, timed
 
 # Matrix rows and keys of a step, warps, steps in flight.
@@ -31,28 +31,21 @@ def run(box: Box, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     best = [Shape(*shape) for shape in SHAPES]
     for tokens in (16384, 8192, 32768) if box.device != "cpu" else box.tokens:
         torch.manual_seed(tokens)
-        lone = torch.randperm(tokens)[: tokens // 20]
-        count = tokens // 20 + tokens // 50
         for name, at in (
-            (
-                "scattered",
-                torch.unique(torch.cat((lone, torch.arange(tokens - tokens // 50, tokens)))),
-            ),
-            ("side by side", torch.arange(tokens - count, tokens)),
+            ("scattered", scattered(tokens)),
+            ("side by side", side_by_side(tokens)),
         ):
             paged = Paged(box, at, tokens, box.dtype)
             if paged.how is None:
                 return {"ok": False, "error": "no kernel of ours for this device"}
             want = None
             for shape in best:
-                how = paged.how._replace(shape=shape)
-                owner = torch.zeros(1, dtype=torch.int64, device=box.device)
-                plan = how.plan([(len(at), int(at[-1]) + 1)], at.to(box.device), owner)
+                paged.use(paged.how._replace(shape=shape))
+                plan = paged.plan
                 for splits in SPLITS:
                     if time.perf_counter() - begun > MOST_S:
                         return found
                     told = {"rows": name, "tokens": tokens, "shape": list(shape), "splits": splits}
-                    paged.how = how
                     paged.plan = plan._replace(
                         launches=[one._replace(splits=splits) for one in plan.launches]
                     )

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
+from kvshare_sglang.kernels.gpu import LOG2_E
+
 KEYS_OF_SPLIT = 2048
 
 

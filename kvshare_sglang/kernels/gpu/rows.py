@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
+from kvshare_sglang.kernels.gpu import LOG2_E
+
 # Always in two parts: the kernel that writes one as the result needs more registers than there
 # are, and takes twice as long. A split of fewer keys costs more than it saves.
 FEWEST_SPLITS, MOST_SPLITS, KEYS_OF_SPLIT = 2, 16, 512

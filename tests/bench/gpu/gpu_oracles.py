@@ -39,6 +39,11 @@ class Case(NamedTuple):
         return self.device != "cpu"
 
     @property
+    def kernel(self) -> bool:
+        """Whether our own kernel is to attend for partial batches."""
+        return self.attention == "auto" and self.backend != "torch_native"
+
+    @property
     def interpreted(self) -> bool:
         """SGLang's own triton backend and our kernels, in Triton's interpreter: as a GPU's server
         does, but slow."""
@@ -231,8 +236,7 @@ def check_ways(checks: Checks, case: Case, it: Lab) -> None:
     ways = Counter(it.ask("gpu_probes:prefill_ways"))
     checks.facts["prefill batches"] = dict(ways)
     checks.at_least("partial batches", ways["partial, eager"] + ways["partial, graph"], 1)
-    kernel = case.attention == "auto" and case.backend != "torch_native"
-    checks.equal("our kernel attends", it.ask("gpu_probes:has_kernel"), kernel)
+    checks.equal("our kernel attends", it.ask("gpu_probes:has_kernel"), case.kernel)
     if case.on_gpu:
         checks.at_least("partial batches in a graph", ways["partial, graph"], 1)
         checks.at_least("full batches in a graph", ways["full, graph"], 1)
@@ -383,8 +387,8 @@ def check_choice(case: Case, model: Path) -> Checks:
             checks.at_least(f"{select}: refreshed", refreshed, 8 * len(lengths))
             assert_idle(checks, it, select)
             there = Counter(it.ask("gpu_probes:prefill_ways"))["traces on the device"]
-            kernel = case.attention == "auto" and case.backend != "torch_native"
-            checks.equal(f"{select}: traced on the device", there > 0, kernel and select == "trace")
+            wanted = case.kernel and select == "trace"
+            checks.equal(f"{select}: traced on the device", there > 0, wanted)
     return checks
 
 
