@@ -124,12 +124,12 @@ def break_copy(child: Any) -> None:
 
 def break_choice(child: Any) -> None:
     """Make every look at attention raise, at a check layer and on a trace."""
-    from kvshare_sglang.runtime import attention_trace, dhd
+    from kvshare_sglang.runtime import dhd, probe
 
     def broken(*args: Any, **kw: Any) -> Any:
         raise RuntimeError("planted")
 
-    dhd.attention_mass = attention_trace.attention_mass = broken
+    dhd.attention_mass = probe.attention_mass = broken
 
 
 def break_refresh(child: Any) -> None:
