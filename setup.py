@@ -10,7 +10,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["kvshare_sglang", "kvshare_sglang.*"]),
-    package_data={"kvshare_sglang": ["py.typed"], "kvshare_sglang.bench.models": ["*.json"]},
+    package_data={
+        "kvshare_sglang": ["py.typed", "calibrations/*.json"],
+        "kvshare_sglang.bench.models": ["*.json"],
+    },
     install_requires=[
         "numpy>=1.26,<3",
         "rapidfuzz>=3.9,<4",

@@ -89,6 +89,24 @@ class KVShareConfig:
         "who attends for rows that lie apart: auto (KVShare's own kernel where it has one) or"
         " backend (SGLang's own, which takes each range of rows for a request)",
     )
+    calibration: str = _option(
+        "auto",
+        "what is known of the model's answers: auto (looked for by model), off (the defaults as"
+        " they are), or a file that bench calibrate wrote",
+    )
+    shadow: float = _option(
+        0.0,
+        "of so many reusing requests the prompt is also run in full while the server is idle, to"
+        " see whether the first token is the same",
+        0,
+        1,
+    )
+    shadow_floor: float = _option(
+        0.9,
+        "reuse switches itself off where that is surely less often so (0: never)",
+        0,
+        1,
+    )
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:

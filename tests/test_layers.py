@@ -31,7 +31,7 @@ LAYERS = {
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
     SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {
-        *("sglang", "torch", "numpy", "prometheus_client", "pydantic"),
+        *("sglang", "torch", "numpy", "prometheus_client", "pydantic", "huggingface_hub"),
         *(PURE, POLICY, KERNELS, *FLOOR),
     },
     f"{PACKAGE}.plugin": {RUNTIME},
@@ -47,9 +47,9 @@ LAYERS = {
 }
 # The order inside runtime, from the bottom up: a module imports only from rows above its own.
 RUNTIME_ORDER = (
-    ("versions", "report"),
+    ("versions", "report", "calibration"),
     ("hooks", "request"),
-    ("batch", "doors", "cache.eviction", "cache.index_sync"),
+    ("batch", "doors", "cache.eviction", "cache.index_sync", "shadow"),
     ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
     ("cache.retain", "repair"),
     ("cache.radix",),

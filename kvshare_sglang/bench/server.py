@@ -88,7 +88,13 @@ class ServerSpec:
             *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
             *(text for flag, value in numbers.items() for text in (flag, str(value))),
             *self.args,
+            *(("--kvshare-calibration", "off") if self._takes_defaults else ()),
         ]
+
+    @property
+    def _takes_defaults(self) -> bool:
+        """Most models here have random weights: there is no answer to be careful with."""
+        return "--kvshare" in self.args and "--kvshare-calibration" not in self.args
 
     def environment(self) -> dict[str, str]:
         """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""

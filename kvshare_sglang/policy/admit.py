@@ -24,6 +24,7 @@ class Decline(StrEnum):
     DEVIATION = "deviation"
     NO_ROOM = "no_room"
     FAULT = "fault"
+    SHADOW = "shadow"
 
 
 MOST_CHUNKS = 32  # that a batch may hold in tokens: copying one costs about 1% of running it

@@ -30,6 +30,7 @@ def hook_init_new(
     fb = original(cls, batch, runner, **kw)
     cache = getattr(batch, "tree_cache", None)
     if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
+        fb.kvshare_shadow = cache.shadow, cache.shadow.watched(batch, fb)
         fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))
     elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
         fb.kvshare = decode.watch(fb, batch, runner, cache)
@@ -56,9 +57,12 @@ def hook_forward(
         return out
 
     reuse: BatchReuse | None = getattr(fb, "kvshare", None)
-    if reuse is not None and reuse.stage is not None:
-        return reuse.stage.run(fb, runner, forward)
-    return forward(fb)
+    staged = reuse is not None and reuse.stage is not None
+    out = reuse.stage.run(fb, runner, forward) if staged else forward(fb)
+    shadow, watched = getattr(fb, "kvshare_shadow", (None, ()))
+    if watched:
+        shadow.note(watched, out.logits_output.next_token_logits)
+    return out
 
 
 def hook_can_run_graph(

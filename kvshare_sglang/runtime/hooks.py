@@ -118,6 +118,18 @@ WRAPPED = (
         "nothing that other weights made is copied or stepped into",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.on_idle",
+        "AROUND",
+        "kvshare_sglang.runtime.shadow:hook_on_idle",
+        "run exact twins",
+    ),
+    HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.set_internal_state",
+        "AROUND",
+        "kvshare_sglang.runtime.shadow:hook_set_internal_state",
+        "switch reuse on and off",
+    ),
+    HookPoint(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
         "AROUND",
         "kvshare_sglang.runtime.forward:hook_init_new",
@@ -208,6 +220,7 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.managers.schedule_batch.Req", "kvshare", "RequestReuse"),
     Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
     Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
+    Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare_shadow", "tuple"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
@@ -243,6 +256,8 @@ USED = (
     Used(_RADIX, "eviction_strategy", "written: by frequency", True),
     Used(_ADDER, "rem_chunk_tokens", "written: rows are charged", True),
     Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
+    Used(f"{_SRT}.managers.schedule_batch.ScheduleBatch", "prepare_for_extend", "called: a twin"),
+    Used(f"{_SRT}.managers.scheduler.Scheduler", "is_fully_idle", "called: may a twin run"),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, SeamError, StartError
-from kvshare_sglang.runtime import doors, hooks, versions
+from kvshare_sglang.runtime import calibration, doors, hooks, versions
 from kvshare_sglang.runtime.hooks import BACKEND
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
 
     ``--radix-cache-backend kvshare`` switches it on as well: the way where only SGLang's own names
     pass. ``eviction_given``: the user named a policy of SGLang's, which stays unless ours is named
-    too. Raises ConfigError on a bad value, also when kvshare is off but an option was given.
+    too. Raises ConfigError on a bad value, also when kvshare is off but an option was given, and
+    StartError for a calibration that is not the model's.
     """
     names = [spec.name for spec in dataclasses.fields(KVShareConfig)]
     given = {name: values.pop("kvshare_" + name, None) for name in names}
@@ -68,7 +69,12 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
         given.setdefault("eviction", "sglang")
     if values.get("radix_cache_backend") is None:
         values["radix_cache_backend"] = BACKEND
-    return KVShareConfig(**given)
+    return calibration.settled(
+        KVShareConfig(**given),
+        given=given,
+        model=str(values.get("model_path")),
+        revision=values.get("revision"),
+    )
 
 
 def build(make: Callable[[], Any], config: KVShareConfig | None, values: dict[str, Any]) -> Any:
@@ -236,6 +242,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
     from kvshare_sglang.runtime.scheduler import accepts_blended
+    from kvshare_sglang.runtime.shadow import Shadow
 
     server_args: ServerArgs = ctx.server_args
     config = getattr(server_args, "_kvshare", None)
@@ -256,10 +263,16 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     attention.choose_kernel(runner, config)
     copying.warm_up(runner)
     logger.info("KVShare is on: %s", config)
+    layers = len(runner.model.model.layers)
+    text, is_warning = calibration.told(config, layers=layers, model=server_args.model_path)
+    logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+    report = Report(prometheus_labels=prometheus_labels(server_args))
+    shadow = Shadow(config, report)
     return FuzzyRadixCache(
         ctx.params,
         config=config,
-        report=Report(prometheus_labels=prometheus_labels(server_args)),
+        report=report,
         choosing=choosing,
-        accepts=functools.partial(accepts_blended, config),
+        shadow=shadow,
+        accepts=functools.partial(accepts_blended, config, shadow),
     )

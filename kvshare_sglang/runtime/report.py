@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from kvshare_sglang.policy.admit import Decline
+from kvshare_sglang.policy.shadow import Gate, Twin
 
 logger = logging.getLogger("kvshare_sglang")
 
@@ -31,6 +32,7 @@ class Report:
         self.tokens: Counter[str] = Counter()
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
+        self.twins: Counter[str] = Counter()  # agree, differ, or why there was none
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
 
     def count(self, **tokens: int) -> None:
@@ -55,6 +57,33 @@ class Report:
         """Rows of decoding requests ran once more."""
         self.count(refreshed=rows)
         logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
+
+    def shadowed(self, twin: Twin, gate: Gate) -> None:
+        """The exact twin of a request is known, and counted in the gate."""
+        self.twins["agree" if twin.agrees else "differ"] += 1
+        logger.info(
+            "KVShare shadow, first token: %s, KL: %.3g, agree: %d of %d, mean KL: %.3g",
+            "same" if twin.agrees else "another",
+            twin.kl,
+            gate.agreeing,
+            gate.twins,
+            gate.kl,
+        )
+        if self._metrics is not None:
+            self._metrics.twins.labels(first_token="same" if twin.agrees else "another").inc()
+            self._metrics.twin_kl.observe(twin.kl)
+        self.shadow_state(gate)
+
+    def shadow_dropped(self, reason: str) -> None:
+        """A request gets no twin after all."""
+        self.twins[reason] += 1
+        if self._metrics is not None:
+            self._metrics.twin_dropped.labels(reason=reason).inc()
+
+    def shadow_state(self, gate: Gate) -> None:
+        if self._metrics is not None:
+            self._metrics.agreement.set(gate.agreeing / gate.twins if gate.twins else 1.0)
+            self._metrics.switched_off.set(gate.closed)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -102,7 +131,7 @@ class _Metrics:
     def __init__(self, labels: dict[str, str]) -> None:
         # Imported late: SGLang sets the multiprocess directory before anything may import this.
         from prometheus_client import Counter as PromCounter
-        from prometheus_client import Histogram
+        from prometheus_client import Gauge, Histogram
 
         buckets = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
@@ -126,6 +155,28 @@ class _Metrics:
         self.copy = seconds(
             "copy_seconds", "Host time to copy and re-rotate KV for one prefill batch."
         )
+
+        self.twins = counter(
+            "shadow_twins", "Exact twins of reusing requests, by their first token.", "first_token"
+        )
+        self.twin_dropped = counter(
+            "shadow_dropped", "Reusing requests that got no twin after all.", "reason"
+        )
+        kls = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+        self.twin_kl = Histogram(
+            "sglang:kvshare_shadow_kl", "KL of the first token, in nats.", list(labels), buckets=kls
+        ).labels(**labels)
+
+        def gauge(name: str, text: str) -> Any:
+            metric = Gauge(
+                f"sglang:kvshare_shadow_{name}", text, list(labels), multiprocess_mode="mostrecent"
+            )
+            return metric.labels(**labels)
+
+        self.agreement = gauge("agreement", "Share of the last twins with the same first token.")
+        self.agreement.set(1.0)
+        self.switched_off = gauge("off", "1 where reuse has switched itself off.")
+        self.switched_off.set(0)
 
     def count(self, tokens: Mapping[str, int]) -> None:
         for kind, count in tokens.items():

@@ -16,6 +16,7 @@ from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Fallback
 from kvshare_sglang.runtime.request import OncePerAnswer, RequestReuse, Stage
+from kvshare_sglang.runtime.shadow import Shadow
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -46,11 +47,11 @@ def hook_new_weights(original: Callable[..., Any], updater: Any, *args: Any, **k
     return original(updater, *args, **kw)
 
 
-def accepts_blended(config: KVShareConfig, req: "Req") -> bool:
+def accepts_blended(config: KVShareConfig, shadow: Shadow, req: "Req") -> bool:
     """Whether a prefix hit of the request may be KV that is not exact: reuse is served for it, and
     it does not ask for all of what is reused to be computed again."""
     try:
-        options = parse_options(req.sampling_params.custom_params, default=config.default)
+        options = parse_options(req.sampling_params.custom_params, default=shadow.default)
     except ConfigError:
         return False
     budget = config.budget if options.budget is None else options.budget
@@ -142,12 +143,14 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     cache.release(req)
     state = RequestReuse(cache.report, based_on=based_on, weights=cache.sync.weights)
     try:
-        options = parse_options(req.sampling_params.custom_params, default=cache.config.default)
+        options = parse_options(req.sampling_params.custom_params, default=cache.shadow.default)
     except ConfigError as error:  # whatever process took the request let it pass
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS
         return state
     state.decline = _of_an_adapter(cache, req) or may_reuse(support.view_of(req, options.mode))
+    if state.decline is Decline.EXACT_REQUESTED and _says_nothing(cache, req):
+        state.decline = Decline.SHADOW
     if state.decline is not None:
         state.plan = _only_hit(cache, req, prefix_len)  # None, or what it hit is not exact
         return state
@@ -161,6 +164,12 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         state.plan, state.decline = _only_hit(cache, req, prefix_len), Decline.FAULT
     cache.report.looked_up(time.perf_counter() - started)
     return state
+
+
+def _says_nothing(cache: FuzzyRadixCache, req: "Req") -> bool:
+    """Whether the request would reuse had reuse not switched itself off."""
+    params = req.sampling_params.custom_params
+    return parse_options(params, default=cache.config.default).mode == "auto"
 
 
 def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:

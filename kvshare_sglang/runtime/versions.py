@@ -99,6 +99,48 @@ def set_num_tokens(fb: Any, num: int) -> None:
         on_device.fill_(num)
 
 
+def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:
+    """Logits [vocab] after a prompt, by one prefill that nobody else sees: it reads nothing from
+    the cache and leaves nothing. As SGLang's own ``benchmark/one_batch.py`` runs a batch. The
+    scheduler must be idle; raises what allocation and the model raise, with all given back."""
+    from array import array
+
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    runner, pool = scheduler.tp_worker.model_runner, scheduler.req_to_token_pool
+    allocator = scheduler.token_to_kv_pool_allocator
+    params = SamplingParams(temperature=0, max_new_tokens=1)
+    req = Req("kvshare-shadow", "", array("q", ids), params)
+    req.full_untruncated_fill_ids, req.logprob_start_len = req.origin_input_ids, -1
+    if hasattr(req, "prefix_len"):
+        req.extend_end = len(ids)
+    else:
+        req.set_extend_range(0, len(ids))
+    batch = ScheduleBatch.init_new(
+        reqs=[req],
+        req_to_token_pool=pool,
+        token_to_kv_pool_allocator=allocator,
+        tree_cache=scheduler.tree_cache,
+        model_config=runner.model_config,
+        enable_overlap=False,
+        spec_algorithm=scheduler.spec_algorithm,
+    )
+    batch.prepare_for_extend()
+    try:
+        if batch.input_ids is None:
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+            batch.prefill_input_ids_cpu = None
+        fb = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+        logits: torch.Tensor = runner.forward(fb).logits_output.next_token_logits[0].clone()
+        return logits
+    finally:
+        slots = pool.req_to_token[kv_row(req).req_pool_idx, : len(ids)]
+        allocator.free_segments([(slots.to(torch.int64), 0)])
+        pool.free(req)
+
+
 # ---- requests and caches, before and from 0.5.22 on -------------------------------------------
 
 

@@ -56,6 +56,7 @@ class Lab:
         if "kvshare" in server_args:
             # What structure says can be told in a test beforehand; other choices are asked for.
             settings.setdefault("kvshare_select", "window")
+            settings.setdefault("kvshare_calibration", "off")
         self._process = context.Process(target=_child_main, args=(theirs, settings), daemon=True)
         self._process.start()
         theirs.close()

@@ -12,7 +12,13 @@ from sglang.srt.server_args import ServerArgs
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, StartError, UnsupportedError
-from kvshare_sglang.runtime import launch, preflight
+from kvshare_sglang.runtime import calibration, launch, preflight
+
+
+@pytest.fixture(autouse=True)
+def _not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a measurement says of a model is no matter of these tests."""
+    monkeypatch.setattr(calibration, "settled", lambda config, **kw: config)
 
 
 def parsed(*argv: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> bool:
     machine = common.environment()
     name = "SmolLM2-135M-Instruct"
     print(f"A chat model with real weights, {name}, is asked about documents.", flush=True)
-    with serve(*server_specs(model, args)) as (plain, shared):
+    with serve(*server_specs(model, args, "--kvshare-calibration", "auto")) as (plain, shared):
         scenes = story.play(plain, shared)
     print(f"\n{story.show(scenes)}\n")
     print(
@@ -164,8 +164,9 @@ def pick_model(args: argparse.Namespace) -> tuple[models.Model, bool]:
     return model, trained
 
 
-def server_specs(model: models.Model, args: argparse.Namespace) -> Iterator[ServerSpec]:
-    for i, (name, flags) in enumerate((("plain", ()), ("kvshare", ("--kvshare",)))):
+def server_specs(model: models.Model, args: argparse.Namespace, *more: str) -> Iterator[ServerSpec]:
+    """``more``: flags of the server with kvshare."""
+    for i, (name, flags) in enumerate((("plain", ()), ("kvshare", ("--kvshare", *more)))):
         yield ServerSpec(
             name=name,
             model=model.path,

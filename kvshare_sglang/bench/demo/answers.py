@@ -13,7 +13,10 @@ KINDS = (
     ("documents in another order", "hops", "splice"),
     ("cached after a misleading text", "state", "adversarial"),
 )
-FLAGS = ("--kvshare", "--kvshare-min-reuse", "32", "--kvshare-window", "16")
+FLAGS = (
+    *("--kvshare", "--kvshare-calibration", "auto"),
+    *("--kvshare-min-reuse", "32", "--kvshare-window", "16"),
+)
 WAYS: dict[str, Any] = {"full": "exact", "kvshare": None, "copies": {"budget": 0.0}}
 
 

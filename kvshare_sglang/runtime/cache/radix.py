@@ -28,6 +28,7 @@ from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
 from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+from kvshare_sglang.runtime.shadow import Shadow
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -53,9 +54,11 @@ class FuzzyRadixCache(RadixCache):
         config: KVShareConfig,
         report: Report,
         choosing: Choosing,
+        shadow: Shadow,
         accepts: Callable[["Req"], bool],
     ) -> None:
         """``accepts``: whether a request may be served from KV that is not exact."""
+        self.shadow = shadow
         self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
         self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
@@ -83,6 +86,7 @@ class FuzzyRadixCache(RadixCache):
         self.sources.give_back()
         self.branches.forget()
         self.sync.new_weights()
+        self.shadow.new_weights()
 
     def match_prefix(self, params: MatchPrefixParams) -> Any:
         """SGLang's match; for a request that accepts it, a blended one that covers more."""

@@ -1,0 +1,99 @@
+"""Measure what reuse does to a model's answers, and at which layer traces look: a file for servers.
+
+Prompts are made of prose in Python's own documentation, in the model's own chat. Each is served by
+full prefill, by copies alone, and by a trace with each candidate layer, in plain torch over the
+plug-in's own selectors. Ends when all prompts are through, or when ``--minutes`` are over.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from kvshare_sglang.bench import common, models, options
+from kvshare_sglang.bench.calibrate.choice import Found, choose, show
+from kvshare_sglang.bench.calibrate.measure import layers_at, measure
+from kvshare_sglang.bench.calibrate.prompts import Prompt, prompts
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.runtime import calibration
+from kvshare_sglang.sim.engine import Model
+
+DEPTHS = (0.15, 0.25, 0.35, 0.5, 0.65)
+FEWEST = 12  # prompts, or nothing is chosen
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"a directory, a name in Hugging Face's cache, or "
+        f"{models.FETCHED}")  # fmt: skip
+    add("--minutes", type=float, default=10, help="stop after so many (default: 10)")
+    add("--n", type=int, default=60, help="prompts, if there is time (default: 60)")
+    add("--probe-at", type=float, nargs="+", default=list(DEPTHS), metavar="DEPTH",
+        help=f"candidates (default: {' '.join(map(str, DEPTHS))})")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    add("--threads", type=int, help="on a CPU (default: all cores)")
+    add("--out", type=Path, metavar="FILE",
+        help=f"default: a file in {calibration.home()}, where servers look for it")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = _folder(args.model)
+    if not all(0 <= depth <= 1 for depth in args.probe_at):
+        raise ScriptError(f"--probe-at must be in [0, 1], got {args.probe_at}")
+    mark = calibration.fingerprint(folder)
+    on_cpu = args.device == "cpu"
+    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    args.threads = args.threads or common.cores()
+    torch.set_num_threads(args.threads)
+    started = time.monotonic()
+    logging.disable_progress_bar()
+    model = Model(folder, dtype=getattr(torch, args.dtype), device=args.device)
+    asked = prompts(folder, args.n, longest=len(model.table))
+    found = collect(model, asked, args.probe_at, deadline=started + 60 * args.minutes)
+    if found.prompts < FEWEST:
+        raise ScriptError(
+            f"{found.prompts} prompts were through after --minutes {args.minutes:g}, at least"
+            f" {FEWEST} are needed: give it more"
+        )
+    best = choose(found)
+    name = args.model if args.model == models.FETCHED else folder.name
+    if (folder.parent.name, folder.parent.parent.name[:8]) == ("snapshots", "models--"):
+        name = folder.parent.parent.name.removeprefix("models--")  # of Hugging Face's cache
+    layers = layers_at(model, args.probe_at)
+    args.out = args.out or calibration.home() / calibration.file_name(name, mark)
+    written = calibration.as_json(
+        name, mark, probe_at=best.probe_at, holds=best.holds, prompts=found.prompts,
+        check=best.check, candidates=best.candidates, budget=KVShareConfig().budget,
+        env=common.environment(device=args.device, dtype=args.dtype),
+    )  # fmt: skip
+    common.write_json(args.out, written)
+    print(show(found, best, layers))
+    print(f"calibration: {args.out}")
+    common.write_result(args, {"calibration": written, "rows": found.rows})
+    return 0
+
+
+def collect(model: Model, asked: list[Prompt], depths: list[float], *, deadline: float) -> Found:
+    """Measure prompts till they are used up or, after one at least, the time is over."""
+    rows = []
+    with common.Progress(len(asked), unit=" prompts") as bar:
+        for one in asked:
+            bar.say(one.case)
+            if row := measure(model, one, depths):
+                rows.append(row)
+            bar.update()
+            if time.monotonic() > deadline:
+                break
+    return Found(rows)
+
+
+def _folder(name: str) -> Path:
+    if name == models.FETCHED:
+        return options.model_directory(Path(name))
+    folder = calibration.folder_of(name)
+    if folder is None or not (folder / "config.json").is_file():
+        raise ScriptError(f"MODEL {name} is no model directory, and not in Hugging Face's cache")
+    return folder

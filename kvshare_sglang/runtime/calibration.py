@@ -1,0 +1,232 @@
+"""What a model was measured to bear: the file, whose it is, and what a server does with it.
+
+``python -m kvshare_sglang.bench calibrate`` writes it. A server finds it by the model, beside those
+that come with the package. Needs neither SGLang nor torch.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvshare_sglang import __version__
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import StartError
+from kvshare_sglang.policy.select.attention_trace import probe_layer
+
+FORM = "kvshare calibration 1"
+RECIPE = 1  # raise it when traces choose otherwise, so that older measurements no longer hold
+FOLDER = "KVSHARE_CALIBRATION_DIR"
+BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
+AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
+
+# A model that was never measured: attention half way up says more of what an answer rests on, for
+# a little more cost, in every case that was measured on real weights; and twice the rows.
+UNMEASURED_PROBE, UNMEASURED_BUDGET = 0.5, 2
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # the first kind that is there
+_SAMPLES, _SAMPLE = 16, 1 << 16  # so many places of a file are looked at, so many bytes each
+_NO_MATTER = ("_name_or_path", "transformers_version")  # of a config.json
+
+
+class Calibration(NamedTuple):
+    """A measured model. ``check``: means over ``prompts`` prompts, by arm (``trace``, ``copies``):
+    ``kl`` to full prefill along its continuation, ``agree`` of first tokens. ``holds``: whether
+    they were good enough for the default budget."""
+
+    path: Path
+    fingerprint: str
+    probe_at: float
+    holds: bool
+    prompts: int
+    check: dict[str, dict[str, float]]
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that tell model directories apart: config.json, and of each weights file its
+    name, its size and some 64 KiB pieces. Not all of the weights is read: two models that differ
+    in none of these are taken for one. Milliseconds. Raises OSError, ValueError."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in _NO_MATTER}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for file in _weights(folder):
+        with file.open("rb") as content:
+            start = _data_start(file, content)
+            size = file.stat().st_size - start
+            digest.update(f"{file.name} {size}".encode())
+            for i in range(_SAMPLES):
+                content.seek(start + i * size // _SAMPLES)
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def folder_of(model: str, revision: str | None = None) -> Path | None:
+    """The directory of a model: its own, or where Hugging Face's cache holds it; None where it is
+    not on this machine."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # no such name, or not fetched yet
+        return None
+
+
+def home() -> Path:
+    """Where calibrations are written and looked for first."""
+    return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "kvshare_sglang" / "calibration")
+
+
+def file_name(model: str, mark: str) -> str:
+    """What the calibration of a model with the fingerprint ``mark`` is called."""
+    return f"{model}-{mark}-r{RECIPE}.json"
+
+
+def as_json(
+    model: str, mark: str, *, probe_at: float, holds: bool, prompts: int,
+    check: dict[str, dict[str, float]], **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A calibration as its file holds it; ``more`` is for who reads it."""
+    return {
+        "form": FORM, "recipe": RECIPE, "plugin": __version__, "model": model,
+        "fingerprint": mark, "probe_at": probe_at, "holds": holds, "prompts": prompts,
+        "check": check, **more,
+    }  # fmt: skip
+
+
+def read(path: Path) -> Calibration:
+    """Raises StartError, naming the file and what is wrong with it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartError(f"calibration {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StartError(f"calibration {path} is broken: {error}") from None
+    if not isinstance(found, dict) or found.get("form") != FORM:
+        raise StartError(f"calibration {path} is none: its form is not {FORM!r}")
+    if found.get("recipe") != RECIPE:
+        raise StartError(
+            f"calibration {path} does not match: it was made by kvshare_sglang"
+            f" {found.get('plugin')} (recipe {found.get('recipe')!r}), this is {__version__}"
+            f" (recipe {RECIPE})"
+        )
+    try:
+        probe_at, holds = found["probe_at"], found["holds"]
+        check = {
+            arm: {name: float(found["check"][arm][name]) for name in ("kl", "agree")}
+            for arm in ("trace", "copies")
+        }
+        prompts, mark = int(found["prompts"]), str(found["fingerprint"])
+        if isinstance(probe_at, bool) or not 0 <= probe_at <= 1:
+            raise ValueError(f"probe_at must be in [0, 1], got {probe_at!r}")
+        if not isinstance(holds, bool):
+            raise ValueError(f"holds must be true or false, got {holds!r}")
+    except KeyError as error:
+        raise StartError(f"calibration {path} is broken: it lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise StartError(f"calibration {path} is broken: {error}") from None
+    return Calibration(path, mark, float(probe_at), holds, prompts, check)
+
+
+def find(model: str, revision: str | None = None) -> Calibration | None:
+    """The calibration of a model among those of this machine and of the package. Raises
+    StartError where there is one that is broken."""
+    folder = folder_of(model, revision)
+    if folder is None:
+        return None
+    try:
+        mark = fingerprint(folder)
+    except (OSError, ValueError):
+        return None  # no model: what ends the start for it says so better
+    for place in (home(), BUILT_IN):
+        for path in sorted(place.glob(f"*-{mark}-r{RECIPE}.json")):
+            return _of(path, mark, model)
+    return None
+
+
+def named(path: Path, model: str, revision: str | None = None) -> Calibration:
+    """The calibration that the user names. Raises StartError unless it is the model's."""
+    found = read(path)
+    folder = folder_of(model, revision)
+    if folder is None or not _weights(folder):
+        raise StartError(
+            f"calibration {path} cannot be compared: the weights of {model} are not on this"
+            " machine yet"
+        )
+    try:
+        mark = fingerprint(folder)
+    except (OSError, ValueError) as error:
+        raise StartError(f"calibration {path} cannot be compared with {model}: {error}") from None
+    return _of(found.path, mark, model)
+
+
+def settled(
+    config: KVShareConfig, *, given: Collection[str], model: str, revision: str | None = None
+) -> KVShareConfig:
+    """The config of a server for ``model``, its ``calibration`` now the file that holds, or
+    ``none``. What the user has ``given`` stays. Raises StartError on a file that is broken or of
+    another model."""
+    if config.calibration == OFF or (config.calibration == AUTO and config.select != "trace"):
+        return config
+    if config.calibration in (AUTO, NONE):
+        found = find(model, revision) if config.calibration == AUTO else None
+    else:
+        found = named(Path(config.calibration), model, revision)
+    says: dict[str, Any] = {
+        "calibration": NONE if found is None else str(found.path),
+        "probe_at": UNMEASURED_PROBE if found is None else found.probe_at,
+    }
+    if found is None or not found.holds:
+        says["budget"] = min(1.0, UNMEASURED_BUDGET * config.budget)
+    mine = {name: value for name, value in says.items() if name not in given}
+    return dataclasses.replace(config, **{**mine, "calibration": says["calibration"]})
+
+
+def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
+    """What a server of a settled config says of it at start, and whether that is a warning."""
+    layer = f"probe layer {probe_layer(layers, config.probe_at)} of {layers}"
+    here = f"{layer}, budget {config.budget:g}"
+    if config.calibration in (OFF, AUTO):
+        return f"KVShare: answers were not looked at: {here}", False
+    if config.calibration == NONE:
+        return (
+            f"KVShare: this model was never measured; it is served with care ({here}). Measure it:"
+            f" python -m kvshare_sglang.bench calibrate {model}"
+        ), True
+    found = read(Path(config.calibration))
+    trace, copies = found.check["trace"], found.check["copies"]
+    said = (
+        f"{here}; KL to full prefill {trace['kl']:.2g} (copies alone {copies['kl']:.2g}), the same"
+        f" first token in {trace['agree']:.0%} of {found.prompts} prompts"
+    )
+    if found.holds:
+        return f"KVShare is calibrated: {said} ({found.path})", False
+    return f"KVShare is calibrated, but answers suffered: {said} ({found.path})", True
+
+
+def _of(path: Path, mark: str, model: str) -> Calibration:
+    found = read(path)
+    if found.fingerprint != mark:
+        raise StartError(
+            f"calibration {path} does not match: it is of the model {found.fingerprint}, and"
+            f" {model} is {mark} (config.json or weights differ)"
+        )
+    return found
+
+
+def _weights(folder: Path) -> list[Path]:
+    for kind in _WEIGHTS:
+        if found := sorted(folder.glob(kind)):
+            return found
+    return []
+
+
+def _data_start(file: Path, content: Any) -> int:
+    """Where a safetensors file has its tensors: what is before them differs by who wrote it."""
+    if file.suffix != ".safetensors":
+        return 0
+    return 8 + int.from_bytes(content.read(8), "little")

@@ -1,0 +1,169 @@
+"""Exact twins of requests that reused, run while the server is idle: what reuse does to answers.
+
+The distribution of the first token is kept as the request's prefill ends. Its twin is one prefill
+of the same prompt that reads and leaves nothing in the cache. It runs within one call from SGLang's
+idle loop: no queue, no stream and no counter of SGLang's ever sees it, so nothing that happens to
+requests can happen to it. What twins say is judged in ``policy/shadow.py``.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.shadow import Gate, Twin
+from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime.report import Report
+from kvshare_sglang.runtime.request import reuse_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 8  # twins; each holds a distribution over the vocabulary on the device
+SWITCH = "kvshare_reuse"  # what POST /set_internal_state takes under server_args: 0 or 1
+
+
+class Watched(NamedTuple):
+    """A request of a batch that gets a twin, and its row among the batch's logits."""
+
+    row: int
+    req: "Req"
+    prompt_len: int
+
+
+class Waiting(NamedTuple):
+    """A twin to come: its prompt, and log-probabilities [vocab] (fp32) of the token that reuse
+    would have it begin with."""
+
+    ids: Any
+    logprobs: torch.Tensor
+
+
+class Shadow:
+    """Of one scheduler. ``gate`` says whether requests that say nothing may reuse."""
+
+    def __init__(self, config: KVShareConfig, report: Report) -> None:
+        self.gate = Gate(share=config.shadow, floor=config.shadow_floor)
+        self._default, self._report = config.default, report
+        self._waiting: deque[Waiting] = deque()
+
+    @property
+    def default(self) -> str:
+        """What requests get that do not say, at this moment."""
+        return "exact" if self.gate.closed else self._default
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def watched(self, batch: "ScheduleBatch", fb: "ForwardBatch") -> list[Watched]:
+        """Of a prefill batch those requests whose prompts end in it and that get a twin."""
+        if not self.gate.share:
+            return []
+        found = []
+        lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
+        for row, (req, (start, length)) in enumerate(zip(batch.reqs, lengths, strict=True)):
+            state = reuse_of(req)
+            ends = state is not None and state.plan and start + length == state.plan.prompt_len
+            if ends and state is not None and not state.told and self.gate.takes():
+                found.append(Watched(row, req, start + length))
+        return found
+
+    def note(self, watched: list[Watched], logits: torch.Tensor) -> None:
+        """The batch ran: keep what its requests would begin with; ``logits`` [requests, vocab].
+        Whoever reused nothing in the end gets no twin."""
+        for row, req, prompt_len in watched:
+            if reuse_of(req) is None:
+                continue
+            if len(self._waiting) == MOST_WAITING:
+                self._report.shadow_dropped("queue_full")
+                continue
+            ids = req.full_untruncated_fill_ids[:prompt_len]
+            self._waiting.append(Waiting(ids, logits[row].float().log_softmax(-1)))
+
+    def run_one(self, scheduler: Any) -> bool:
+        """Run the twin that waits longest; whether there was one. Raises nothing."""
+        if not self._waiting:
+            return False
+        waiting = self._waiting.popleft()
+        cache = scheduler.tree_cache
+        free = scheduler.token_to_kv_pool_allocator.available_size()
+        if len(waiting.ids) + cache.page_size > free + cache.evictable_size():
+            self._report.shadow_dropped("no_room")
+            return True
+        try:
+            logits = versions.prefill_once(scheduler, waiting.ids)
+            exact = logits.float().log_softmax(-1)
+            kl = float((exact.exp() * (exact - waiting.logprobs)).sum())
+            agrees = bool(exact.argmax() == waiting.logprobs.argmax())
+        except Exception:
+            logger.exception("KVShare could not run an exact twin")
+            self._report.shadow_dropped("fault")
+            return True
+        self._judge(Twin(agrees, max(0.0, kl)))
+        return True
+
+    def new_weights(self) -> None:
+        """Twins of the old ones could not be run, and what they said no longer counts."""
+        for _ in self._waiting:
+            self._report.shadow_dropped("new_weights")
+        self._waiting.clear()
+        if self.gate.share:
+            self.switch(on=True)
+
+    def switch(self, *, on: bool) -> None:
+        """By hand, or with new weights."""
+        self.gate.open()
+        self.gate.closed = not on
+        self._report.shadow_state(self.gate)
+        logger.info("KVShare: reuse is switched %s", "on" if on else "off")
+
+    def _judge(self, twin: Twin) -> None:
+        gate = self.gate
+        closes = gate.add(twin)
+        self._report.shadowed(twin, gate)
+        if closes:
+            logger.warning(
+                "KVShare switches reuse off for requests that do not ask for it: the first token "
+                "was that of full prefill in only %d of the last %d twins, --kvshare-shadow-floor "
+                'is %g. Switch it on again: POST /set_internal_state {"server_args": {"%s": 1}}',
+                gate.agreeing,
+                gate.twins,
+                gate.floor,
+                SWITCH,
+            )
+
+
+def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
+    """AROUND ``Scheduler.on_idle``: while twins wait, the loop goes round without it, looks for
+    requests in between, and does not sleep."""
+    shadow: Shadow | None = getattr(scheduler.tree_cache, "shadow", None)
+    if shadow is not None and shadow.num_waiting and scheduler.is_fully_idle():
+        shadow.run_one(scheduler)
+        if shadow.num_waiting:
+            return None
+    return original(scheduler, *args, **kw)
+
+
+def hook_set_internal_state(
+    original: Callable[..., Any], scheduler: Any, recv_req: Any, *args: Any, **kw: Any
+) -> Any:
+    """AROUND ``Scheduler.set_internal_state``: what ``POST /set_internal_state`` calls. Like
+    SGLang's own settings, a value that is not one of ours is logged and nothing is updated."""
+    shadow: Shadow | None = getattr(scheduler.tree_cache, "shadow", None)
+    if shadow is None or SWITCH not in recv_req.server_args:
+        return original(scheduler, recv_req, *args, **kw)
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    value = recv_req.server_args[SWITCH]
+    if value not in (0, 1) or len(recv_req.server_args) > 1:
+        logger.warning("%s must be 0 or 1, and alone, got %s", SWITCH, recv_req.server_args)
+        return SetInternalStateReqOutput(updated=False)
+    shadow.switch(on=bool(value))
+    return SetInternalStateReqOutput(updated=True)

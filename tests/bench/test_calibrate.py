@@ -1,0 +1,149 @@
+"""Calibrating finds the layer that sees what an answer rests on, on a model where it is known."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvshare_sglang.bench import calibrate
+from kvshare_sglang.bench.__main__ import main
+from kvshare_sglang.bench.calibrate.choice import Found, choose
+from kvshare_sglang.bench.calibrate.measure import layers_at
+from kvshare_sglang.bench.calibrate.prompts import prompts
+from kvshare_sglang.bench.models import READER
+from kvshare_sglang.runtime import calibration
+from kvshare_sglang.sim.engine import Model
+
+DEFAULT = 3  # the probe layer of the reader, and of a model of 13 layers, by default
+
+
+def with_a_dead_layer(folder: Path) -> Path:
+    """The reader with one layer more, where traces look by default: it adds nothing, so answers
+    are the reader's, and each of its heads attends alike to everything."""
+    out = folder / "dead-layer"
+    shutil.copytree(READER, out)
+    config = json.loads((out / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    made: dict[str, torch.Tensor] = {}
+    for name, value in load_file(READER / "model.safetensors").items():
+        parts = name.split(".")
+        if parts[1] != "layers":
+            made[name] = value
+            continue
+        number = int(parts[2])
+        parts[2] = str(number + (number >= DEFAULT))
+        made[".".join(parts)] = value
+        if number == DEFAULT:
+            parts[2] = str(DEFAULT)
+            dead = parts[-2] in ("q_proj", "o_proj", "down_proj")
+            made[".".join(parts)] = torch.zeros_like(value) if dead else value.clone()
+    save_file(made, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path: Path) -> None:
+    model = Model(with_a_dead_layer(tmp_path))
+    depths = [0.25, 0.35, 0.5]
+    assert layers_at(model, depths) == {DEFAULT: 0.25, DEFAULT + 1: 0.35, 6: 0.5}
+    asked = prompts(READER, 8, longest=len(model.table))
+    found = calibrate.collect(model, asked, depths, deadline=float("inf"))
+    assert found.prompts == 8
+    best = choose(found)
+    assert best.probe_at == 0.35
+    assert best.holds
+    kl = {one["probe_at"]: one["kl"] for one in best.candidates}
+    assert kl[0.35] < 0.2 * kl[0.25]
+
+
+def rows(copies: float, agree: float = 1.0, **kl: list[float]) -> Found:
+    """Found with a KL for each prompt, by depth in hundredths."""
+    arms = {str(int(name[1:]) / 100): values for name, values in kl.items()}
+    n = len(next(iter(arms.values())))
+
+    def one(value: float, i: int) -> dict[str, float]:
+        same = float(i < agree * n)
+        return {"kl": value, "kl_first": value, "agree": same, "computed": 0.2}
+
+    return Found(
+        [
+            {"case": "x", "tokens": 9, "copies": one(copies, i)}
+            | {name: one(values[i], i) for name, values in arms.items()}
+            for i in range(n)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "depth", "holds"),
+    [
+        # as good as the deepest within the noise: the shallowest of those
+        (rows(9, d25=[1.0, 3, 1, 3], d50=[2.1, 1.8, 2.0, 1.9]), 0.25, True),
+        # worse on each prompt, however little
+        (rows(9, d25=[1.1, 2.1, 3.1, 4.1], d50=[1.0, 2.0, 3.0, 4.0]), 0.5, True),
+        # copies alone are closer to full prefill
+        (rows(0.5, d25=[1.0, 1.0, 1.0], d50=[2.0, 2.0, 2.0]), 0.25, False),
+        # first tokens differ too often; three flips of 30 are not enough to say so
+        (rows(9, agree=0.7, d25=[1.0] * 30), 0.25, False),
+        (rows(9, agree=0.9, d25=[1.0] * 30), 0.25, True),
+    ],
+)
+def test_the_shallowest_layer_that_is_as_good_as_any(
+    found: Found, depth: float, holds: bool
+) -> None:
+    best = choose(found)
+    assert (best.probe_at, best.holds) == (depth, holds)
+
+
+def test_the_command_writes_what_a_server_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(calibration.FOLDER, str(tmp_path))
+    monkeypatch.setattr(calibration, "BUILT_IN", tmp_path / "nothing")
+    monkeypatch.setattr(calibrate, "FEWEST", 3)
+    argv = ["calibrate", str(READER), "--n", "3", "--probe-at", "0.25", "--threads", "1"]
+    assert calibration.find(str(READER)) is None
+    assert main([*argv, "--minutes", "0"]) == 1
+    assert "1 prompts were through after --minutes 0, at least 3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(argv) == 0
+    found = calibration.find(str(READER))
+    assert found is not None
+    assert (found.path.parent, found.probe_at, found.prompts) == (tmp_path, 0.25, 3)
+    assert str(found.path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["no-such-model"], "MODEL no-such-model is no model directory, and not in"),
+        ([str(READER), "--probe-at", "1.5"], "--probe-at must be in [0, 1], got [1.5]"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    argv: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", *argv]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_prompts_are_always_the_same_ones_and_reuse_something() -> None:
+    first, again = (prompts(READER, 6, longest=2048) for _ in range(2))
+    for one, two in zip(first, again, strict=True):
+        assert one.case == two.case
+        assert one.ids.tolist() == two.ids.tolist()
+    assert {one.case for one in first} == {"splice", "edit far", "template"}
+
+
+def test_a_model_without_a_chat_is_asked_in_plain_words(tmp_path: Path) -> None:
+    """The reader's tokens stand in for any model's."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(READER / name, tmp_path / name)
+    made = prompts(tmp_path, 6, longest=1 << 20)
+    assert [one.case for one in made] == ["moved", "edited", "among others"] * 2
+    assert [len(one.cached) for one in made] == [2, 1, 1] * 2
+    with pytest.raises(calibrate.ScriptError, match="the model holds 100 tokens, a prompt here"):
+        prompts(tmp_path, 6, longest=100)
