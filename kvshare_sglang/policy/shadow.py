@@ -25,12 +25,12 @@ class Twin(NamedTuple):
 
 def upper_bound(agree: int, twins: int) -> float:
     """The highest rate that ``agree`` of ``twins`` still speak for: Wilson's score interval, upper
-    end (Wilson 1927). 1.0 where there are none.
+    end (Wilson 1927). 1.0 where all agree, or none was run.
 
     >>> [round(upper_bound(*pair), 3) for pair in ((0, 0), (17, 20), (14, 20), (140, 200))]
     [1.0, 0.948, 0.855, 0.759]
     """
-    if not twins:
+    if agree == twins:
         return 1.0
     rate, more = agree / twins, Z * Z / twins
     spread = Z * math.sqrt(rate * (1 - rate) / twins + more / (4 * twins))

@@ -30,7 +30,7 @@ def hook_init_new(
     fb = original(cls, batch, runner, **kw)
     cache = getattr(batch, "tree_cache", None)
     if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
-        fb.kvshare_shadow = cache.shadow, cache.shadow.watched(batch, fb)
+        fb.kvshare_shadow = cache.shadow.watch(batch, fb)
         fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))
     elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
         fb.kvshare = decode.watch(fb, batch, runner, cache)
@@ -57,11 +57,13 @@ def hook_forward(
         return out
 
     reuse: BatchReuse | None = getattr(fb, "kvshare", None)
-    staged = reuse is not None and reuse.stage is not None
-    out = reuse.stage.run(fb, runner, forward) if staged else forward(fb)
-    shadow, watched = getattr(fb, "kvshare_shadow", (None, ()))
-    if watched:
-        shadow.note(watched, out.logits_output.next_token_logits)
+    if reuse is not None and reuse.stage is not None:
+        out = reuse.stage.run(fb, runner, forward)
+    else:
+        out = forward(fb)
+    note: Callable[[Any], None] | None = getattr(fb, "kvshare_shadow", None)
+    if note is not None:
+        note(out.logits_output.next_token_logits)
     return out
 
 

@@ -193,6 +193,7 @@ _REQ = f"{_SRT}.managers.schedule_batch.Req"
 _KV = f"{_SRT}.managers.schedule_batch.ReqKvInfo"
 _ADDER = f"{_SRT}.managers.schedule_policy.PrefillAdder"
 _RADIX = f"{_SRT}.mem_cache.radix_cache.RadixCache"
+_BATCH = f"{_SRT}.model_executor.forward_batch_info.ForwardBatch"
 _BACKEND = f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
 OVERRIDDEN = (
     *(
@@ -220,7 +221,9 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.managers.schedule_batch.Req", "kvshare", "RequestReuse"),
     Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
     Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
-    Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare_shadow", "tuple"),
+    Attribute(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare_shadow", "Callable"
+    ),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
@@ -268,7 +271,6 @@ FIELDS = (
     *("batch_size", "forward_mode", "orig_seq_lens", "return_logprob", "rids", "input_embeds"),
     *("mm_inputs", "seq_lens_sum", "top_logprobs_nums", "token_ids_logprobs"),
 )
-_BATCH = f"{_SRT}.model_executor.forward_batch_info.ForwardBatch"
 
 
 def register(points: tuple[HookPoint, ...]) -> None:

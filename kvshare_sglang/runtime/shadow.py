@@ -6,6 +6,7 @@ idle loop: no queue, no stream and no counter of SGLang's ever sees it, so nothi
 requests can happen to it. What twins say is judged in ``policy/shadow.py``.
 """
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -62,10 +63,13 @@ class Shadow:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def watched(self, batch: "ScheduleBatch", fb: "ForwardBatch") -> list[Watched]:
-        """Of a prefill batch those requests whose prompts end in it and that get a twin."""
+    def watch(
+        self, batch: "ScheduleBatch", fb: "ForwardBatch"
+    ) -> Callable[[torch.Tensor], None] | None:
+        """What wants to see a prefill batch's logits [requests, vocab], once it ran: some of the
+        requests whose prompts end in it get a twin."""
         if not self.gate.share:
-            return []
+            return None
         found = []
         lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
         for row, (req, (start, length)) in enumerate(zip(batch.reqs, lengths, strict=True)):
@@ -73,11 +77,10 @@ class Shadow:
             ends = state is not None and state.plan and start + length == state.plan.prompt_len
             if ends and state is not None and not state.told and self.gate.takes():
                 found.append(Watched(row, req, start + length))
-        return found
+        return functools.partial(self._note, found) if found else None
 
-    def note(self, watched: list[Watched], logits: torch.Tensor) -> None:
-        """The batch ran: keep what its requests would begin with; ``logits`` [requests, vocab].
-        Whoever reused nothing in the end gets no twin."""
+    def _note(self, watched: list[Watched], logits: torch.Tensor) -> None:
+        """Keep what requests would begin with, but for those that reused nothing in the end."""
         for row, req, prompt_len in watched:
             if reuse_of(req) is None:
                 continue

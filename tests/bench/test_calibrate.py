@@ -1,12 +1,10 @@
 """Calibrating finds the layer that sees what an answer rests on, on a model where it is known."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from tiny_models import DEAD, with_a_dead_layer
 
 from kvshare_sglang.bench import calibrate
 from kvshare_sglang.bench.__main__ import main
@@ -17,38 +15,11 @@ from kvshare_sglang.bench.models import READER
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
-DEFAULT = 3  # the probe layer of the reader, and of a model of 13 layers, by default
-
-
-def with_a_dead_layer(folder: Path) -> Path:
-    """The reader with one layer more, where traces look by default: it adds nothing, so answers
-    are the reader's, and each of its heads attends alike to everything."""
-    out = folder / "dead-layer"
-    shutil.copytree(READER, out)
-    config = json.loads((out / "config.json").read_text())
-    config["num_hidden_layers"] += 1
-    (out / "config.json").write_text(json.dumps(config))
-    made: dict[str, torch.Tensor] = {}
-    for name, value in load_file(READER / "model.safetensors").items():
-        parts = name.split(".")
-        if parts[1] != "layers":
-            made[name] = value
-            continue
-        number = int(parts[2])
-        parts[2] = str(number + (number >= DEFAULT))
-        made[".".join(parts)] = value
-        if number == DEFAULT:
-            parts[2] = str(DEFAULT)
-            dead = parts[-2] in ("q_proj", "o_proj", "down_proj")
-            made[".".join(parts)] = torch.zeros_like(value) if dead else value.clone()
-    save_file(made, out / "model.safetensors", metadata={"format": "pt"})
-    return out
-
 
 def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path: Path) -> None:
-    model = Model(with_a_dead_layer(tmp_path))
+    model = Model(with_a_dead_layer(READER, tmp_path / "dead-layer"))
     depths = [0.25, 0.35, 0.5]
-    assert layers_at(model, depths) == {DEFAULT: 0.25, DEFAULT + 1: 0.35, 6: 0.5}
+    assert layers_at(model, depths) == {DEAD: 0.25, DEAD + 1: 0.35, 6: 0.5}
     asked = prompts(READER, 8, longest=len(model.table))
     found = calibrate.collect(model, asked, depths, deadline=float("inf"))
     assert found.prompts == 8

@@ -58,6 +58,62 @@ def counts(child: Any) -> dict[str, Any]:
     }
 
 
+def twins(child: Any) -> dict[str, Any]:
+    """What the scheduler's shadow holds, and has counted."""
+    shadow = child.cache.shadow
+    return {
+        **dict.fromkeys(("agree", "differ"), 0),
+        **child.cache.report.twins,
+        "waiting": shadow.num_waiting,
+        "closed": shadow.gate.closed,
+        "kls": [twin.kl for twin in shadow.gate._twins],
+    }
+
+
+def note_twins(child: Any) -> None:
+    """Remember how many twins wait at this moment of a script."""
+    child.noted = [*getattr(child, "noted", ()), child.cache.shadow.num_waiting]
+
+
+def noted_twins(child: Any) -> list[int]:
+    noted, child.noted = child.noted, []
+    return list(noted)
+
+
+def break_twins(child: Any) -> None:
+    """Make every twin raise in the middle of its forward pass."""
+    run = child.runner.forward
+
+    def forward(fb: Any, *args: Any, **kw: Any) -> Any:
+        if fb.rids == ["kvshare-shadow"]:
+            raise RuntimeError("planted")
+        return run(fb, *args, **kw)
+
+    child.runner.forward = forward
+
+
+def decide_early(child: Any, least: int) -> None:
+    """Let so few twins close the gate, so that a test needs no more."""
+    from kvshare_sglang.policy import shadow
+
+    shadow.LEAST = least
+
+
+def look_at(child: Any, depth: float) -> None:
+    """Move the probe layer."""
+    import dataclasses
+
+    child.cache.config = dataclasses.replace(child.cache.config, probe_at=depth)
+
+
+def switch(child: Any, settings: dict[str, float]) -> bool:
+    """What POST /set_internal_state does in the scheduler."""
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    asked = SetInternalStateReq(server_args=settings)
+    return bool(child.scheduler.set_internal_state(asked).updated)
+
+
 def layer_rows(child: Any) -> list[list[int]]:
     return child.layer_rows
 

@@ -58,6 +58,39 @@ def make_model(folder: Path, name: str) -> Path:
     return path
 
 
+DEAD = 3  # where traces look by default in a model of 12 or 13 layers
+
+
+def with_a_dead_layer(reader: Path, out: Path) -> Path:
+    """The reader with one layer more, where traces look by default: it adds nothing, so answers
+    are the reader's, and each of its heads attends alike to everything."""
+    import json
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(reader, out)
+    config = json.loads((out / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    made: dict[str, Any] = {}
+    for name, value in load_file(reader / "model.safetensors").items():
+        parts = name.split(".")
+        if parts[1] != "layers":
+            made[name] = value
+            continue
+        number = int(parts[2])
+        parts[2] = str(number + (number >= DEAD))
+        made[".".join(parts)] = value
+        if number == DEAD:
+            parts[2] = str(DEAD)
+            silent = parts[-2] in ("q_proj", "o_proj", "down_proj")
+            made[".".join(parts)] = torch.zeros_like(value) if silent else value.clone()
+    save_file(made, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def make_adapter(folder: Path) -> Path:
     """A random LoRA adapter for the attention of ``llama``, in PEFT's format."""
     import json

@@ -1,0 +1,190 @@
+"""Exact twins on the real scheduler: what they say is true, and nobody else notices them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Texts
+from lab import Lab, lab, request
+from test_life import assert_clean
+from tiny_models import with_a_dead_layer
+
+from kvshare_sglang.bench.models import READER
+from kvshare_sglang.bench.quality.cases import SIZE, Encoder, prompts
+from kvshare_sglang.runtime import calibration
+from kvshare_sglang.runtime.shadow import MOST_WAITING, SWITCH
+
+
+@pytest.fixture(scope="module")
+def shadowed(llama: Path) -> Iterator[Lab]:
+    """Every reusing request gets a twin; none switches anything off here."""
+    flags = {"kvshare_shadow": 1.0, "kvshare_shadow_floor": 0.0, "kvshare_budget": 0.0}
+    with lab(llama, kvshare=True, chunked_prefill_size=600, **flags) as it:
+        yield it
+
+
+def moved(texts: Texts, size: int = 150) -> tuple[list[int], list[int]]:
+    """A source and a prompt that copies most of it."""
+    a, b = texts.passage(size), texts.passage(size)
+    return a + b, texts.passage(20) + b + a + texts.passage(30)
+
+
+WAIT = [("idle",), ("polls", 3)]  # long enough for a twin
+
+
+@pytest.mark.parametrize("size", [150, 500], ids=["whole", "chunks"])
+def test_a_twin_says_how_far_reuse_is_from_full_prefill(
+    size: int, shadowed: Lab, texts: Texts
+) -> None:
+    """Against logits read off the same server."""
+    shadowed.flush()
+    before = shadowed.ask("probes:twins")
+    source, prompt = moved(texts, size)
+    told = shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])["r"]
+    assert told["kvshare"]["copied_tokens"] > size
+    after = shadowed.ask("probes:twins")
+    assert len(after["kls"]) == len(before["kls"]) + 1
+    full = shadowed.one(prompt, kvshare="exact", extra_key="other")["logits"].log_softmax(-1)
+    reuse = told["logits"].log_softmax(-1)
+    kl = float((full.exp() * (full - reuse)).sum())
+    assert kl > 1e-3  # these copies do harm
+    assert after["kls"][-1] == pytest.approx(kl, rel=2e-2)
+    agrees = bool(full.argmax() == reuse.argmax())
+    assert [after[name] - before[name] for name in ("agree", "differ")] == [agrees, not agrees]
+    assert_clean(shadowed)
+
+
+def test_no_counter_no_answer_and_no_text_in_the_cache_is_a_twins(
+    shadowed: Lab, texts: Texts
+) -> None:
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = shadowed.ask("probes:counts")["tokens"]
+    twins = len(shadowed.ask("probes:twins")["kls"])
+    answers = shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    assert len(shadowed.ask("probes:twins")["kls"]) == twins + 1
+    assert set(answers) == {"s", "r"}
+    after = shadowed.ask("probes:counts")["tokens"]
+    assert sum(after.values()) - sum(before.values()) == len(source) + len(prompt)
+    record = answers["r"]["kvshare"]
+    for kind in ("copied", "recomputed", "fresh"):
+        grew = after[kind] - before.get(kind, 0) - (len(source) if kind == "fresh" else 0)
+        assert grew == record[f"{kind}_tokens"], kind
+    # the twin's exact KV is not there: of the prompt only what is before its first copy
+    assert shadowed.one(prompt, kvshare="exact")["cached"] == 20
+    # who reuses nothing gets no twin
+    assert len(shadowed.ask("probes:twins")["kls"]) == twins + 1
+    assert_clean(shadowed)
+
+
+def test_a_twin_waits_until_nobody_else_does(shadowed: Lab, texts: Texts) -> None:
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = len(shadowed.ask("probes:twins")["kls"])
+    shadowed.play([
+        request("s", source), ("idle",), request("r", prompt, new=4),
+        request("long", texts.passage(40), new=40),
+        ("polls", 20), ("call", "probes:note_twins"),
+        *WAIT, ("call", "probes:note_twins"),
+    ])  # fmt: skip
+    assert shadowed.ask("probes:noted_twins") == [1, 0]
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + 1
+
+
+def test_twins_outlive_aborts_and_flushes_but_not_their_weights(
+    shadowed: Lab, llama: Path, texts: Texts
+) -> None:
+    shadowed.flush()
+    (one, first), (other, second) = moved(texts), moved(texts)
+    before = shadowed.ask("probes:twins")
+    script = [request("s", one), ("idle",), request("gone", first, new=40), ("polls", 4)]
+    shadowed.play([*script, ("abort", "gone"), ("call", "probes:note_twins"), *WAIT])
+    assert shadowed.ask("probes:noted_twins") == [1]
+    assert len(shadowed.ask("probes:twins")["kls"]) == len(before["kls"]) + 1
+    script = [request("s", other), ("idle",), request("r", second, new=2)]
+    script += [request("long", texts.passage(40), new=30), ("polls", 10)]
+    weights = ("call", "probes:update_weights", str(llama), False)
+    shadowed.play([*script, ("call", "probes:note_twins"), weights, *WAIT])
+    assert shadowed.ask("probes:noted_twins") == [1]
+    after = shadowed.ask("probes:twins")
+    # neither run nor remembered: another model said so
+    assert (after["kls"], after["waiting"], after["new_weights"]) == ([], 0, 1)
+    assert_clean(shadowed)
+
+
+def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) -> None:
+    shadowed.flush()
+    source, _ = moved(texts)
+    many = [texts.passage(20) + source[:250] + texts.passage(9) for _ in range(MOST_WAITING + 3)]
+    before = shadowed.ask("probes:twins")
+    together = [request(f"r{i}", prompt, new=2) for i, prompt in enumerate(many)]
+    shadowed.play([request("s", source), ("idle",), together, ("idle",), ("polls", 12)])
+    after = shadowed.ask("probes:twins")
+    assert after["queue_full"] - before.get("queue_full", 0) == 3
+    assert len(after["kls"]) - len(before["kls"]) == MOST_WAITING
+    assert_clean(shadowed)
+
+
+def test_a_twin_that_fails_harms_nobody(shadowed: Lab, texts: Texts) -> None:
+    """The last test on this lab: its twins fail from now on."""
+    shadowed.flush()
+    shadowed.ask("probes:break_twins")
+    source, prompt = moved(texts)
+    answers = shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    assert answers["r"]["finish"]["type"] == "length"
+    after = shadowed.ask("probes:twins")
+    assert (after["fault"], after["waiting"]) == (1, 0)
+    assert_clean(shadowed)
+
+
+def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_path: Path) -> None:
+    """A model whose default probe layer sees nothing. With the layer that calibrating finds all
+    agree; with the default one reuse goes off for who says nothing, for no one else."""
+    model = with_a_dead_layer(READER, tmp_path / "model")
+    arm = {"kl": 0.1, "agree": 0.9}
+    file = tmp_path / "calibration.json"
+    measured = calibration.as_json(
+        "model", calibration.fingerprint(model), probe_at=0.35, holds=True, prompts=8,
+        check={"trace": arm, "copies": arm},
+    )  # fmt: skip
+    file.write_text(json.dumps(measured))
+    size = SIZE._replace(facts=24)
+    asked = prompts(Encoder(READER), "hops", "adversarial", n=40, size=size, max_len=1024)
+    flags: dict[str, Any] = {"kvshare_select": "trace", "kvshare_min_reuse": 32}
+    flags |= {"kvshare_calibration": str(file), "kvshare_shadow": 1.0}
+    with lab(model, kvshare=True, dtype="bfloat16", **flags) as it:
+        it.ask("probes:decide_early", 8)
+
+        def ask(kvshare: Any = None) -> dict[str, Any]:
+            prompt = next(asked)
+            sources = [request(f"s{i}", one.tolist(), new=1) for i, one in enumerate(prompt.cached)]
+            mine = request("r", prompt.ids.tolist(), new=1, kvshare=kvshare)
+            answer: dict[str, Any] = it.play([("flush",), *sources, ("idle",), mine, *WAIT])["r"]
+            return dict(answer["kvshare"])
+
+        for _ in range(9):
+            assert ask()["copied_tokens"] > 0
+        good = it.ask("probes:twins")
+        assert good["agree"] == 9
+        assert not good["closed"]
+        it.ask("probes:look_at", 0.25)
+        asks = 0
+        while not it.ask("probes:twins")["closed"]:
+            assert ask()["declined"] is None
+            asks += 1
+            assert asks < 20
+        said = ask()
+        assert (said["declined"], said["copied_tokens"]) == ("shadow", 0)
+        assert it.ask("probes:counts")["declines"]["shadow"] == 2  # its source said nothing too
+        assert ask("auto")["copied_tokens"] > 0
+        assert ask({"budget": 0.2})["copied_tokens"] > 0
+        assert ask("exact")["declined"] == "exact_requested"
+        assert not it.ask("probes:switch", {SWITCH: 0.5})
+        assert it.ask("probes:twins")["closed"]
+        assert it.ask("probes:switch", {SWITCH: 1})
+        assert ask()["declined"] is None
+        assert it.ask("probes:switch", {SWITCH: 0})
+        assert ask()["declined"] == "shadow"
+        assert_clean(it)
