@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -54,6 +55,26 @@ def test_moved_text_is_reused_and_reported(server: Server, texts: Texts) -> None
         assert f'kind="{kind}"' in page
     for name in ("lookup_seconds_count", "copy_seconds_count", "declined_requests_total"):
         assert f"sglang:kvshare_{name}" in page
+
+
+def test_reuse_is_switched_off_and_on_for_those_who_say_nothing(
+    server: Server, texts: Texts
+) -> None:
+    source = texts.passage(300)
+    server.generate(source)
+
+    def declined(**more: Any) -> str | None:
+        said: str | None = info(server.generate(texts.passage(6) + source, **more))["declined"]
+        return said
+
+    for on in (0, 1):
+        reply = server.post("/set_internal_state", {"server_args": {"kvshare_reuse": on}})
+        assert reply.status_code == 200
+        assert declined() == (None if on else "shadow")
+        assert declined(custom={"kvshare": "auto"}) is None
+        page = requests.get(server.url + "/metrics", timeout=30).text
+        gauge = next(line for line in page.splitlines() if "kvshare_shadow_off{" in line)
+        assert float(gauge.split()[-1]) == 1 - on
 
 
 def test_request_options_pass_through_every_endpoint(server: Server) -> None:
@@ -218,6 +239,7 @@ def test_help_lists_every_option() -> None:
     [
         (["--kvshare-budget", "1.5"], "--kvshare-budget must be float in [0, 1], got 1.5"),
         (["--kvshare-scope", "global"], "drop --kvshare-scope global"),
+        (["--kvshare-calibration", "none.json"], "calibration none.json cannot be read: No such"),
         (["--tp-size", "2"], "does not serve tensor parallelism yet: drop --tp-size (got 2)"),
         (["--disable-radix-cache"], "drop --disable-radix-cache"),
         (["--enable-hierarchical-cache"], "does not serve HiCache yet"),

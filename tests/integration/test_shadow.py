@@ -16,12 +16,17 @@ from kvshare_sglang.bench.quality.cases import SIZE, Encoder, prompts
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.runtime.shadow import MOST_WAITING, SWITCH
 
+WAIT = [("idle",), ("polls", 3)]  # long enough for a twin
+PAGE = 16
+
 
 @pytest.fixture(scope="module")
 def shadowed(llama: Path) -> Iterator[Lab]:
-    """Every reusing request gets a twin; none switches anything off here."""
-    flags = {"kvshare_shadow": 1.0, "kvshare_shadow_floor": 0.0, "kvshare_budget": 0.0}
-    with lab(llama, kvshare=True, chunked_prefill_size=600, **flags) as it:
+    """Every reusing request gets a twin; none switches anything off here. Pages, and batches that
+    overlap."""
+    flags: dict[str, Any] = {"kvshare_shadow": 1.0, "kvshare_shadow_floor": 0.0}
+    flags |= {"kvshare_budget": 0.0, "page_size": PAGE, "disable_overlap_schedule": False}
+    with lab(llama, kvshare=True, chunked_prefill_size=38 * PAGE, **flags) as it:
         yield it
 
 
@@ -29,9 +34,6 @@ def moved(texts: Texts, size: int = 150) -> tuple[list[int], list[int]]:
     """A source and a prompt that copies most of it."""
     a, b = texts.passage(size), texts.passage(size)
     return a + b, texts.passage(20) + b + a + texts.passage(30)
-
-
-WAIT = [("idle",), ("polls", 3)]  # long enough for a twin
 
 
 @pytest.mark.parametrize("size", [150, 500], ids=["whole", "chunks"])
@@ -73,7 +75,7 @@ def test_no_counter_no_answer_and_no_text_in_the_cache_is_a_twins(
         grew = after[kind] - before.get(kind, 0) - (len(source) if kind == "fresh" else 0)
         assert grew == record[f"{kind}_tokens"], kind
     # the twin's exact KV is not there: of the prompt only what is before its first copy
-    assert shadowed.one(prompt, kvshare="exact")["cached"] == 20
+    assert shadowed.one(prompt, kvshare="exact")["cached"] == PAGE
     # who reuses nothing gets no twin
     assert len(shadowed.ask("probes:twins")["kls"]) == twins + 1
     assert_clean(shadowed)
