@@ -22,6 +22,11 @@ def _why_not(marker: str) -> str | None:
 
         if not torch.cuda.is_available():
             return "no GPU"
+    if marker == "weights":
+        from kvshare_sglang.bench import smollm2
+
+        if not (smollm2.MODELS / smollm2.NAME / smollm2.STAMP).is_file():
+            return "SmolLM2 is not here: python -m kvshare_sglang.bench.smollm2 fetches it"
     return None
 
 
@@ -43,7 +48,7 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    for marker in ("sglang", "gpu"):
+    for marker in ("sglang", "gpu", "weights"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (why := _why_not(marker)):
             for item in marked:

@@ -114,6 +114,10 @@ def switch(child: Any, settings: dict[str, float]) -> bool:
     return bool(child.scheduler.set_internal_state(asked).updated)
 
 
+def calibration_of(child: Any) -> str:
+    return str(child.cache.config.calibration)
+
+
 def layer_rows(child: Any) -> list[list[int]]:
     return child.layer_rows
 

@@ -39,14 +39,17 @@ class Best(NamedTuple):
 
 
 def choose(found: Found) -> Best:
-    """The shallowest candidate whose KL is within one standard error of the lowest, over pairs
-    (the one-standard-error rule of Breiman et al. 1984): a deeper one costs more. Answers hold
-    where it is closer to full prefill than copies alone, and its first tokens are not surely less
-    often those of full prefill than ``--kvshare-shadow-floor`` asks for."""
+    """The shallowest candidate that is within one standard error of the best, over pairs (the
+    one-standard-error rule of Breiman et al. 1984): a deeper one costs more. They are judged by the
+    mean of sqrt(KL / 2), which bounds how often a sampled token is another one (Pinsker).
+
+    Answers hold where the chosen one is closer to full prefill than copies alone, and its first
+    tokens are not surely less often those of full prefill than ``--kvshare-shadow-floor`` asks for.
+    """
     depths = found.depths
-    kl = {depth: found.values(str(depth), "kl") for depth in depths}
-    lowest = min(depths, key=lambda depth: kl[depth].mean())
-    probe_at = next(depth for depth in depths if _as_good(kl[depth], kl[lowest]))
+    off = {depth: np.sqrt(found.values(str(depth), "kl").clip(0) / 2) for depth in depths}
+    best = min(depths, key=lambda depth: off[depth].mean())
+    probe_at = next(depth for depth in depths if _as_good(off[depth], off[best]))
     trace, copies = found.means(str(probe_at)), found.means("copies")
     same = int(found.values(str(probe_at), "agree").sum())
     holds = trace["kl"] < copies["kl"] and upper_bound(same, found.prompts) >= FLOOR
@@ -54,8 +57,8 @@ def choose(found: Found) -> Best:
     return Best(probe_at, bool(holds), {"trace": trace, "copies": copies}, candidates)
 
 
-def _as_good(mine: np.ndarray, lowest: np.ndarray) -> bool:
-    more = mine - lowest
+def _as_good(mine: np.ndarray, best: np.ndarray) -> bool:
+    more = mine - best
     return bool(more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
 
 

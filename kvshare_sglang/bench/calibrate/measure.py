@@ -12,7 +12,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import probe_layer
 from kvshare_sglang.sim.engine import Lab, Model, Partial
 
-CONTINUED = 16  # tokens of full prefill's answer along which arms are compared
+CONTINUED = 8  # tokens of full prefill's answer along which arms are compared
 LAYER = 1  # no selector here has a check layer
 
 

@@ -12,8 +12,9 @@ from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.bench.quality import cases
 from kvshare_sglang.bench.tasks.python_docs import prose
+from kvshare_sglang.radix_fuzzy.segments import common_prefix
 
-PASSAGES = 3  # of a prompt; about as many hundred tokens as twice that
+PASSAGES = 4  # of a prompt; each about 100 tokens
 SHORTEST, LONGEST = 250, 700  # characters of a passage
 READ = ("hops", "state")  # tasks of the reader
 SIZE, READER_HOLDS = cases.SIZE._replace(facts=48), 1024
@@ -33,7 +34,7 @@ def prompts(folder: Path, n: int, *, longest: int) -> list[Prompt]:
     ones. Raises ScriptError where they do not fit into ``longest`` tokens."""
     if folder.resolve() == READER:
         return list(_of_the_reader(n))
-    encode = _encoder(folder)
+    encode = _Encoder(folder)
     pool = [
         passages.Passage(i, text, ())
         for i, text in enumerate((*prose("test"), *prose("train")))
@@ -48,28 +49,45 @@ def prompts(folder: Path, n: int, *, longest: int) -> list[Prompt]:
         asked = case(rng, scene, others)
         if asked is None:
             continue
-        one = Prompt(name, encode(asked.prompt), tuple(encode(text) for text in asked.cached))
+        ids = encode.begun(asked.prompt, asked.told, asked.answers[0])
+        one = Prompt(name, ids, tuple(encode.prompt(text) for text in asked.cached))
         if (most := max(map(len, (one.ids, *one.cached)))) + 64 > longest:
             raise ScriptError(f"the model holds {longest} tokens, a prompt here has {most}")
         made.append(one)
     return made
 
 
-def _encoder(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+class _Encoder:
+    """Text to tokens, in the chat of a model directory where it has one."""
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
 
-    def encode(text: str) -> np.ndarray:
-        if tokenizer.chat_template:
-            said = [{"role": "user", "content": text}]
-            chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-            code = tokenizer(chat, add_special_tokens=False)
-        else:
-            code = tokenizer(f"{text}\nAnswer:")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def prompt(self, text: str) -> np.ndarray:
+        return self._tokens(self._chat(text))
+
+    def begun(self, text: str, answer: str, code: str) -> np.ndarray:
+        """A prompt and its answer up to the digits of ``code``: the next token is one that the
+        prompt decides, where the first of an answer is nearly always "The"."""
+        before = f"{self._chat(text)}{answer[: answer.rindex(code)]}"
+        ids = self._tokens(before + code)
+        other = self._tokens(f"{before}{9 - int(code[0])}{code[1:]}")
+        return ids[: common_prefix(ids, other)]
+
+    def _chat(self, text: str) -> str:
+        if not self._tokenizer.chat_template:
+            return f"{text}\nAnswer: "
+        said = [{"role": "user", "content": text}]
+        return str(
+            self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _tokens(self, text: str) -> np.ndarray:
+        special = not self._tokenizer.chat_template  # a chat has its own
+        code = self._tokenizer(text, add_special_tokens=special)
         return np.asarray(code["input_ids"], np.int32)
-
-    return encode
 
 
 def _of_the_reader(n: int) -> Iterator[Prompt]:
