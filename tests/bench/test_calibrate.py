@@ -20,9 +20,9 @@ def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path
     model = Model(with_a_dead_layer(READER, tmp_path / "dead-layer"))
     depths = [0.25, 0.35, 0.5]
     assert layers_at(model, depths) == {DEAD: 0.25, DEAD + 1: 0.35, 6: 0.5}
-    asked = prompts(READER, 8, longest=len(model.table))
+    asked = prompts(READER, 6, longest=len(model.table))
     found = calibrate.collect(model, asked, depths, deadline=float("inf"))
-    assert found.prompts == 8
+    assert found.prompts == 6
     best = choose(found)
     assert best.probe_at == 0.35
     assert best.holds

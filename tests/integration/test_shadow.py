@@ -16,6 +16,13 @@ from kvshare_sglang.bench.quality.cases import SIZE, Encoder, prompts
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.runtime.shadow import MOST_WAITING, SWITCH
 
+
+def kl_of(full: dict[str, Any], reuse: dict[str, Any]) -> float:
+    """KL of two answers' first tokens, from the logits that were read off the server."""
+    exact, other = (answer["logits"].log_softmax(-1) for answer in (full, reuse))
+    return float((exact.exp() * (exact - other)).sum())
+
+
 WAIT = [("idle",), ("polls", 3)]  # long enough for a twin
 PAGE = 16
 
@@ -48,12 +55,10 @@ def test_a_twin_says_how_far_reuse_is_from_full_prefill(
     assert told["kvshare"]["copied_tokens"] > size
     after = shadowed.ask("probes:twins")
     assert len(after["kls"]) == len(before["kls"]) + 1
-    full = shadowed.one(prompt, kvshare="exact", extra_key="other")["logits"].log_softmax(-1)
-    reuse = told["logits"].log_softmax(-1)
-    kl = float((full.exp() * (full - reuse)).sum())
-    assert kl > 1e-3  # these copies do harm
-    assert after["kls"][-1] == pytest.approx(kl, rel=2e-2)
-    agrees = bool(full.argmax() == reuse.argmax())
+    full = shadowed.one(prompt, kvshare="exact", extra_key="other")
+    assert kl_of(full, told) > 1e-3  # these copies do harm
+    assert after["kls"][-1] == pytest.approx(kl_of(full, told), rel=2e-2)
+    agrees = bool(full["logits"].argmax() == told["logits"].argmax())
     assert [after[name] - before[name] for name in ("agree", "differ")] == [agrees, not agrees]
     assert_clean(shadowed)
 
@@ -117,15 +122,25 @@ def test_twins_outlive_aborts_and_flushes_but_not_their_weights(
 
 
 def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) -> None:
+    """They came in one batch: each is compared with its own request."""
     shadowed.flush()
     source, _ = moved(texts)
     many = [texts.passage(20) + source[:250] + texts.passage(9) for _ in range(MOST_WAITING + 3)]
     before = shadowed.ask("probes:twins")
     together = [request(f"r{i}", prompt, new=2) for i, prompt in enumerate(many)]
-    shadowed.play([request("s", source), ("idle",), together, ("idle",), ("polls", 12)])
+    told = shadowed.play([request("s", source), ("idle",), together, ("idle",), ("polls", 12)])
     after = shadowed.ask("probes:twins")
     assert after["queue_full"] - before.get("queue_full", 0) == 3
     assert len(after["kls"]) - len(before["kls"]) == MOST_WAITING
+    exact = [
+        request(f"r{i}", prompt, new=1, kvshare="exact", extra_key="other")
+        for i, prompt in enumerate(many)
+    ]
+    full = shadowed.play([exact])
+    kls = [kl_of(full[f"r{i}"], told[f"r{i}"]) for i in range(len(many))]
+    ran = after["kls"][-MOST_WAITING:]
+    assert all(min(abs(kl / one - 1) for kl in kls) < 0.02 for one in ran), (kls, ran)
+    assert len({round(one, 4) for one in ran}) > 1
     assert_clean(shadowed)
 
 
