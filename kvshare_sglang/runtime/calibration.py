@@ -40,6 +40,7 @@ class Calibration(NamedTuple):
     path: Path
     fingerprint: str
     probe_at: float
+    stretch: int
     holds: bool
     prompts: int
     check: dict[str, dict[str, float]]
@@ -87,14 +88,14 @@ def file_name(model: str, mark: str) -> str:
 
 
 def as_json(
-    model: str, mark: str, *, probe_at: float, holds: bool, prompts: int,
+    model: str, mark: str, *, probe_at: float, stretch: int, holds: bool, prompts: int,
     check: dict[str, dict[str, float]], **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A calibration as its file holds it; ``more`` is for who reads it."""
     return {
         "form": FORM, "recipe": RECIPE, "plugin": __version__, "model": model,
-        "fingerprint": mark, "probe_at": probe_at, "holds": holds, "prompts": prompts,
-        "check": check, **more,
+        "fingerprint": mark, "probe_at": probe_at, "stretch": stretch, "holds": holds,
+        "prompts": prompts, "check": check, **more,
     }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def read(path: Path) -> Calibration:
             f" (recipe {RECIPE})"
         )
     try:
-        probe_at, holds = found["probe_at"], found["holds"]
+        probe_at, stretch, holds = found["probe_at"], int(found["stretch"]), found["holds"]
         check = {
             arm: {name: float(found["check"][arm][name]) for name in ("kl", "agree")}
             for arm in ("trace", "copies")
@@ -129,7 +130,7 @@ def read(path: Path) -> Calibration:
         raise StartError(f"calibration {path} is broken: it lacks {error}") from None
     except (TypeError, ValueError) as error:
         raise StartError(f"calibration {path} is broken: {error}") from None
-    return Calibration(path, mark, float(probe_at), holds, prompts, check)
+    return Calibration(path, mark, float(probe_at), stretch, holds, prompts, check)
 
 
 def find(model: str, revision: str | None = None) -> Calibration | None:
@@ -180,6 +181,8 @@ def settled(
         "calibration": NONE if found is None else str(found.path),
         "probe_at": UNMEASURED_PROBE if found is None else found.probe_at,
     }
+    if found is not None:
+        says["stretch"] = found.stretch
     if found is None or not found.holds:
         says["budget"] = min(1.0, UNMEASURED_BUDGET * config.budget)
     mine = {name: value for name, value in says.items() if name not in given}
@@ -189,7 +192,7 @@ def settled(
 def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     """What a server of a settled config says of it at start, and whether that is a warning."""
     layer = f"probe layer {probe_layer(layers, config.probe_at)} of {layers}"
-    here = f"{layer}, budget {config.budget:g}"
+    here = f"{layer}, stretch {config.stretch}, budget {config.budget:g}"
     if config.calibration in (OFF, AUTO):
         return f"KVShare: answers were not looked at: {here}", False
     if config.calibration == NONE:

@@ -8,65 +8,60 @@ from tiny_models import DEAD, with_a_dead_layer
 
 from kvshare_sglang.bench import calibrate
 from kvshare_sglang.bench.__main__ import main
-from kvshare_sglang.bench.calibrate.choice import Found, choose
-from kvshare_sglang.bench.calibrate.measure import layers_at
+from kvshare_sglang.bench.calibrate.choice import choose
+from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row, candidates
 from kvshare_sglang.bench.calibrate.prompts import prompts
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
+SHALLOW, DEEP = Candidate(0.25, 6), Candidate(0.5, 0)
+
 
 def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path: Path) -> None:
     model = Model(with_a_dead_layer(READER, tmp_path / "dead-layer"))
-    depths = [0.25, 0.35, 0.5]
-    assert layers_at(model, depths) == {DEAD: 0.25, DEAD + 1: 0.35, 6: 0.5}
+    among = [one for one in candidates(model, [0.25, 0.35, 0.5]) if not one.stretch]
+    assert [one.layer(len(model.layers)) for one in among] == [DEAD, DEAD + 1, 6]
     asked = prompts(READER, 6, longest=len(model.table))
-    found = calibrate.collect(model, asked, depths, deadline=float("inf"))
-    assert found.prompts == 6
+    found = calibrate.collect(model, asked, among, deadline=float("inf"))
+    assert len(found) == 6
     best = choose(found)
-    assert best.probe_at == 0.35
+    assert best.chosen == Candidate(0.35, 0)
     assert best.holds
-    kl = {one["probe_at"]: one["kl"] for one in best.candidates}
-    assert kl[0.35] < 0.2 * kl[0.25]
+    assert best.means[best.chosen].kl < 0.2 * best.means[Candidate(0.25, 0)].kl
 
 
-def rows(copies: float, agree: float = 1.0, **kl: list[float]) -> Found:
-    """Found with a KL for each prompt, by depth in hundredths."""
-    arms = {str(int(name[1:]) / 100): values for name, values in kl.items()}
-    n = len(next(iter(arms.values())))
+def rows(copies: float, *, shallow: list[float], deep: list[float], agree: float = 1) -> list[Row]:
+    """Rows with these KLs by prompt; of so many the first token is full prefill's."""
 
-    def one(value: float, i: int) -> dict[str, float]:
-        same = float(i < agree * n)
-        return {"kl": value, "kl_first": value, "agree": same, "computed": 0.2}
+    def one(kl: float, i: int) -> Measured:
+        return Measured(kl, kl, float(i < agree * len(deep)), 0.2)
 
-    return Found(
-        [
-            {"case": "x", "tokens": 9, "copies": one(copies, i)}
-            | {name: one(values[i], i) for name, values in arms.items()}
-            for i in range(n)
-        ]
-    )
+    return [
+        {None: one(copies, i), DEEP: one(deep[i], i), SHALLOW: one(shallow[i], i)}
+        for i in range(len(deep))
+    ]
 
 
 @pytest.mark.parametrize(
-    ("found", "depth", "holds"),
+    ("found", "chosen", "holds"),
     [
-        # as good as the deepest within the noise: the shallowest of those
-        (rows(9, d25=[1.0, 3, 1, 3], d50=[2.1, 1.8, 2.0, 1.9]), 0.25, True),
+        # as good as the deeper one within the noise: the cheaper
+        (rows(9, shallow=[1.0, 3, 1, 3], deep=[2.1, 1.8, 2.0, 1.9]), SHALLOW, True),
         # worse on each prompt, however little
-        (rows(9, d25=[1.1, 2.1, 3.1, 4.1], d50=[1.0, 2.0, 3.0, 4.0]), 0.5, True),
+        (rows(9, shallow=[1.1, 2.2, 3.3, 4.4], deep=[1.0, 2, 3, 4]), DEEP, True),
         # copies alone are closer to full prefill
-        (rows(0.5, d25=[1.0, 1.0, 1.0], d50=[2.0, 2.0, 2.0]), 0.25, False),
+        (rows(0.5, shallow=[1.0, 1, 1], deep=[2.0, 2, 2]), SHALLOW, False),
         # first tokens differ too often; three flips of 30 are not enough to say so
-        (rows(9, agree=0.7, d25=[1.0] * 30), 0.25, False),
-        (rows(9, agree=0.9, d25=[1.0] * 30), 0.25, True),
+        (rows(9, shallow=[1.0] * 30, deep=[2.0] * 30, agree=0.7), SHALLOW, False),
+        (rows(9, shallow=[1.0] * 30, deep=[2.0] * 30, agree=0.9), SHALLOW, True),
     ],
 )
-def test_the_shallowest_layer_that_is_as_good_as_any(
-    found: Found, depth: float, holds: bool
+def test_the_cheapest_that_is_as_good_as_any_is_chosen(
+    found: list[Row], chosen: Candidate, holds: bool
 ) -> None:
     best = choose(found)
-    assert (best.probe_at, best.holds) == (depth, holds)
+    assert (best.chosen, best.holds) == (chosen, holds)
 
 
 def test_the_command_writes_what_a_server_reads(

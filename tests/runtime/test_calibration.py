@@ -36,7 +36,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(path: Path, mark: str, **more: Any) -> Path:
-    made = calibration.as_json("model", mark, probe_at=0.4, holds=True, prompts=30, check=CHECK)
+    made = calibration.as_json(
+        "model", mark, probe_at=0.4, stretch=2, holds=True, prompts=30, check=CHECK
+    )
     path.write_text(json.dumps({**made, **more}))
     return path
 
@@ -78,7 +80,7 @@ def test_what_was_measured_holds_and_what_the_user_says_wins(model: Path, home: 
     path = write(home / calibration.file_name("model", mark), mark)
     plain = KVShareConfig()
     for config in (of(model), of(model, calibration=str(path))):
-        assert (config.probe_at, config.budget) == (0.4, plain.budget)
+        assert (config.probe_at, config.stretch, config.budget) == (0.4, 2, plain.budget)
         assert config.calibration == str(path)
     # the user's word wins, also where it is the default's
     assert of(model, probe_at=plain.probe_at).probe_at == plain.probe_at
@@ -92,7 +94,7 @@ def test_a_model_that_was_never_measured_is_served_with_care(model: Path) -> Non
     said, is_warning = calibration.told(config, layers=30, model="some/model")
     assert is_warning
     assert "\n" not in said
-    assert "probe layer 14 of 30, budget 0.3" in said
+    assert "probe layer 14 of 30, stretch 6, budget 0.3" in said
     assert said.endswith("python -m kvshare_sglang.bench calibrate some/model")
     given = of(model, probe_at=plain.probe_at, budget=plain.budget)
     assert (given.probe_at, given.budget) == (plain.probe_at, plain.budget)
@@ -123,6 +125,7 @@ def test_a_model_whose_answers_suffered_computes_more_and_warns(model: Path, hom
         ({"check": {}}, "lacks 'trace'"),
         ({"check": None}, "is broken"),
         ({"prompts": "many"}, "is broken"),
+        ({"stretch": "far"}, "is broken"),
     ],
 )
 def test_a_file_that_is_broken_or_of_another_model_ends_the_start(

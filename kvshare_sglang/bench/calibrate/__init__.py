@@ -1,8 +1,8 @@
-"""Measure what reuse does to a model's answers, and at which layer traces look: a file for servers.
+"""Measure what reuse does to a model's answers, and where its traces should look: a server's file.
 
 Prompts are made of prose in Python's own documentation, in the model's own chat. Each is served by
-full prefill, by copies alone, and by a trace with each candidate layer, in plain torch over the
-plug-in's own selectors. Ends when all prompts are through, or when ``--minutes`` are over.
+full prefill, by copies alone, and by a trace with each candidate layer and stretch, in plain torch
+over the plug-in's own selectors. Ends when all are through, or when ``--minutes`` are over.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import torch
 from transformers.utils import logging
 
 from kvshare_sglang.bench import common, models, options
-from kvshare_sglang.bench.calibrate.choice import Found, choose, show
-from kvshare_sglang.bench.calibrate.measure import layers_at, measure
+from kvshare_sglang.bench.calibrate.choice import choose, show
+from kvshare_sglang.bench.calibrate.measure import Candidate, Row, candidates, measure
 from kvshare_sglang.bench.calibrate.prompts import Prompt, prompts
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.config import KVShareConfig
@@ -52,42 +52,48 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     model = Model(folder, dtype=getattr(torch, args.dtype), device=args.device)
     asked = prompts(folder, args.n, longest=len(model.table))
-    found = collect(model, asked, args.probe_at, deadline=started + 60 * args.minutes)
-    if found.prompts < FEWEST:
+    among = candidates(model, args.probe_at)
+    rows = collect(model, asked, among, deadline=started + 60 * args.minutes)
+    if len(rows) < FEWEST:
         raise ScriptError(
-            f"{found.prompts} prompts were through after --minutes {args.minutes:g}, at least"
+            f"{len(rows)} prompts were through after --minutes {args.minutes:g}, at least"
             f" {FEWEST} are needed: give it more"
         )
-    best = choose(found)
+    best = choose(rows)
     name = args.model if args.model == models.FETCHED else folder.name
     if (folder.parent.name, folder.parent.parent.name[:8]) == ("snapshots", "models--"):
         name = folder.parent.parent.name.removeprefix("models--")  # of Hugging Face's cache
-    layers = layers_at(model, args.probe_at)
     args.out = args.out or calibration.home() / calibration.file_name(name, mark)
     written = calibration.as_json(
-        name, mark, probe_at=best.probe_at, holds=best.holds, prompts=found.prompts,
-        check=best.check, candidates=best.candidates, budget=KVShareConfig().budget,
+        name, mark, **best.chosen._asdict(), holds=best.holds, prompts=len(rows),
+        check={"trace": best.means[best.chosen]._asdict(), "copies": best.means[None]._asdict()},
+        candidates=[
+            {**arm._asdict(), **mean._asdict()} for arm, mean in best.means.items() if arm
+        ],
+        budget=KVShareConfig().budget,
         env=common.environment(device=args.device, dtype=args.dtype),
     )  # fmt: skip
     common.write_json(args.out, written)
-    print(show(found, best, layers))
+    print(show(best, len(rows), layers=len(model.layers)))
     print(f"calibration: {args.out}")
-    common.write_result(args, {"calibration": written, "rows": found.rows})
+    common.write_result(args, {"calibration": written})
     return 0
 
 
-def collect(model: Model, asked: list[Prompt], depths: list[float], *, deadline: float) -> Found:
+def collect(
+    model: Model, asked: list[Prompt], among: list[Candidate], *, deadline: float
+) -> list[Row]:
     """Measure prompts till they are used up or, after one at least, the time is over."""
     rows = []
     with common.Progress(len(asked), unit=" prompts") as bar:
         for one in asked:
             bar.say(one.case)
-            if row := measure(model, one, depths):
+            if row := measure(model, one, among):
                 rows.append(row)
             bar.update()
             if time.monotonic() > deadline:
                 break
-    return Found(rows)
+    return rows
 
 
 def _folder(name: str) -> Path:

@@ -1,60 +1,39 @@
-"""Which layer the measured prompts speak for, and whether answers hold with it."""
+"""Which layer and stretch the measured prompts speak for, and whether answers hold with them."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from kvshare_sglang.bench import common
+from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row
 from kvshare_sglang.policy.shadow import FLOOR, upper_bound
 
 
-class Found(NamedTuple):
-    """What was measured: a row for each prompt, by arm; candidates go by their depth."""
-
-    rows: list[dict[str, Any]]
-
-    @property
-    def prompts(self) -> int:
-        return len(self.rows)
-
-    @property
-    def depths(self) -> list[float]:
-        """Ascending."""
-        names = {name for row in self.rows for name in row} - {"case", "tokens", "copies"}
-        return sorted(map(float, names))
-
-    def values(self, arm: str, name: str) -> np.ndarray:
-        return np.array([row[arm][name] for row in self.rows])
-
-    def means(self, arm: str) -> dict[str, float]:
-        names = ("kl", "kl_first", "agree", "computed")
-        return {name: float(self.values(arm, name).mean()) for name in names}
-
-
 class Best(NamedTuple):
-    probe_at: float
+    """``means``: over prompts, by arm."""
+
+    chosen: Candidate
     holds: bool
-    check: dict[str, dict[str, float]]
-    candidates: list[dict[str, float]]
+    means: dict[Candidate | None, Measured]
 
 
-def choose(found: Found) -> Best:
-    """The shallowest candidate that is within one standard error of the best, over pairs (the
-    one-standard-error rule of Breiman et al. 1984): a deeper one costs more. They are judged by the
-    mean of sqrt(KL / 2), which bounds how often a sampled token is another one (Pinsker).
+def choose(rows: Sequence[Row]) -> Best:
+    """The cheapest candidate that is within one standard error of the best, over pairs (the
+    one-standard-error rule of Breiman et al. 1984). They are judged by the mean of sqrt(KL / 2),
+    which bounds how often a sampled token is another one (Pinsker).
 
     Answers hold where the chosen one is closer to full prefill than copies alone, and its first
     tokens are not surely less often those of full prefill than ``--kvshare-shadow-floor`` asks for.
     """
-    depths = found.depths
-    off = {depth: np.sqrt(found.values(str(depth), "kl").clip(0) / 2) for depth in depths}
-    best = min(depths, key=lambda depth: off[depth].mean())
-    probe_at = next(depth for depth in depths if _as_good(off[depth], off[best]))
-    trace, copies = found.means(str(probe_at)), found.means("copies")
-    same = int(found.values(str(probe_at), "agree").sum())
-    holds = trace["kl"] < copies["kl"] and upper_bound(same, found.prompts) >= FLOOR
-    candidates = [{"probe_at": depth, **found.means(str(depth))} for depth in depths]
-    return Best(probe_at, bool(holds), {"trace": trace, "copies": copies}, candidates)
+    values = {arm: np.array([row[arm] for row in rows]) for arm in rows[0]}
+    means = {arm: Measured(*map(float, them.mean(axis=0))) for arm, them in values.items()}
+    off = {arm: np.sqrt(them[:, 0].clip(0) / 2) for arm, them in values.items() if arm is not None}
+    best = min(off, key=lambda arm: float(off[arm].mean()))
+    chosen = next(arm for arm in sorted(off) if _as_good(off[arm], off[best]))
+    same = round(means[chosen].agree * len(rows))
+    holds = means[chosen].kl < means[None].kl and upper_bound(same, len(rows)) >= FLOOR
+    return Best(chosen, holds, means)
 
 
 def _as_good(mine: np.ndarray, best: np.ndarray) -> bool:
@@ -62,14 +41,18 @@ def _as_good(mine: np.ndarray, best: np.ndarray) -> bool:
     return bool(more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
 
 
-def show(found: Found, best: Best, layers: dict[int, float]) -> str:
-    by_depth = {depth: layer for layer, depth in layers.items()}
-    rows = [{"arm": f"trace, layer {by_depth[one['probe_at']]}", **one} for one in best.candidates]
-    rows.append({"arm": "copies alone", **best.check["copies"]})
+def show(best: Best, prompts: int, *, layers: int) -> str:
+    rows = [
+        {"arm": "copies alone" if arm is None else _name(arm, layers), **mean._asdict()}
+        for arm, mean in best.means.items()
+    ]
     table = common.columns(
         rows, arm="{arm}", KL="{kl:.4f}", of_the_first_token="{kl_first:.4f}",
         same_first_token="{agree:.1%}", FLOPs="{computed:.0%}",
     )  # fmt: skip
     verdict = "answers hold" if best.holds else "answers suffer: servers compute twice the rows"
-    chosen = f"probe layer {by_depth[best.probe_at]} (--kvshare-probe-at {best.probe_at:g})"
-    return f"{table}\n{found.prompts} prompts: {chosen}; {verdict}"
+    return f"{table}\n{prompts} prompts: {_name(best.chosen, layers)}; {verdict}"
+
+
+def _name(arm: Candidate, layers: int) -> str:
+    return f"probe layer {arm.layer(layers)}, stretch {arm.stretch}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -14,17 +14,40 @@ from kvshare_sglang.sim.engine import Lab, Model, Partial
 
 CONTINUED = 8  # tokens of full prefill's answer along which arms are compared
 LAYER = 1  # no selector here has a check layer
+STRETCHES = (0, KVShareConfig().stretch)
 
 
-def layers_at(model: Model, depths: Sequence[float]) -> dict[int, float]:
-    """The candidates: layers, each with the first depth that names it."""
-    return {probe_layer(len(model.layers), depth): depth for depth in reversed(depths)}
+class Candidate(NamedTuple):
+    """What is chosen: ``--kvshare-probe-at`` and ``--kvshare-stretch``. Orders by cost."""
+
+    probe_at: float
+    stretch: int
+
+    def layer(self, layers: int) -> int:
+        return probe_layer(layers, self.probe_at)
 
 
-def measure(model: Model, prompt: Prompt, depths: Sequence[float]) -> dict[str, Any] | None:
-    """What each arm gives (``copies``, and a trace for each layer, by its number): KL to full
-    prefill along its answer and of its first token, whether the first token is the same, and the
-    FLOPs as a share of full prefill's. None where nothing is reused."""
+def candidates(model: Model, depths: Sequence[float]) -> list[Candidate]:
+    """Each layer once, by the first depth that names it, with each stretch."""
+    layers = {probe_layer(len(model.layers), depth): depth for depth in reversed(depths)}
+    return [Candidate(layers[layer], s) for layer in sorted(layers) for s in STRETCHES]
+
+
+class Measured(NamedTuple):
+    """One prompt under one arm: KL to full prefill along its answer and of its first token, whether
+    the first token is the same (0 or 1), and the FLOPs as a share of full prefill's."""
+
+    kl: float
+    kl_first: float
+    agree: float
+    computed: float
+
+
+Row = dict[Candidate | None, Measured]  # by arm; None: copies alone
+
+
+def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | None:
+    """What each arm gives; None where nothing is reused."""
     config = KVShareConfig(select="trace")
     lab = Lab(model, config)
     for ids in prompt.cached:
@@ -33,25 +56,22 @@ def measure(model: Model, prompt: Prompt, depths: Sequence[float]) -> dict[str, 
     first, kv = model.full(prompt.ids)
     told = model.greedy(prompt.ids, first, kv, CONTINUED)
     true = follow(model, model.widened(kv, len(told), known=known), first, told, known)
-    row: dict[str, Any] = {"case": prompt.case, "tokens": known}
 
-    def judged(done: Partial, selector: str, plan: Any) -> dict[str, float]:
+    def judged(done: Partial, selector: str) -> Measured:
         along = follow(model, done.kv, done.logits, told, known)
         kl = (true.exp() * (true - along)).sum(-1)
         _, computed = shares(lab, plan, done, selector, layer=LAYER)
-        return {
-            "kl": float(kl.mean()), "kl_first": float(kl[0]),
-            "agree": float(along[0].argmax() == true[0].argmax()), "computed": computed,
-        }  # fmt: skip
+        agrees = float(along[0].argmax() == true[0].argmax())
+        return Measured(float(kl.mean()), float(kl[0]), agrees, computed)
 
     plan = lab.plan(prompt.ids)
     if not plan.copies:
         return None
     with torch.no_grad():
         copied = lab.prefill(prompt.ids, plan, "copy", budget=0.0, room=CONTINUED)
-        row["copies"] = judged(copied, "copy", plan)
-        for layer, depth in layers_at(model, depths).items():
-            lab.config = dataclasses.replace(config, probe_at=depth)
+        row: Row = {None: judged(copied, "copy")}
+        for one in among:
+            lab.config = dataclasses.replace(config, **one._asdict())
             done = lab.prefill(prompt.ids, plan, "trace", budget=config.budget, room=CONTINUED)
-            row[str(depth)] = judged(done, "trace", plan) | {"layer": layer}
+            row[one] = judged(done, "trace")
     return row
