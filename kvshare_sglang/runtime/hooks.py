@@ -220,10 +220,8 @@ OVERRIDDEN = (
 ATTRIBUTES = (
     Attribute(f"{_SRT}.managers.schedule_batch.Req", "kvshare", "RequestReuse"),
     Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
-    Attribute(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare", "BatchReuse"),
-    Attribute(
-        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "kvshare_shadow", "Callable"
-    ),
+    Attribute(_BATCH, "kvshare", "BatchReuse"),
+    Attribute(_BATCH, "kvshare_shadow", "Callable"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),
@@ -261,6 +259,12 @@ USED = (
     Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
     Used(f"{_SRT}.managers.schedule_batch.ScheduleBatch", "prepare_for_extend", "called: a twin"),
     Used(f"{_SRT}.managers.scheduler.Scheduler", "is_fully_idle", "called: may a twin run"),
+    Used(
+        f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
+        "offload_tags",
+        "read: may a twin run",
+        True,
+    ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.

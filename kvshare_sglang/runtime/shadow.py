@@ -65,7 +65,7 @@ class Shadow:
 
     def watch(
         self, batch: "ScheduleBatch", fb: "ForwardBatch"
-    ) -> Callable[[torch.Tensor], None] | None:
+    ) -> Callable[[torch.Tensor | None], None] | None:
         """What wants to see a prefill batch's logits [requests, vocab], once it ran: some of the
         requests whose prompts end in it get a twin."""
         if not self.gate.share:
@@ -74,32 +74,35 @@ class Shadow:
         lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
         for row, (req, (start, length)) in enumerate(zip(batch.reqs, lengths, strict=True)):
             state = reuse_of(req)
-            ends = state is not None and state.plan and start + length == state.plan.prompt_len
-            if ends and state is not None and not state.told and self.gate.takes():
+            if state is None or state.plan is None or state.told:
+                continue
+            if start + length == state.plan.prompt_len and self.gate.takes():
                 found.append(Watched(row, req, start + length))
         return functools.partial(self._note, found) if found else None
 
-    def _note(self, watched: list[Watched], logits: torch.Tensor) -> None:
+    def _note(self, watched: list[Watched], logits: torch.Tensor | None) -> None:
         """Keep what requests would begin with, but for those that reused nothing in the end."""
         for row, req, prompt_len in watched:
-            if reuse_of(req) is None:
+            if reuse_of(req) is None or logits is None:
                 continue
             if len(self._waiting) == MOST_WAITING:
                 self._report.shadow_dropped("queue_full")
                 continue
             ids = req.full_untruncated_fill_ids[:prompt_len]
-            self._waiting.append(Waiting(ids, logits[row].float().log_softmax(-1)))
+            try:
+                self._waiting.append(Waiting(ids, logits[row].float().log_softmax(-1)))
+            except Exception:  # the request itself must go on
+                logger.exception("KVShare could not keep what request %s begins with", req.rid)
+                self._report.shadow_dropped("fault")
 
-    def run_one(self, scheduler: Any) -> bool:
-        """Run the twin that waits longest; whether there was one. Raises nothing."""
-        if not self._waiting:
-            return False
+    def run_one(self, scheduler: Any) -> None:
+        """Run the twin that waits longest, on an idle scheduler. Raises nothing."""
         waiting = self._waiting.popleft()
         cache = scheduler.tree_cache
         free = scheduler.token_to_kv_pool_allocator.available_size()
         if len(waiting.ids) + cache.page_size > free + cache.evictable_size():
             self._report.shadow_dropped("no_room")
-            return True
+            return
         try:
             logits = versions.prefill_once(scheduler, waiting.ids)
             exact = logits.float().log_softmax(-1)
@@ -108,9 +111,8 @@ class Shadow:
         except Exception:
             logger.exception("KVShare could not run an exact twin")
             self._report.shadow_dropped("fault")
-            return True
+            return
         self._judge(Twin(agrees, max(0.0, kl)))
-        return True
 
     def new_weights(self) -> None:
         """Twins of the old ones could not be run, and what they said no longer counts."""
@@ -147,11 +149,16 @@ def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw:
     """AROUND ``Scheduler.on_idle``: while twins wait, the loop goes round without it, looks for
     requests in between, and does not sleep."""
     shadow: Shadow | None = getattr(scheduler.tree_cache, "shadow", None)
-    if shadow is not None and shadow.num_waiting and scheduler.is_fully_idle():
+    if shadow is not None and shadow.num_waiting and _may_run(scheduler):
         shadow.run_one(scheduler)
         if shadow.num_waiting:
             return None
     return original(scheduler, *args, **kw)
+
+
+def _may_run(scheduler: Any) -> bool:
+    """Not while weights or KV are given back to the device (``/release_memory_occupation``)."""
+    return bool(scheduler.is_fully_idle()) and not scheduler.weight_updater.offload_tags
 
 
 def hook_set_internal_state(
