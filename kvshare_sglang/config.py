@@ -58,7 +58,7 @@ class KVShareConfig:
         0.02, "mean change of refreshed values below which nothing was stale", 0, 1000
     )
     probe_at: float = _option(
-        0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
+        0.5, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
     stretch: int = _option(
         6, "tokens on either side of one that is attended to that trace takes with it", 0, 64
