@@ -31,6 +31,7 @@ class Report:
         self.tokens: Counter[str] = Counter()
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
+        self.waits = self.most_overtaken = 0
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
 
     def count(self, **tokens: int) -> None:
@@ -55,6 +56,19 @@ class Report:
         """Rows of decoding requests ran once more."""
         self.count(refreshed=rows)
         logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
+
+    def held(self, requests: int) -> None:
+        """So many more waiting requests wait for text that another one computes."""
+        self.waits += requests
+        if self._metrics is not None and requests:
+            self._metrics.held.inc(requests)
+
+    def overtaken(self, rows: int) -> None:
+        """A waiting request was overtaken by so many rows so far."""
+        if rows > self.most_overtaken:
+            self.most_overtaken = rows
+            if self._metrics is not None:
+                self._metrics.overtaken.set(rows)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -102,7 +116,7 @@ class _Metrics:
     def __init__(self, labels: dict[str, str]) -> None:
         # Imported late: SGLang sets the multiprocess directory before anything may import this.
         from prometheus_client import Counter as PromCounter
-        from prometheus_client import Histogram
+        from prometheus_client import Gauge, Histogram
 
         buckets = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
@@ -122,6 +136,17 @@ class _Metrics:
             "Requests whose rows another selector chose than the one asked for.",
             *("asked", "ran", "reason"),
         )
+        self.held = PromCounter(
+            "sglang:kvshare_waits_for_twins",
+            "Waiting requests that waited for text which another one was computing.",
+            list(labels),
+        ).labels(**labels)
+        self.overtaken = Gauge(
+            "sglang:kvshare_overtaken_rows_max",
+            "The most rows of later requests that went to prefill before a waiting one.",
+            list(labels),
+            multiprocess_mode="max",
+        ).labels(**labels)
         self.lookup = seconds("lookup_seconds", "Time to find and plan reuse for one request.")
         self.copy = seconds(
             "copy_seconds", "Host time to copy and re-rotate KV for one prefill batch."

@@ -24,6 +24,7 @@ from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
 from kvshare_sglang.runtime.cache.index_sync import BranchKey, IndexSync
+from kvshare_sglang.runtime.cache.queue import WaitingQueue
 from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
@@ -64,6 +65,7 @@ class FuzzyRadixCache(RadixCache):
         self.sources = Sources(self, self.usage)
         self.branches = Branches(self)
         self.retainer = Retainer(self, self.branches)
+        self.queue = WaitingQueue(self) if config.schedule == "kvshare" else None
         super().__init__(params)
         if config.eviction == "frequency":
             self.eviction_strategy = ByFrequency(self.usage)
@@ -83,6 +85,8 @@ class FuzzyRadixCache(RadixCache):
         self.sources.give_back()
         self.branches.forget()
         self.sync.new_weights()
+        if self.queue is not None:
+            self.queue.new_weights()
 
     def match_prefix(self, params: MatchPrefixParams) -> Any:
         """SGLang's match; for a request that accepts it, a blended one that covers more."""

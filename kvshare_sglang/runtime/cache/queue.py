@@ -1,0 +1,198 @@
+"""Keep SGLang's waiting queue in the order of ``policy/schedule.py``; hold who waits for a twin.
+
+Rows are counted as they are let in to prefill: by what admission knows of a request, not by what
+was thought of it while it waited. So the bound holds for what is let in, however stale the order.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvshare_sglang.policy.schedule import Order, Twins, cost_of, order
+from kvshare_sglang.policy.waiting import Waiting, Words
+from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime.cache.index_sync import as_tokens
+from kvshare_sglang.runtime.request import RequestReuse
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
+
+logger = logging.getLogger(__name__)
+
+LOOKUPS = 16384  # tokens of waiting prompts that are looked up in one round
+ROOM = 16384  # rows of a batch where SGLang has no chunks, its --max-prefill-tokens
+
+
+class WaitingQueue:
+    """The order of one scheduler's waiting queue."""
+
+    def __init__(self, cache: "FuzzyRadixCache") -> None:
+        self._cache = cache
+        self._bound = cache.config.schedule_bound
+        self._reset()
+        cache.fuzzy.listener = self._tree_changed
+
+    def _reset(self) -> None:
+        self._waiting = Waiting()
+        self._held: set[Req] = set()
+        self._text: dict[Req, tuple[np.ndarray, Words]] = {}  # kept grams: positions, hashes
+        self._new: dict[Req, Words] = {}  # of these, those that nothing is cached of
+        self._started: dict[Req, int] = {}  # in prefill: tokens of the answer when it began
+
+    # ---- in each round of SGLang's loop --------------------------------------------------
+
+    def sort(self, queue: list["Req"], plan: Callable[["Req"], RequestReuse]) -> None:
+        """Put ``queue`` in order, in place. ``plan``: what admission would look up."""
+        try:
+            self._follow(queue)
+            budget = self._look_up(self._waiting.unknown, plan, LOOKUPS)
+            found = self._order()
+            near = [self._waiting.keys[i] for i in self._waiting.dirty(self._near(found))]
+            if self._look_up(near, plan, budget) != budget:
+                found = self._order()
+        except Exception:
+            # A queue out of order must fail no request; the fault is logged, not hidden.
+            logger.exception("KVShare could not order the queue; this round it is SGLang's")
+            self._reset()
+            return
+        keys = self._waiting.keys
+        held = {keys[i] for i in found.held}
+        self._cache.report.held(len(held - self._held))
+        self._held = held
+        queue[:] = [keys[i] for i in (*found.first, *found.held)]
+
+    def must_wait(self, req: "Req", state: RequestReuse) -> bool:
+        """Whether a request is for a later batch: it waits for a twin, or what it costs would
+        overtake the oldest by more than the bound."""
+        if req in self._held:
+            return True
+        if req not in self._waiting:
+            return False
+        cost = self._cost(req, state)
+        self._waiting.costs(req, cost)
+        place = self._waiting.place_of(req)
+        return place > 0 and self._waiting.overtaken_at(0) + cost > self._bound
+
+    def admitted(self, req: "Req", state: RequestReuse) -> None:
+        """A request goes to prefill."""
+        if req not in self._waiting:
+            return
+        cost = self._cost(req, state)
+        places = [self._waiting.place_of(one) for one in self._held]
+        self._waiting.wait_for_twins(places, cost)
+        most = self._waiting.let_in(req, cost)
+        self._cache.report.overtaken(most)
+        self._waiting.computes(req, self._new_of(req, state))
+        self._started[req] = len(req.output_ids)
+        self._forget(req)
+
+    def new_weights(self) -> None:
+        """No text is known by the hashes that it had."""
+        self._waiting.forget_texts()
+        self._text.clear()
+        self._new.clear()
+
+    # ---- inside --------------------------------------------------------------------------
+
+    def _follow(self, queue: list["Req"]) -> None:
+        """Who came, who went, and whose prompt is through."""
+        waiting = self._waiting
+        here = set(queue)
+        gone = [req for req in waiting.keys if req not in here]
+        waiting.leave(gone)
+        for req in gone:
+            self._forget(req)
+        waiting.come(
+            (req, max(1, len(req.origin_input_ids) + len(req.output_ids)))
+            for req in queue
+            if req not in waiting
+        )
+        for req, begun in list(self._started.items()):
+            if req.finished() or len(req.output_ids) > begun or req in waiting:
+                waiting.computed(req)
+                del self._started[req]
+
+    def _forget(self, req: "Req") -> None:
+        self._text.pop(req, None)
+        self._new.pop(req, None)
+
+    def _look_up(
+        self, reqs: Iterable["Req"], plan: Callable[["Req"], RequestReuse], budget: int
+    ) -> int:
+        """Look requests up, the first ones, for as many tokens as ``budget``, of which what is left
+        is returned; 0 or less, and the others keep the cost that they had."""
+        for req in reqs:
+            if budget <= 0:
+                break
+            req.init_next_round_input(self._cache)
+            req.kvshare = state = plan(req)
+            if req not in self._text:
+                self._read(req)
+            self._new[req] = self._new_of(req, state)
+            self._waiting.looked_up(
+                req, cost=self._cost(req, state), twins=state.selector is not None
+            )
+            budget -= len(req.full_untruncated_fill_ids)
+        return budget
+
+    def _read(self, req: "Req") -> None:
+        space = self._cache.sync.space_of(versions.namespace(req))
+        marks = self._cache.fuzzy.marks(space, as_tokens(req.full_untruncated_fill_ids))
+        self._text[req] = marks
+        self._waiting.note_text(req, marks.hashes)
+
+    def _new_of(self, req: "Req", state: RequestReuse) -> Words:
+        """Hashes of the request's text that nothing is cached of; none if it was never read."""
+        if req not in self._text:
+            return np.empty(0, np.uint64)
+        positions, hashes = self._text[req]
+        new = positions >= versions.prefix_len(req)
+        if state.plan is not None:
+            new &= ~state.plan.reused_rows.mask(state.plan.prompt_len)[positions]
+        return hashes[new]
+
+    @staticmethod
+    def _cost(req: "Req", state: RequestReuse) -> int:
+        every = len(req.full_untruncated_fill_ids)
+        rows, copied = every - versions.prefix_len(req), 0
+        if state.plan is not None and state.plan.runs and state.selector is not None:
+            rows = min(rows, state.selector.most_rows(state.plan, budget=state.budget))
+            copied = every - versions.prefix_len(req) - rows
+        return cost_of(rows=rows, copied=copied, tokens=every)
+
+    def _order(self) -> Order:
+        config, waiting = self._cache.config, self._waiting
+        keys = waiting.keys
+        twins = Twins(
+            min_reuse=config.min_reuse,
+            min_share=config.min_share,
+            care=config.budget,
+            computes=lambda i: waiting.tokens_of(self._new.get(keys[i], np.empty(0, np.uint64))),
+        )
+        return order(
+            waiting.queue(bound=self._bound),
+            bound=self._bound,
+            room=versions.chunk_size() or ROOM,
+            twins=twins,
+        )
+
+    def _near(self, found: Order) -> list[int]:
+        """Those of the first that the next batch may take."""
+        room, near = versions.chunk_size() or ROOM, []
+        for i in found.first:
+            near.append(i)
+            room -= self._waiting.cost_at(i)
+            if room <= 0:
+                break
+        return near
+
+    def _tree_changed(self, hashes: Words | None) -> None:
+        """Text of these hashes was inserted or trimmed; None: everything is gone."""
+        if hashes is None:
+            self._waiting.all_changed()
+        elif len(self._waiting):
+            self._waiting.changed(hashes)
