@@ -20,6 +20,7 @@ COPY = 0.01  # rows that copying a token costs as much as, see ``admit.MOST_CHUN
 LOOKUP = 0.001  # rows that finding out where a token is costs as much as
 LEVELS = 2  # ratios and costs that differ by less than 2 ** (1 / LEVELS) are alike
 HITS = 4  # hit rates that differ by less than 1 / HITS are alike
+CHECKS = 256  # texts compared in one round, a few microseconds each
 
 Ints = npt.NDArray[np.int64]
 
@@ -47,18 +48,19 @@ class Queue(NamedTuple):
 
 class Twins(NamedTuple):
     """What waiting for text that another request computes is worth. ``min_reuse`` tokens and
-    ``min_share`` of its cost are the least that it must save; of each token ``care`` rows run
-    all the same. ``computes(i)`` [n]: new tokens of each waiting request that i would compute."""
+    ``min_share`` of its cost are the least that it must save; of each token ``care`` rows run all
+    the same. ``text(i)``: hashes of new text of request i, each of about ``each[i]`` tokens."""
 
     min_reuse: int
     min_share: float
     care: float
-    computes: Callable[[int], Ints]
+    text: Callable[[int], frozenset[int]]
+    each: npt.NDArray[np.float64]
 
 
 class Order(NamedTuple):
     """``first``: who may be let in, in this order; ``held``: who waits for text that is being
-    computed, or will be by one of the first."""
+    computed, or will be by one of the first, and who may not go before one that does."""
 
     first: list[int]
     held: list[int]
@@ -89,48 +91,65 @@ def order(queue: Queue, *, bound: int, room: int = 0, twins: Twins | None = None
     """Who goes to prefill and who waits for a twin.
 
     Let in in this order, no request is ever overtaken by more than ``bound`` rows. ``room``: rows
-    that a batch takes; only what is placed within it can be computed by this batch, so only for
-    that others wait. O(n log n), and a call of ``computes`` for each request within the room that
-    has enough new text.
+    that a batch takes; only what is placed within it will this batch compute, so only for that
+    others wait. O(n log n), and comparing at most ``CHECKS`` texts; those that are left of a room
+    that is still open wait for the next round.
     """
     num = len(queue.cost)
-    cost, overtaken, patience = (
-        column.tolist() for column in (queue.cost, queue.overtaken, queue.patience)
-    )
+    cost, overtaken = queue.cost.tolist(), queue.overtaken.tolist()
     # Rows of all that came before each. They are placed when it is the oldest that is not, so
     # what is placed beyond them came later, and overtakes it.
     before = np.concatenate([[0], np.cumsum(queue.cost)]).tolist()
-    shared = queue.shared.copy()
+    need = _worth_waiting_for(queue, twins)
+    waits = (queue.shared >= need).tolist()
+    could = np.isfinite(need).tolist()
+    in_batch: set[int] = set()
     placed = [False] * num
     first: list[int] = []
-    held: list[int] = []
-    total = oldest = 0
+    held: set[int] = set()
+    total = oldest = checks = 0
 
     def place(i: int) -> None:
-        nonlocal total, shared
+        nonlocal total
         placed[i] = True
         first.append(i)
-        if twins is not None and total < room and cost[i] >= twins.min_reuse:
-            shared = shared + twins.computes(i)
+        if twins is not None and total < room:
+            in_batch.update(twins.text(i))
         total += cost[i]
+
+    def is_held(i: int) -> bool:
+        """Whether those in prefill compute enough of its text, with those placed in the batch."""
+        nonlocal checks
+        if i in held or waits[i]:
+            held.add(i)
+        elif twins is not None and total < room and could[i] and in_batch:
+            checks += 1
+            same = len(twins.text(i) & in_batch) if checks <= CHECKS else np.inf
+            if queue.shared[i] + same * twins.each[i] >= need[i]:
+                held.add(i)
+        return i in held
 
     for i in preference(queue).tolist():
         while not placed[i]:
             while placed[oldest]:
                 oldest += 1
             ahead = overtaken[oldest] + total - before[oldest]
-            if i != oldest and ahead + cost[i] > bound:
-                place(oldest)
-            elif twins is not None and patience[i] > 0 and _saves(twins, shared[i], cost[i]):
-                held.append(i)
+            if is_held(i):
                 break
-            else:
+            if i == oldest or ahead + cost[i] <= bound:
                 place(i)
-    return Order(first, [i for i in sorted(held) if not placed[i]])
+            elif is_held(oldest):
+                held.add(i)  # it may not pass one that waits, so it waits as well
+            else:
+                place(oldest)
+    return Order(first, sorted(held))
 
 
-def _saves(twins: Twins, shared: int, cost: int) -> bool:
-    """Whether a request is cheaper once others have computed ``shared`` tokens of it, by as much
-    as makes reuse worth it."""
-    saved = (1 - twins.care) * min(shared, cost)
-    return bool(saved >= max(twins.min_reuse, twins.min_share * cost))
+def _worth_waiting_for(queue: Queue, twins: Twins | None) -> npt.NDArray[np.float64]:
+    """How many new tokens of each request others must compute for it to wait: so many that what
+    it saves is worth a copy. Infinite where no number is enough. [n]."""
+    never = np.full(len(queue.cost), np.inf)
+    if twins is None or twins.care >= 1:
+        return never
+    need = np.maximum(twins.min_reuse, twins.min_share * queue.cost) / (1 - twins.care)
+    return np.where((need <= queue.cost) & (queue.patience > 0), need, never)

@@ -1,4 +1,4 @@
-"""What is known of the requests that wait: costs in arrays, and which of them hold which text. Pure.
+"""What is known of the requests that wait: costs in arrays, and who holds which text. Pure.
 
 A lookup takes as long as deciding the order of thousands, so a request is looked up when it comes
 and its cost is kept. A tree that changes says by which hashes; an inverted map from hashes to
@@ -15,11 +15,23 @@ from kvshare_sglang.policy.schedule import Ints, Queue
 
 Words = npt.NDArray[np.uint64]
 
-SAMPLE = np.uint64(4)  # of so many kept hashes one is held here: shared text of 64 tokens has one
-# that is held with a chance of 97%, and what is missed is seen by the lookup at admission.
+SAMPLE = np.uint64(4)  # of so many kept hashes one is held here: of 64 shared tokens there is one
+# with a chance of 97%, and what is missed is seen by the lookup at admission
 
-# Of each request, int64 [n]: as in ``Queue``; ``arrived`` by the clock; ``waited``: rows let in
-# while it waited for a twin; ``number``: its own in the map; ``held``: how many hashes it has there.
+
+def in_sample(hashes: Words) -> npt.NDArray[np.bool_]:
+    """Which of a text's hashes it is known by here. bool [n]."""
+    mask: npt.NDArray[np.bool_] = hashes % SAMPLE == 0
+    return mask
+
+
+def sample(hashes: Words) -> Words:
+    """Those in the sample, each once, ascending."""
+    return np.unique(hashes[in_sample(hashes)])
+
+
+# Of each request, int64 [n], beside those of ``Queue``: ``arrived`` by the clock; ``waited``: rows
+# let in while it waited for a twin; ``number``: its own in the map; ``held``: its hashes there.
 _COLUMNS = (
     *("cost", "tokens", "arrived", "overtaken", "waited"),
     *("number", "held", "known", "dirty", "twins"),
@@ -40,22 +52,24 @@ class Inverted:
         return sum(len(keys) for keys, _ in self._levels)
 
     def add(self, number: int, hashes: Words) -> None:
-        """``number`` holds ``hashes``."""
+        """``number`` holds ``hashes``, which ascend."""
         if len(hashes):
-            self._levels.append((np.sort(hashes), np.full(len(hashes), number, np.int64)))
+            self._levels.append((hashes, np.full(len(hashes), number, np.int64)))
         while len(self._levels) > 1 and 2 * len(self._levels[-1][0]) > len(self._levels[-2][0]):
             self._levels.append(_merged(self._levels.pop(), self._levels.pop()))
 
     def counts(self, hashes: Words, size: int) -> Ints:
-        """How many of ``hashes`` each number below ``size`` holds. int64 [size]."""
-        total = np.zeros(size, np.int64)
+        """How many of ``hashes``, which ascend, each number below ``size`` holds. int64 [size]."""
+        found = [np.empty(0, np.int64)]
         for keys, numbers in self._levels:
-            start = np.searchsorted(keys, hashes, "left")
-            length = np.searchsorted(keys, hashes, "right") - start
-            places = np.repeat(start + length - np.cumsum(length), length)
+            start = keys.searchsorted(hashes)
+            some = keys.take(start, mode="clip") == hashes
+            start = start[some]
+            length = keys.searchsorted(hashes[some], "right") - start
+            places = np.repeat(start + length - length.cumsum(), length)
             places += np.arange(len(places))
-            total += np.bincount(numbers[places], minlength=size)
-        return total
+            found.append(numbers[places])
+        return np.bincount(np.concatenate(found), minlength=size)
 
     def renumber(self, new: Ints) -> None:
         """Number i is ``new[i]`` from now on, or gone where that is -1."""
@@ -157,8 +171,7 @@ class Waiting:
     # ---- what they cost -----------------------------------------------------------------
 
     def note_text(self, key: Hashable, hashes: Words) -> None:
-        """Once, before anything that a request holds can change. Amortised O(log n) a hash."""
-        hashes = hashes[hashes % SAMPLE == 0]
+        """The sample of its text, once. Amortised O(log n) a hash."""
         place = self._place[key]
         self._columns["held"][place] = len(hashes)
         self._map.add(int(self._columns["number"][place]), hashes)
@@ -186,9 +199,8 @@ class Waiting:
         return [self._keys[i] for i in np.flatnonzero(self._columns["known"] == 0)]
 
     def changed(self, hashes: Words) -> None:
-        """Text with these hashes came to the tree, or went: who holds some is dirty, and nobody
+        """Text of this sample came to the tree, or went: who holds some of it is dirty, and nobody
         computes it any more. O(hashes log n), and O(1) for each that a waiting prompt holds."""
-        hashes = hashes[hashes % SAMPLE == 0]
         self._columns["dirty"][self._held(hashes) > 0] = 1
         for key, mine in self._computing.items():
             self._computing[key] = mine[~np.isin(mine, hashes)]
@@ -208,8 +220,8 @@ class Waiting:
     # ---- what is being computed ---------------------------------------------------------
 
     def computes(self, key: Hashable, hashes: Words) -> None:
-        """A request went to prefill with new text of these hashes."""
-        self._computing[key] = hashes[hashes % SAMPLE == 0]
+        """A request went to prefill with new text of this sample."""
+        self._computing[key] = hashes
 
     def computed(self, key: Hashable) -> None:
         """Its prompt is through, or it will compute none of it."""
@@ -223,12 +235,18 @@ class Waiting:
         """``rows`` were let in while those at ``places`` waited for a twin."""
         self._columns["waited"][places] += rows
 
+    @property
+    def tokens_each(self) -> npt.NDArray[np.float64]:
+        """How many tokens of each prompt a hash of its sample stands for. [n]."""
+        each: npt.NDArray[np.float64] = self._columns["tokens"] / np.maximum(
+            self._columns["held"], 1
+        )
+        return each
+
     def tokens_of(self, hashes: Words) -> Ints:
-        """About how many tokens of each waiting prompt have these hashes, of those that could
-        reuse what another computes. int64 [n]."""
-        hashes = np.unique(hashes[hashes % SAMPLE == 0])
-        each = self._columns["tokens"] / np.maximum(self._columns["held"], 1)
-        tokens = (self._held(hashes) * each).astype(np.int64)
+        """About how many tokens of each waiting prompt are text of this sample; none where it could
+        not reuse what another computes. int64 [n]."""
+        tokens = (self._held(hashes) * self.tokens_each).astype(np.int64)
         return np.where(self._columns["twins"] > 0, tokens, 0)
 
     # ---- the view that decides ----------------------------------------------------------
@@ -240,7 +258,9 @@ class Waiting:
         )
         every = [mine for mine in self._computing.values() if len(mine)]
         shared = (
-            self.tokens_of(np.concatenate(every)) if every else np.zeros(len(self._keys), np.int64)
+            self.tokens_of(np.unique(np.concatenate(every)))
+            if every
+            else np.zeros(len(self._keys), np.int64)
         )
         patience = bound - self._columns["waited"]
         return Queue(cost, tokens, self.clock - arrived, overtaken, shared, patience)

@@ -58,6 +58,24 @@ def counts(child: Any) -> dict[str, Any]:
     }
 
 
+def prefill_order(child: Any) -> list[str]:
+    """Requests in the order in which their prompts came to prefill."""
+    return list(child.logits)
+
+
+def queue_state(child: Any) -> dict[str, int]:
+    """What an idle scheduler still holds of requests that waited, and what it counted."""
+    queue, report = child.cache.queue, child.cache.report
+    if queue is None:
+        return {"kept": -1, "waits": report.waits, "overtaken": report.most_overtaken}
+    kept = (queue._held, queue._text, queue._new, queue._waiting)
+    return {
+        "kept": sum(map(len, kept)),
+        "waits": report.waits,
+        "overtaken": report.most_overtaken,
+    }
+
+
 def layer_rows(child: Any) -> list[list[int]]:
     return child.layer_rows
 

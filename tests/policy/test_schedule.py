@@ -1,6 +1,7 @@
 """Short work first, and no request is overtaken by more than the bound, whatever comes."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,9 +28,14 @@ def queue(
     )
 
 
-def twins(computes: Callable[[int], list[int]], *, care: float = 0.0, **more: float) -> Twins:
-    settings = {"min_reuse": 64, "min_share": 0.1, **more}
-    return Twins(care=care, computes=lambda i: np.array(computes(i), np.int64), **settings)
+def twins(text: Callable[[int], set[int]], num: int, *, care: float = 0.0) -> Twins:
+    """Each hash stands for ten tokens."""
+    return Twins(64, 0.1, care, lambda i: frozenset(text(i)), np.full(num, 10.0))
+
+
+def own(i: int) -> set[int]:
+    """New text that no other request has."""
+    return {1000 + i}
 
 
 # ---- no one is overtaken for ever ------------------------------------------------------------
@@ -81,8 +87,12 @@ rounds = st.lists(st.lists(st.integers(1, 400), max_size=6), min_size=1, max_siz
 @given(rounds, st.integers(1, 600), st.integers(0, 1500), st.randoms(use_true_random=False))
 def test_no_request_is_overtaken_by_more_than_the_bound(arrivals, room, bound, random) -> None:
     """Also where requests are held for twins that never end."""
-    held = twins(lambda i: [random.choice([0, 0, 500])] * len(server.waiting))
-    server = Server(room, lambda view: order(view, bound=bound, room=room, twins=held))
+
+    def decide(view: Queue) -> Order:
+        text = [set(range(random.choice([0, 7, 40]))) for _ in view.cost]
+        return order(view, bound=bound, room=room, twins=twins(text.__getitem__, len(text)))
+
+    server = Server(room, decide)
     for costs in arrivals:
         for cost in costs:
             server.come(cost)
@@ -121,8 +131,8 @@ def test_a_bound_of_nothing_is_first_come_first_served() -> None:
 @given(st.lists(st.integers(1, 1000), max_size=30), st.integers(0, 3000))
 def test_every_request_is_either_first_or_held(costs, bound) -> None:
     shared = [cost if cost % 3 == 0 else 0 for cost in costs]
-    none = twins(lambda i: [0] * len(costs))
-    found = order(queue(costs, shared=shared), bound=bound, room=500, twins=none)
+    alone = twins(own, len(costs))
+    found = order(queue(costs, shared=shared), bound=bound, room=500, twins=alone)
     assert sorted([*found.first, *found.held]) == list(range(len(costs)))
 
 
@@ -145,7 +155,7 @@ def test_no_one_goes_first_whose_ratio_is_a_level_lower(requests) -> None:
     costs, ages = [cost for cost, _ in requests], [age for _, age in requests]
     first = order(queue(costs, age=ages), bound=10**9).first
     ratios = [(costs[i] + ages[i]) / costs[i] for i in first]
-    for before, after in zip(ratios, ratios[1:], strict=False):
+    for before, after in pairwise(ratios):
         assert after < before * 2 ** (1 / schedule.LEVELS) * 1.0001
 
 
@@ -155,7 +165,7 @@ def test_like_costs_and_like_hit_rates_stand_together() -> None:
     tokens = np.where(rng.random(40) < 0.5, size, 10 * size)
     view = queue(size.tolist(), tokens=tokens.tolist())
     kinds = [(int(size[i]), int(tokens[i])) for i in order(view, bound=10**9).first]
-    changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(kinds))
     assert changes == len(set(kinds)) - 1 == 3
 
 
@@ -168,28 +178,31 @@ def test_a_cost_counts_rows_copies_and_the_lookup_and_is_never_nothing() -> None
 # ---- twins -----------------------------------------------------------------------------------
 
 
-def same_text(i: int) -> list[int]:
-    """Eight requests with one new document of 300 tokens."""
-    return [300] * 8
+def document(i: int) -> set[int]:
+    """A new document of 300 tokens that all have, and a question of their own."""
+    return {*range(30), 1000 + i}
 
 
 def test_of_eight_with_the_same_new_text_one_goes_and_seven_wait() -> None:
-    found = order(queue([320] * 8), bound=10**6, room=4096, twins=twins(same_text))
+    found = order(queue([320] * 8), bound=10**6, room=4096, twins=twins(document, 8))
     assert found == Order([0], [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_who_waited_long_enough_waits_no_more() -> None:
-    patience = [1, 1, 0, 1, 1, 1, 1, 1]
-    found = order(
-        queue([320] * 8, patience=patience), bound=10**6, room=4096, twins=twins(same_text)
-    )
-    assert found.first == [0, 2]
+    view = queue([320] * 8, patience=[1, 1, 0, 1, 1, 1, 1, 1])
+    assert order(view, bound=10**6, room=4096, twins=twins(document, 8)).first == [0, 2]
 
 
 def test_text_that_prefill_computes_already_is_waited_for() -> None:
-    none = twins(lambda i: [0] * 3)
     view = queue([300, 300, 300], shared=[0, 280, 30])
-    assert order(view, bound=10**6, room=4096, twins=none) == Order([0, 2], [1])
+    assert order(view, bound=10**6, room=4096, twins=twins(own, 3)) == Order([0, 2], [1])
+
+
+def test_text_that_prefill_and_the_batch_compute_counts_together() -> None:
+    view = queue([300, 300], shared=[0, 40])
+    text = twins(lambda i: {1, 2, 3}, 2)
+    assert order(view, bound=10**6, room=4096, twins=text) == Order([0], [1])
+    assert order(view, bound=10**6, room=300, twins=text).held == []
 
 
 @pytest.mark.parametrize(
@@ -206,21 +219,32 @@ def test_text_that_prefill_computes_already_is_waited_for() -> None:
     ],
 )
 def test_it_waits_where_that_saves_what_makes_reuse_worth_it(cost, shared, care, waits) -> None:
-    none = twins(lambda i: [0], care=care)
-    found = order(queue([cost], shared=[shared]), bound=10**6, room=4096, twins=none)
+    alone = twins(own, 1, care=care)
+    found = order(queue([cost], shared=[shared]), bound=10**6, room=4096, twins=alone)
     assert found.held == ([0] if waits else [])
 
 
 def test_nobody_waits_for_what_this_batch_does_not_take() -> None:
-    """The second fills the room; the third is not let in, so its twins are free."""
+    """Once the third has filled the room its twin is for a later batch, and free."""
     view = queue([300, 300, 300, 300])
-    text = [[0] * 4, [0] * 4, [0, 0, 0, 290], [0] * 4]
-    assert order(view, bound=0, room=600, twins=twins(lambda i: text[i])).held == []
-    assert order(view, bound=10**6, room=601, twins=twins(lambda i: text[i])).held == [3]
+    text = [{1}, {2}, {*range(10, 40)}, {*range(10, 40)}]
+    for room, held in ((900, []), (901, [3])):
+        found = order(view, bound=10**6, room=room, twins=twins(text.__getitem__, 4))
+        assert found.held == held
 
 
-def test_the_oldest_is_let_in_though_it_waits_for_a_twin_once_its_bound_is_reached() -> None:
-    none = twins(lambda i: [0] * 3)
-    view = queue([300, 60, 60], shared=[290, 0, 0])
-    assert order(view, bound=60, room=4096, twins=none) == Order([1, 0, 2], [])
-    assert order(view, bound=120, room=4096, twins=none) == Order([1, 2], [0])
+def test_texts_that_are_too_many_to_compare_wait_for_the_next_round() -> None:
+    num = schedule.CHECKS + 10
+    found = order(queue([100] * num), bound=10**6, room=10**6, twins=twins(own, num))
+    assert found.first == list(range(schedule.CHECKS + 1))
+    assert len(found.held) == 9
+
+
+def test_nobody_passes_one_that_waits_once_its_bound_is_reached() -> None:
+    """It does not wait much longer itself: rows that are let in meanwhile end its patience."""
+    alone = twins(own, 3)
+    waiting = queue([300, 60, 60], shared=[290, 0, 0])
+    assert order(waiting, bound=120, room=4096, twins=alone) == Order([1, 2], [0])
+    assert order(waiting, bound=60, room=4096, twins=alone) == Order([1], [0, 2])
+    later = queue([300, 60], shared=[290, 0], overtaken=[60, 0], patience=[0, 60])
+    assert order(later, bound=60, room=4096, twins=alone) == Order([0, 1], [])

@@ -6,12 +6,12 @@ was thought of it while it waited. So the bound holds for what is let in, howeve
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvshare_sglang.policy.schedule import Order, Twins, cost_of, order
-from kvshare_sglang.policy.waiting import Waiting, Words
+from kvshare_sglang.policy.waiting import Waiting, Words, in_sample, sample
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.request import RequestReuse
@@ -39,8 +39,8 @@ class WaitingQueue:
     def _reset(self) -> None:
         self._waiting = Waiting()
         self._held: set[Req] = set()
-        self._text: dict[Req, tuple[np.ndarray, Words]] = {}  # kept grams: positions, hashes
-        self._new: dict[Req, Words] = {}  # of these, those that nothing is cached of
+        self._text: dict[Req, tuple[np.ndarray, Words]] = {}  # its sample: positions, hashes
+        self._new: dict[Req, frozenset[int]] = {}  # a sample of what nothing is cached of
         self._started: dict[Req, int] = {}  # in prefill: tokens of the answer when it began
 
     # ---- in each round of SGLang's loop --------------------------------------------------
@@ -86,7 +86,8 @@ class WaitingQueue:
         self._waiting.wait_for_twins(places, cost)
         most = self._waiting.let_in(req, cost)
         self._cache.report.overtaken(most)
-        self._waiting.computes(req, self._new_of(req, state))
+        new = self._new_of(req, state)
+        self._waiting.computes(req, np.array(sorted(new), np.uint64))
         self._started[req] = len(req.output_ids)
         self._forget(req)
 
@@ -142,18 +143,19 @@ class WaitingQueue:
     def _read(self, req: "Req") -> None:
         space = self._cache.sync.space_of(versions.namespace(req))
         marks = self._cache.fuzzy.marks(space, as_tokens(req.full_untruncated_fill_ids))
-        self._text[req] = marks
-        self._waiting.note_text(req, marks.hashes)
+        some = in_sample(marks.hashes)
+        self._text[req] = marks.positions[some], marks.hashes[some]
+        self._waiting.note_text(req, np.unique(marks.hashes[some]))
 
-    def _new_of(self, req: "Req", state: RequestReuse) -> Words:
-        """Hashes of the request's text that nothing is cached of; none if it was never read."""
+    def _new_of(self, req: "Req", state: RequestReuse) -> frozenset[int]:
+        """A sample of the request's text that nothing is cached of; none if it was never read."""
         if req not in self._text:
-            return np.empty(0, np.uint64)
+            return frozenset()
         positions, hashes = self._text[req]
         new = positions >= versions.prefix_len(req)
         if state.plan is not None:
             new &= ~state.plan.reused_rows.mask(state.plan.prompt_len)[positions]
-        return hashes[new]
+        return frozenset(hashes[new].tolist())
 
     @staticmethod
     def _cost(req: "Req", state: RequestReuse) -> int:
@@ -171,7 +173,8 @@ class WaitingQueue:
             min_reuse=config.min_reuse,
             min_share=config.min_share,
             care=config.budget,
-            computes=lambda i: waiting.tokens_of(self._new.get(keys[i], np.empty(0, np.uint64))),
+            text=lambda i: self._new.get(keys[i], frozenset()),
+            each=waiting.tokens_each,
         )
         return order(
             waiting.queue(bound=self._bound),
@@ -195,4 +198,4 @@ class WaitingQueue:
         if hashes is None:
             self._waiting.all_changed()
         elif len(self._waiting):
-            self._waiting.changed(hashes)
+            self._waiting.changed(sample(hashes))
