@@ -152,6 +152,11 @@ def hook_check_server_args(
 ) -> Any:
     """AROUND ``ServerArgs.check_server_args``, the last before the processes start. A ServerArgs
     that was built without us has kvshare on if it names our cache backend."""
+    if server_args.schedule_policy == BACKEND:
+        raise StartError(
+            "ServerArgs(schedule_policy='kvshare') is read by nobody: give it to "
+            "kvshare_sglang.plugin.server_args(kvshare=True, ...) instead"
+        )
     if (
         getattr(server_args, "_kvshare", None) is None
         and server_args.radix_cache_backend == BACKEND
@@ -161,10 +166,8 @@ def hook_check_server_args(
         values = {name: getattr(server_args, name) for name in preflight.FIELDS}
         # Here SGLang's default cannot be told from an "lru" that was asked for.
         config = config_from(values, eviction_given=server_args.radix_eviction_policy != "lru")
-        server_args.schedule_policy = values["schedule_policy"]
         build(lambda: server_args, config, values)
     if getattr(server_args, "_kvshare", None) is None:
-        config_from({"schedule_policy": server_args.schedule_policy}, eviction_given=False)
         os.environ.pop(ENV, None)
     else:
         install()  # it may have been built in another process

@@ -19,7 +19,6 @@ from kvshare_sglang.runtime import support
 FIELDS = (
     *("model_path", "load_format", "trust_remote_code", "revision", "json_model_override_args"),
     *("model_config_parser", "decrypted_config_file", "max_total_tokens", "radix_cache_backend"),
-    "schedule_policy",
 )
 CONFIGS = ("config.json", "params.json")  # of transformers, of Mistral
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
