@@ -71,7 +71,8 @@ class FuzzyTree:
 
     def __init__(self, *, secret: int = 0) -> None:
         self._secret = secret
-        # Told the hashes of text that is inserted or trimmed, and None when all of it is cleared.
+        # Told the kept hashes of text that is inserted or trimmed, None when all is cleared: a
+        # prompt that keeps none of them matches what it did before.
         self.listener: Callable[[Hashes | None], None] | None = None
         self._changes = 0
         self._reset()
@@ -218,7 +219,8 @@ class FuzzyTree:
         if any(pinned > stop for pinned in seg.pins):
             raise TreeError(f"trim to {stop} would drop tokens pinned up to {max(seg.pins)}")
         if self.listener is not None:
-            self.listener(self.marks(seg.namespace, path_tokens(seg, stop, seg.stop)).hashes)
+            left = max(stop - (SPAN - 1), seg.root_start)
+            self.listener(self.marks(seg.namespace, path_tokens(seg, left, seg.stop)).hashes)
         self._num_tokens -= seg.stop - stop
         self._note_change(self._namespaces[seg.namespace])
         place = seg.start, int(seg.tokens[0])
@@ -476,4 +478,4 @@ class FuzzyTree:
         starts = positions + left
         self._index.put(hashes, (np.uint64(seg.id) << _POSITION_BITS) | starts.astype(np.uint64))
         if self.listener is not None:
-            self.listener(hashes)
+            self.listener(marks.hashes)

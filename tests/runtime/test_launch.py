@@ -89,8 +89,8 @@ def test_a_schedule_of_sglangs_stays(theirs: str) -> None:
 
 
 def test_our_schedule_needs_kvshare_and_says_so_in_one_line() -> None:
-    with pytest.raises(SystemExit, match="^error: --schedule-policy kvshare needs --kvshare$"):
-        args = argparse.Namespace(**parsed("--schedule-policy", "kvshare"))
+    args = argparse.Namespace(**parsed("--schedule-policy", "kvshare"))
+    with pytest.raises(SystemExit, match=r"^error: --schedule-policy kvshare needs --kvshare$"):
         launch.hook_from_cli_args(ServerArgs.from_cli_args.__func__, ServerArgs, args)
     with pytest.raises(KVShareError, match="needs --kvshare"):
         launch.engine_server_args(model_path="x", schedule_policy="kvshare")
