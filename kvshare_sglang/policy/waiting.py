@@ -223,9 +223,9 @@ class Waiting:
         """A request went to prefill with new text of this sample."""
         self._computing[key] = hashes
 
-    def computed(self, key: Hashable) -> None:
-        """Its prompt is through, or it will compute none of it."""
-        self._computing.pop(key, None)
+    def computed(self, key: Hashable) -> Words:
+        """Its prompt is through, or it will compute none of it. The sample that is left of it."""
+        return self._computing.pop(key, np.empty(0, np.uint64))
 
     @property
     def computing(self) -> Sequence[Hashable]:
