@@ -98,6 +98,10 @@ class KVShareConfig:
         65536, "rows of later requests that may go to prefill before a waiting one, with"
         " --schedule-policy kvshare (0: first come, first served)", 0, 1 << 40,
     )  # fmt: skip
+    schedule_quantum: int = _option(
+        0, "fair shares between namespaces, with --schedule-policy kvshare: rows that each may send"
+        " to prefill in its turn (0: no shares)", 0, 1 << 40,
+    )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:

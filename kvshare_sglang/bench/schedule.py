@@ -25,7 +25,7 @@ ROOM, BOUND, BUDGET = 8192, 65536, 0.15
 
 
 class Queue:
-    """Requests that come, wait and are let in. ``ms``, ``cpu_ms``: times by what was done, and what of
+    """Requests that come, wait and are let in. ``ms``: times by what was done; ``cpu_ms``: what of
     them this thread ran."""
 
     def __init__(self, seed: int) -> None:
@@ -73,7 +73,8 @@ class Queue:
     def round(self) -> None:
         """One batch: decided, let in, computed, and as many come again."""
         found: Order = self._timed("decide", self.decide)
-        rows, batch = 0, []
+        batch: list[tuple[Any, int]] = []
+        rows = 0
         for i in found.first:
             rows += self.waiting.cost_at(i)
             if batch and rows > ROOM:

@@ -142,6 +142,28 @@ def test_a_stream_of_short_ones_overtakes_by_the_bound_and_no_more(
     assert overtook <= narrow.ask("probes:queue_state")["overtaken"] <= BOUND
 
 
+def test_with_fair_shares_a_tenant_with_a_flood_of_short_ones_takes_its_half(
+    llama: Path, texts: Texts
+) -> None:
+    quantum, sizes = 300, {}
+    settings = {"max_running_requests": 1, "kvshare_schedule_quantum": quantum}
+    with lab(llama, **{**OURS, **settings}) as fair:
+        script = [request("first", texts.passage(100), new=30)]
+        for tenant, num, size in (("hot", 20, 90), ("cold", 5, 350)):
+            for i in range(num):
+                sizes[f"{tenant}{i}"] = tenant, size
+                script.append(request(f"{tenant}{i}", texts.passage(size), new=1, extra_key=tenant))
+        fair.play(script)
+        order = [sizes[name] for name in fair.ask("probes:prefill_order")[1:]]
+        assert_nothing_is_kept(fair)
+    last = [max(i for i, (one, _) in enumerate(order) if one == name) for name in ("hot", "cold")]
+    served = {"hot": 0, "cold": 0}
+    for tenant, size in order[: min(last) + 1]:  # as long as both wait
+        served[tenant] += size
+        assert abs(served["hot"] - served["cold"]) <= quantum + 350 + 10  # and what lookups cost
+    assert min(served.values()) > 1000
+
+
 # ---- a server's life -------------------------------------------------------------------------
 
 

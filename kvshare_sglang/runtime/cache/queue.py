@@ -6,11 +6,12 @@ was thought of it while it waited. So the bound holds for what is let in, howeve
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvshare_sglang.policy.schedule import Order, Twins, cost_of, order
+from kvshare_sglang.policy.fair import Next, Shares
+from kvshare_sglang.policy.schedule import Ints, Order, Queue, Twins, cost_of, order
 from kvshare_sglang.policy.waiting import Waiting, Words, in_sample, sample
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
@@ -38,6 +39,8 @@ class WaitingQueue:
 
     def _reset(self) -> None:
         self._waiting = Waiting()
+        quantum = self._cache.config.schedule_quantum
+        self._shares = Shares(quantum) if quantum else None
         self._held: set[Req] = set()
         self._text: dict[Req, tuple[np.ndarray, Words]] = {}  # its sample: positions, hashes
         self._new: dict[Req, frozenset[int]] = {}  # a sample of what nothing is cached of
@@ -74,8 +77,9 @@ class WaitingQueue:
             return False
         cost = self._cost(req, state)
         self._waiting.costs(req, cost)
-        place = self._waiting.place_of(req)
-        return place > 0 and self._waiting.overtaken_at(0) + cost > self._bound
+        oldest = int(self._places_of(req)[0])
+        overtaken = self._waiting.overtaken_at(oldest)
+        return self._waiting.place_of(req) != oldest and overtaken + cost > self._bound
 
     def admitted(self, req: "Req", state: RequestReuse) -> None:
         """A request goes to prefill."""
@@ -84,8 +88,10 @@ class WaitingQueue:
         cost = self._cost(req, state)
         places = [self._waiting.place_of(one) for one in self._held]
         self._waiting.wait_for_twins(places, cost)
-        most = self._waiting.let_in(req, cost)
+        most = self._waiting.let_in(req, cost, among=self._places_of(req))
         self._cache.report.overtaken(most)
+        if self._shares is not None:
+            self._shares.served(versions.namespace(req), cost)
         new = self._new_of(req, state)
         self._waiting.computes(req, np.array(sorted(new), np.uint64))
         self._started[req] = len(req.output_ids)
@@ -166,26 +172,57 @@ class WaitingQueue:
             copied = every - versions.prefix_len(req) - rows
         return cost_of(rows=rows, copied=copied, tokens=every)
 
+    def _places_of(self, req: "Req") -> Ints:
+        """Where those wait that a request may overtake, by arrival: with fair shares, those of its
+        own tenant; all others are kept from waiting too long by the turns."""
+        every = np.arange(len(self._waiting))
+        if self._shares is None:
+            return every
+        mine = versions.namespace(req)
+        return every[[versions.namespace(one) == mine for one in self._waiting.keys]]
+
     def _order(self) -> Order:
-        config, waiting = self._cache.config, self._waiting
-        keys = waiting.keys
+        queue, keys = self._waiting.queue(bound=self._bound), self._waiting.keys
+        every = np.arange(len(keys))
+        if self._shares is None:
+            return self._order_of(queue, every)
+        places: dict[Any, list[int]] = {}
+        for i, req in enumerate(keys):
+            places.setdefault(versions.namespace(req), []).append(i)
+        found = {
+            tenant: self._order_of(queue.only(np.array(mine)), np.array(mine))
+            for tenant, mine in places.items()
+        }
+        costs = queue.cost.tolist()
+        ready = {
+            tenant: [Next(i, costs[i]) for i in mine.first]
+            for tenant, mine in found.items()
+            if mine.first
+        }
+        self._shares.wait(ready)
+        first = self._shares.order(ready, room=self._room)
+        return Order(first, [i for mine in found.values() for i in mine.held])
+
+    def _order_of(self, queue: Queue, places: Ints) -> Order:
+        """The order of those at ``places``, whose part of the queue is ``queue``."""
+        config, keys = self._cache.config, self._waiting.keys
         twins = Twins(
             min_reuse=config.min_reuse,
             min_share=config.min_share,
             care=config.budget,
-            text=lambda i: self._new.get(keys[i], frozenset()),
-            each=waiting.tokens_each,
+            text=lambda i: self._new.get(keys[places[i]], frozenset()),
+            each=self._waiting.tokens_each[places],
         )
-        return order(
-            waiting.queue(bound=self._bound),
-            bound=self._bound,
-            room=versions.chunk_size() or ROOM,
-            twins=twins,
-        )
+        found = order(queue, bound=self._bound, room=self._room, twins=twins)
+        return Order(places[found.first].tolist(), places[found.held].tolist())
+
+    @property
+    def _room(self) -> int:
+        return versions.chunk_size() or ROOM
 
     def _near(self, found: Order) -> list[int]:
         """Those of the first that the next batch may take."""
-        room, near = versions.chunk_size() or ROOM, []
+        room, near = self._room, []
         for i in found.first:
             near.append(i)
             room -= self._waiting.cost_at(i)
