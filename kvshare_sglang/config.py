@@ -102,6 +102,10 @@ class KVShareConfig:
         0, "fair shares between namespaces, with --schedule-policy kvshare: rows that each may send"
         " to prefill in its turn (0: no shares)", 0, 1 << 40,
     )  # fmt: skip
+    ttl: float = _option(
+        0.0, "share of the KV pool that finished turns may keep for the turns that follow, each for"
+        " the time that was learned or that its request asks for (0: none)", 0, 0.9,
+    )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class Report:
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
         self.waits = self.most_overtaken = 0
+        self.pins: Counter[str] = Counter()
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
 
     def count(self, **tokens: int) -> None:
@@ -69,6 +70,17 @@ class Report:
             self.most_overtaken = rows
             if self._metrics is not None:
                 self._metrics.overtaken.set(rows)
+
+    def pin(self, event: str) -> None:
+        """Of a finished turn: taken, returned, expired, given_back, or no_room for it."""
+        self.pins[event] += 1
+        if self._metrics is not None:
+            self._metrics.pins.labels(event=event).inc()
+
+    def pinned(self, tokens: int) -> None:
+        """So many tokens are kept for turns that may follow."""
+        if self._metrics is not None:
+            self._metrics.pinned.set(tokens)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -146,6 +158,15 @@ class _Metrics:
             "The most rows of later requests that went to prefill before a waiting one.",
             list(labels),
             multiprocess_mode="max",
+        ).labels(**labels)
+        self.pins = counter(
+            "pins", "Finished turns that were kept for the next, by what became of them.", "event"
+        )
+        self.pinned = Gauge(
+            "sglang:kvshare_pinned_tokens",
+            "Tokens that are kept for turns that may follow.",
+            list(labels),
+            multiprocess_mode="mostrecent",
         ).labels(**labels)
         self.lookup = seconds("lookup_seconds", "Time to find and plan reuse for one request.")
         self.copy = seconds(

@@ -73,14 +73,38 @@ def accepts_blended(config: KVShareConfig, req: "Req") -> bool:
 def hook_add_one_req(
     original: Callable[..., Any], adder: "PrefillAdder", req: "Req", *args: Any, **kw: Any
 ) -> Any:
-    """AROUND ``PrefillAdder.add_one_req``.
-
-    The sources are locked before SGLang counts what it may evict, so that what it admits fits.
-    Where a request does not fit with its sources locked, it is tried again without reuse.
+    """AROUND ``PrefillAdder.add_one_req``. Where nothing runs that would free memory by ending,
+    finished turns are given back until the request fits.
     """
     cache = adder.tree_cache
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
+    if cache.pins is None:
+        return _add_one_req(original, cache, adder, req, *args, **kw)
+    cache.pins.expire()
+    result = _add_one_req(original, cache, adder, req, *args, **kw)
+    while _runs_nothing(adder) and result == versions.no_memory() and cache.pins.give_back():
+        result = _add_one_req(original, cache, adder, req, *args, **kw)
+    return result
+
+
+def _runs_nothing(adder: "PrefillAdder") -> bool:
+    """Whether no request would free memory by ending."""
+    return not adder.can_run_list and (
+        adder.running_batch is None or adder.running_batch.is_empty()
+    )
+
+
+def _add_one_req(
+    original: Callable[..., Any],
+    cache: FuzzyRadixCache,
+    adder: "PrefillAdder",
+    req: "Req",
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """The sources are locked before SGLang counts what it may evict, so that what it admits fits.
+    Where a request does not fit with its sources locked, it is tried again without reuse."""
     state = plan_request(cache, req)
     if charging.must_wait(adder, req, state) or _is_for_later(cache, req, state):
         req.kvshare = state
@@ -266,6 +290,8 @@ def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
     req.kvshare = state
     if cache.queue is not None:
         cache.queue.admitted(req, state)
+    if cache.pins is not None:
+        cache.pins.came(req)
     if state.plan is not None:
         cache.sources.note_use(state)
     prefix_len = versions.prefix_len(req)

@@ -76,6 +76,24 @@ def queue_state(child: Any) -> dict[str, int]:
     }
 
 
+def pins(child: Any) -> dict[str, Any]:
+    """What finished turns keep, and what became of them so far."""
+    it = child.cache.pins
+    return {"num": it.num, "tokens": it.tokens, "events": dict(child.cache.report.pins)}
+
+
+def pass_time(child: Any, seconds: float) -> None:
+    """So much later for finished turns; what is over goes when the cache is next asked."""
+    it = child.cache.pins
+    clock = it.clock
+    it.clock = lambda: clock() + seconds
+    it.expire()
+
+
+def learned_ttl(child: Any, context: int) -> float:
+    return child.cache.pins.learned.ttl(context)
+
+
 def layer_rows(child: Any) -> list[list[int]]:
     return child.layer_rows
 

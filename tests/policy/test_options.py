@@ -37,6 +37,8 @@ AUTO, EXACT = RequestOptions(), RequestOptions("exact")
         ({"kvshare": {"budget": 0}}, RequestOptions(budget=0.0)),
         ({"kvshare": {"budget": 1}}, RequestOptions(budget=1.0)),
         ({"kvshare": {"mode": "auto", "budget": 0.3}}, RequestOptions(budget=0.3)),
+        ({"kvshare": {"ttl": 0}}, RequestOptions(ttl=0.0)),
+        ({"kvshare": {"mode": "exact", "ttl": 3600}}, RequestOptions("exact", ttl=3600.0)),
     ],
 )
 def test_what_a_request_may_ask_for_is_understood(custom_params, options):
@@ -58,8 +60,17 @@ def test_what_a_request_may_ask_for_is_understood(custom_params, options):
         ({"budget": 10**400}, ".budget", "10", r"a number in \[0, 1\]"),
         ({"budget": True}, ".budget", "True", r"a number in \[0, 1\]"),
         ({"budget": "0.1"}, ".budget", "'0.1'", r"a number in \[0, 1\]"),
-        ({"budgte": 0.1, "a": 1}, "", r"\['a', 'budgte'\]", "made of the keys mode and budget"),
-        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode and budget"),
+        ({"ttl": -1}, ".ttl", "-1", r"a number in \[0, 3600\]"),
+        ({"ttl": 3601}, ".ttl", "3601", r"a number in \[0, 3600\]"),
+        ({"ttl": math.nan}, ".ttl", "nan", r"a number in \[0, 3600\]"),
+        ({"ttl": True}, ".ttl", "True", r"a number in \[0, 3600\]"),
+        (
+            {"budgte": 0.1, "a": 1},
+            "",
+            r"\['a', 'budgte'\]",
+            "made of the keys mode, budget and ttl",
+        ),
+        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode, budget and ttl"),
         (True, "", "True", "a mode or"),
         (0.1, "", "0.1", "a mode or"),
         (["exact"], "", r"\['exact'\]", "a mode or"),
