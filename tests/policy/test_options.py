@@ -129,14 +129,17 @@ ODD = [
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: type(value).__name__)
 def test_no_object_makes_the_reader_fail_otherwise(odd):
     """An error of another kind would end the scheduler."""
-    places = [{"kvshare": odd}, *({"kvshare": {key: odd}} for key in ("mode", "budget", "other"))]
+    places = [
+        {"kvshare": odd},
+        *({"kvshare": {key: odd}} for key in ("mode", "budget", "other")),
+    ]
     for asked in places if isinstance(odd, dict) else [odd, *places]:
         with pytest.raises(ConfigError) as caught:
             parse_options(asked)
         assert len(str(caught.value)) < 400
 
 
-KEYS = st.sampled_from(("mode", "budget", "kvshare")) | st.text()
+KEYS = st.sampled_from(("mode", "budget", "ttl", "kvshare")) | st.text()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(MODES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -152,8 +155,10 @@ def test_what_is_understood_is_a_mode_and_a_share(value, default):
         return
     assert asked.mode in MODES
     assert asked.budget is None or 0 <= asked.budget <= 1
+    assert asked.ttl is None or 0 <= asked.ttl <= 3600
     said = isinstance(value, str) or bool(
-        isinstance(value, dict) and ("mode" in value or value.get("budget") is not None)
+        isinstance(value, dict)
+        and ("mode" in value or value.get("budget") is not None or value.get("ttl") is not None)
     )
     assert said or asked == RequestOptions(default)
 
