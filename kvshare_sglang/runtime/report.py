@@ -58,10 +58,13 @@ class Report:
         self.count(refreshed=rows)
         logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
 
-    def held(self, requests: int) -> None:
-        """So many more waiting requests wait for text that another one computes."""
+    def held(self, requests: int, *, queued: int) -> None:
+        """So many more of the waiting requests wait for text that another one computes."""
+        if not requests:
+            return
         self.waits += requests
-        if self._metrics is not None and requests:
+        logger.info("KVShare queue, #queue-req: %d, #new-twin-wait: %d", queued, requests)
+        if self._metrics is not None:
             self._metrics.held.inc(requests)
 
     def overtaken(self, rows: int) -> None:
@@ -71,9 +74,12 @@ class Report:
             if self._metrics is not None:
                 self._metrics.overtaken.set(rows)
 
-    def pin(self, event: str) -> None:
-        """Of a finished turn: taken, returned, expired, given_back, or no_room for it."""
+    def pin(self, event: str, tokens: int) -> None:
+        """Of a finished turn: taken, returned, expired, given_back, or no_room for it; ``tokens``
+        were kept for all of them before."""
         self.pins[event] += 1
+        if event in ("given_back", "no_room"):
+            logger.info("KVShare turn, %s, #pinned-token: %d", event, tokens)
         if self._metrics is not None:
             self._metrics.pins.labels(event=event).inc()
 

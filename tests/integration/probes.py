@@ -1,5 +1,6 @@
 """What tests do inside the scheduler's process: read its state, force plans, plant faults."""
 
+import itertools
 from typing import Any
 
 from kvshare_sglang.plan import Range, ReusePlan, Rows
@@ -74,6 +75,19 @@ def queue_state(child: Any) -> dict[str, int]:
         "waits": report.waits,
         "overtaken": report.most_overtaken,
     }
+
+
+def break_order(child: Any) -> None:
+    """The order of the queue fails to be made, every second time of the next ten."""
+    queue = child.cache.queue
+    original, calls = queue._order, itertools.count()
+
+    def order() -> Any:
+        if (call := next(calls)) < 10 and call % 2:
+            raise RuntimeError("a planted fault")
+        return original()
+
+    queue._order = order
 
 
 def pins(child: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Finished turns on SGLang's own scheduler: what they left stays for the turn that follows."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ SETTINGS = {"overlap": {"disable_overlap_schedule": False}, "page 16": {"page_si
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
 def it(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
-    with lab(
-        llama, kvshare=True, kvshare_ttl=0.5, max_total_tokens=POOL, **SETTINGS[request.param]
-    ) as one:
+    settings = {"max_total_tokens": POOL, "schedule_conservativeness": 0.3}
+    with lab(llama, kvshare=True, kvshare_ttl=0.5, **settings, **SETTINGS[request.param]) as one:
         yield one
 
 
@@ -132,3 +132,28 @@ def test_what_reused_is_kept_as_well(it: Lab, texts: Texts) -> None:
     flood(it, texts)
     answer = it.one([*text, *texts.passage(20)], kvshare={"ttl": 0})
     assert answer["kvshare"]["exact_tokens"] + answer["kvshare"]["blended_tokens"] >= 300
+
+
+def test_a_life_of_conversations_under_pressure_leaks_nothing(it: Lab, texts: Texts) -> None:
+    """Turns that come back, are aborted and retracted, while pins come, go and are given back."""
+    rng = random.Random(7)
+    before = it.ask("probes:pins")["events"]
+    history = [texts.passage(rng.randrange(60, 250)) for _ in range(6)]
+    for round_ in range(4):
+        script: list[Any] = []
+        for i, text in enumerate(history):
+            options = {"ttl": rng.choice([0, 5, 600]), "mode": rng.choice(["auto", "exact"])}
+            script.append(request(f"{round_}-{i}", text, new=rng.randrange(2, 80), kvshare=options))
+            script.append(("polls", rng.randrange(3)))
+            if rng.random() < 0.15:
+                script.append(("abort", f"{round_}-{rng.randrange(i + 1)}"))
+        answers = it.play(script)
+        assert all(answer["finish"] for answer in answers.values())
+        history = [
+            [*text, *answers[f"{round_}-{i}"]["output"], *texts.passage(rng.randrange(5, 60))]
+            for i, text in enumerate(history)
+        ]
+        state = it.ask("probes:pins")
+        assert state["tokens"] == it.ask("probes:check")["protected"] <= POOL / 2
+    after = it.ask("probes:pins")["events"]
+    assert {name for name in after if after[name] > before.get(name, 0)} >= {"taken", "returned"}

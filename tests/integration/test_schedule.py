@@ -164,6 +164,13 @@ def test_with_fair_shares_a_tenant_with_a_flood_of_short_ones_takes_its_half(
     assert min(served.values()) > 1000
 
 
+def test_a_fault_in_ordering_fails_no_request(narrow: Lab, texts: Texts) -> None:
+    narrow.ask("probes:break_order")
+    answers = narrow.play([request("first", texts.passage(100)), *long_and_short(texts)])
+    assert all(answer["finish"]["type"] == "length" for answer in answers.values())
+    assert_nothing_is_kept(narrow)
+
+
 # ---- a server's life -------------------------------------------------------------------------
 
 

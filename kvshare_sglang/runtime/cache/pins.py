@@ -104,7 +104,7 @@ class Pins:
             if turn is not None:
                 self.learned.gap(self.clock() - turn.ended)
                 if turn.last is not None:
-                    self._cache.report.pin("returned")
+                    self._cache.report.pin("returned", self.tokens)
                     self._unlock(turn)
             node = node.parent
 
@@ -117,7 +117,7 @@ class Pins:
             return
         for turn in list(self._turns.values()):
             if turn.last is not None and turn.until <= now:
-                self._cache.report.pin("expired")
+                self._cache.report.pin("expired", self.tokens)
                 self._unlock(turn)
             if turn.ended + HORIZON <= now and turn.last is None:
                 self._is_over(turn)
@@ -129,7 +129,7 @@ class Pins:
         there is none. It is still watched."""
         pinned = list(self._pinned())
         if pinned:
-            self._cache.report.pin("given_back")
+            self._cache.report.pin("given_back", self.tokens)
             self._unlock(min(pinned, key=lambda turn: turn.until))
         return bool(pinned)
 
@@ -166,7 +166,7 @@ class Pins:
         new = sum(len(node.key) for node in self._path(last) if not node.kvshare.pins)
         most = cache.config.ttl * cache.token_to_kv_pool_allocator.size
         if self.tokens + new > most:
-            cache.report.pin("no_room")
+            cache.report.pin("no_room", self.tokens)
             return
         for node in self._path(last):
             node.kvshare.pins += 1
@@ -174,7 +174,7 @@ class Pins:
         turn.last, turn.until = last, until
         self._next = min(self._next, until)
         self.tokens += new
-        cache.report.pin("taken")
+        cache.report.pin("taken", self.tokens)
         cache.report.pinned(self.tokens)
 
     def _unlock(self, turn: Turn) -> None:

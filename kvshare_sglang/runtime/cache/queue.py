@@ -64,7 +64,7 @@ class WaitingQueue:
             return
         keys = self._waiting.keys
         held = {keys[i] for i in found.held}
-        self._cache.report.held(len(held - self._held))
+        self._cache.report.held(len(held - self._held), queued=len(keys))
         self._held = held
         queue[:] = [keys[i] for i in (*found.first, *found.held)]
 
