@@ -8,14 +8,8 @@ and the largest request: a hot cache makes a tenant's requests cheap, not its sh
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-
-class Next(NamedTuple):
-    """A request of a tenant's, and its cost in rows, at least 1."""
-
-    item: int
-    cost: int
+Next = tuple[int, int]  # a request of a tenant's, and its cost in rows, at least 1
 
 
 class Shares:
@@ -46,7 +40,7 @@ class Shares:
         later = self._copy()
         later.wait(tenant for tenant in self._ring if waiting.get(tenant))
         left = {tenant: deque(waiting[tenant]) for tenant in later._ring}
-        costs = {tenant: mine[0].cost for tenant, mine in left.items()}
+        costs = {tenant: mine[0][1] for tenant, mine in left.items()}
         out: list[int] = []
         while later._ring and room > 0:
             tenant = later._next(costs)
@@ -55,11 +49,11 @@ class Shares:
             room -= cost
             out.append(item)
             if left[tenant]:
-                costs[tenant] = left[tenant][0].cost
+                costs[tenant] = left[tenant][0][1]
             else:
                 del costs[tenant]
                 later._end_turn(leaves=True)
-        return out + [one.item for mine in left.values() for one in mine]
+        return out + [item for mine in left.values() for item, _ in mine]
 
     def served(self, tenant: Hashable, cost: int) -> None:
         """A request of a tenant that waits went for ``cost`` rows: time goes on until its turn has

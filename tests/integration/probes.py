@@ -69,7 +69,7 @@ def queue_state(child: Any) -> dict[str, int]:
     queue, report = child.cache.queue, child.cache.report
     if queue is None:
         return {"kept": -1, "waits": report.waits, "overtaken": report.most_overtaken}
-    kept = (queue._held, queue._text, queue._new, queue._waiting)
+    kept = (queue._held, queue._text, queue._new, queue._tenants, queue._waiting)
     return {
         "kept": sum(map(len, kept)),
         "waits": report.waits,

@@ -35,14 +35,12 @@ def test_the_order_is_that_of_the_definition(waiting, quantum) -> None:
     owner: list[str] = []
     lists: dict[str, list[Next]] = {}
     for tenant, mine in waiting.items():
-        lists[tenant] = [Next(len(owner) + i, cost) for i, cost in enumerate(mine)]
+        lists[tenant] = [(len(owner) + i, cost) for i, cost in enumerate(mine)]
         owner += [tenant] * len(mine)
     found = shares.order(lists, room=10**9)
     assert [owner[item] for item in found] == by_definition(quantum, waiting)
     for mine in lists.values():
-        assert [item for item in found if item in [one.item for one in mine]] == [
-            one.item for one in mine
-        ]
+        assert [item for item in found if item in dict(mine)] == list(dict(mine))
 
 
 @given(
@@ -61,15 +59,15 @@ def test_of_tenants_that_always_wait_none_is_ahead_by_more_than_a_quantum_and_a_
     largest = 1
     for _ in range(data.draw(st.integers(1, 12))):
         lists = {
-            tenant: [Next(tenant, cost) for cost in data.draw(costs)]
+            tenant: [(tenant, cost) for cost in data.draw(costs)]
             for tenant in (*served, *data.draw(st.sampled_from([(), (99,)])))
         }
-        largest = max([largest, *(one.cost for mine in lists.values() for one in mine)])
+        largest = max([largest, *(cost for mine in lists.values() for _, cost in mine)])
         shares.wait(lists)
         at = dict.fromkeys(lists, 0)
         rows = 0
         for tenant in shares.order(lists, room=room):
-            cost = lists[tenant][at[tenant]].cost
+            cost = lists[tenant][at[tenant]][1]
             if rows + cost > room and rows:
                 break
             rows += cost
@@ -89,7 +87,7 @@ def test_a_tenant_with_a_flood_of_cheap_requests_takes_no_more_than_its_share() 
     shares = Shares(QUANTUM)
     served = {"hot": 0, "cold": 0}
     for _ in range(200):
-        lists = {"hot": [Next(0, 10)] * 50, "cold": [Next(1, 900)] * 3}
+        lists = {"hot": [(0, 10)] * 50, "cold": [(1, 900)] * 3}
         shares.wait(lists)
         for item in shares.order(lists, room=1000)[:20]:
             tenant, cost = ("hot", 10) if item == 0 else ("cold", 900)
@@ -106,14 +104,14 @@ def test_who_has_nothing_to_send_saves_nothing() -> None:
         shares.served("a", 500)
     shares.wait(["a"])  # b, which is far behind, has nothing to send
     shares.wait(["a", "b"])
-    found = shares.order({"a": [Next(0, 500)] * 4, "b": [Next(1, 500)] * 4}, room=10**6)
+    found = shares.order({"a": [(0, 500)] * 4, "b": [(1, 500)] * 4}, room=10**6)
     assert sum(found[:4]) == 2
 
 
 def test_a_request_of_many_quanta_is_reached_without_as_many_turns() -> None:
     shares = Shares(1)
     shares.wait(["a", "b"])
-    lists = {"a": [Next(0, 10**9)], "b": [Next(1, 10**9 + 1)]}
+    lists = {"a": [(0, 10**9)], "b": [(1, 10**9 + 1)]}
     assert shares.order(lists, room=10**12) == [0, 1]
     shares.served("b", 10**9)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvshare_sglang.policy.fair import Next, Shares
+from kvshare_sglang.policy.fair import Shares
 from kvshare_sglang.policy.schedule import Ints, Order, Queue, Twins, cost_of, order
 from kvshare_sglang.policy.waiting import Waiting, Words, in_sample, sample
 from kvshare_sglang.runtime import versions
@@ -44,6 +44,7 @@ class WaitingQueue:
         self._held: set[Req] = set()
         self._text: dict[Req, tuple[np.ndarray, Words]] = {}  # its sample: positions, hashes
         self._new: dict[Req, frozenset[int]] = {}  # a sample of what nothing is cached of
+        self._tenants: dict[Req, Any] = {}
         self._started: dict[Req, int] = {}  # in prefill: tokens of the answer when it began
 
     # ---- in each round of SGLang's loop --------------------------------------------------
@@ -91,7 +92,7 @@ class WaitingQueue:
         most = self._waiting.let_in(req, cost, among=self._places_of(req))
         self._cache.report.overtaken(most)
         if self._shares is not None:
-            self._shares.served(versions.namespace(req), cost)
+            self._shares.served(self._tenants[req], cost)
         new = self._new_of(req, state)
         self._waiting.computes(req, np.array(sorted(new), np.uint64))
         self._started[req] = len(req.output_ids)
@@ -113,19 +114,17 @@ class WaitingQueue:
         waiting.leave(gone)
         for req in gone:
             self._forget(req)
-        waiting.come(
-            (req, max(1, len(req.origin_input_ids) + len(req.output_ids)))
-            for req in queue
-            if req not in waiting
-        )
+        new = [req for req in queue if req not in waiting]
+        waiting.come((req, max(1, len(req.origin_input_ids) + len(req.output_ids))) for req in new)
+        self._tenants |= {req: versions.namespace(req) for req in new}
         for req, begun in list(self._started.items()):
             if req.finished() or len(req.output_ids) > begun or req in waiting:
                 waiting.computed(req)
                 del self._started[req]
 
     def _forget(self, req: "Req") -> None:
-        self._text.pop(req, None)
-        self._new.pop(req, None)
+        for notes in (self._text, self._new, self._tenants):
+            notes.pop(req, None)
 
     def _look_up(
         self, reqs: Iterable["Req"], plan: Callable[["Req"], RequestReuse], budget: int
@@ -178,8 +177,8 @@ class WaitingQueue:
         every = np.arange(len(self._waiting))
         if self._shares is None:
             return every
-        mine = versions.namespace(req)
-        return every[[versions.namespace(one) == mine for one in self._waiting.keys]]
+        mine = self._tenants[req]
+        return every[[self._tenants[one] == mine for one in self._waiting.keys]]
 
     def _order(self) -> Order:
         queue, keys = self._waiting.queue(bound=self._bound), self._waiting.keys
@@ -188,14 +187,14 @@ class WaitingQueue:
             return self._order_of(queue, every)
         places: dict[Any, list[int]] = {}
         for i, req in enumerate(keys):
-            places.setdefault(versions.namespace(req), []).append(i)
+            places.setdefault(self._tenants[req], []).append(i)
         found = {
             tenant: self._order_of(queue.only(np.array(mine)), np.array(mine))
             for tenant, mine in places.items()
         }
         costs = queue.cost.tolist()
         ready = {
-            tenant: [Next(i, costs[i]) for i in mine.first]
+            tenant: [(i, costs[i]) for i in mine.first]
             for tenant, mine in found.items()
             if mine.first
         }
