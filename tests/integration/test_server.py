@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -18,6 +19,8 @@ from conftest import Texts
 from lab import computed
 from server import ARGS, Server, forked, main, refuse, serve
 
+from kvshare_sglang.bench import passages
+from kvshare_sglang.bench.text import chat, served
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
 from kvshare_sglang.runtime import hooks, versions
@@ -131,6 +134,34 @@ def test_flush_and_abort(server: Server, texts: Texts) -> None:
         kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}
     assert kinds == {"abort"}
     assert len(server.generate(texts.passage(3) + a)["output_ids"]) == 8
+
+
+class Said(chat.Texts):
+    """The words of a tokenizer without a chat."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.stop = -1
+
+    def ids(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer(text)["input_ids"], np.int32)
+
+
+def test_the_bench_asks_real_passages_of_this_server(server: Server, model: Path) -> None:
+    """Each arm over the same cache, none over what another left, full prefill over no copy."""
+    said, rng = Said(model), random.Random(5)
+    words = [rng.choice("the old mill by a long wall of red stone".split()) for _ in range(400)]
+    first, second = " ".join(words[:200]), " ".join(words[200:])
+    prompt = f"Read this. {second} {first} What is it?"
+    one = passages.Asked(prompt, (f"Here: {first} {second}",), ("no",), "no")
+    row = served.answers(server, said, one, ["ours", "copies"])
+    full, ours, copies = (row["arms"][name] for name in ("full", "ours", "copies"))
+    alone = server.ask(said.ids(prompt).tolist(), max_new_tokens=chat.WRITTEN, kvshare="exact")
+    assert full["text"] == said.text(alone.output_ids)
+    assert 0.1 < ours["recomputed"] < 0.5
+    assert copies["recomputed"] < 0.1
+    assert copies["computed"] < ours["computed"] < 0.7
+    assert ours["same"] == (ours["text"] == full["text"])
 
 
 def test_odd_prompts_are_answered_as_without_kvshare(server: Server) -> None:
