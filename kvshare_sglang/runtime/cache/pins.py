@@ -7,6 +7,7 @@ evict it; what runs comes before it: where memory falls short, pins go first. Sp
 part of a node the same object, so both nodes stay what they are.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
+
+logger = logging.getLogger(__name__)
 
 MOST_TURNS = 4096  # that are watched
 
@@ -64,35 +67,11 @@ class Pins:
         reason = req.finished_reason
         if not req.finished() or reason is None or reason.to_json()["type"] == "abort":
             return
-        stats = req.time_stats
-        record = (req.customized_info or {}).get("kvshare")
-        rows = sum(record[0][f"{kind}_tokens"] for kind in ("recomputed", "fresh")) if record else 0
-        self.learned.served(
-            wait=stats.forward_entry_time - stats.wait_queue_entry_time,
-            prefill=stats.prefill_finished_time - stats.forward_entry_time,
-            rows=rows,
-        )
-        cache = self._cache
-        tokens = req.origin_input_ids + req.output_ids
-        key = versions.make_key(tokens, req)
-        last = prompt = cache.match_prefix(MatchPrefixParams(key=key, req=req)).last_device_node
-        if last is cache.root_node:
-            return
-        border = len(req.origin_input_ids) // cache.page_size * cache.page_size
-        while prompt.kvshare.start >= border and prompt.parent is not cache.root_node:
-            prompt = prompt.parent
-        if (before := self._turns.pop(prompt.id, None)) is not None:
-            self._unlock(before)  # the same prompt again
-        now = self.clock()
-        turn = self._turns[prompt.id] = Turn(prompt, None, now, now)
-        self._next = min(self._next, now + HORIZON)
-        ttl = self._asked(req)
-        if ttl is None:
-            ttl = self.learned.ttl(last.kvshare.start + len(last.key))
-        if ttl > 0:
-            self._pin(turn, last, now + ttl)
-        while len(self._turns) > MOST_TURNS:
-            self._is_over(next(iter(self._turns.values())))
+        try:
+            self._watch(req)
+        except Exception:
+            # Its answer is done: a turn that is not kept must not end the server.
+            logger.exception("KVShare could not keep what request %s left", req.rid)
 
     def came(self, req: "Req") -> None:
         """A request goes to prefill and holds its prefix hit: what it goes on from is back."""
@@ -146,6 +125,37 @@ class Pins:
         self._cache.report.pinned(0)
 
     # ---- inside --------------------------------------------------------------------------
+
+    def _watch(self, req: "Req") -> None:
+        stats = req.time_stats
+        record = (req.customized_info or {}).get("kvshare")
+        rows = sum(record[0][f"{kind}_tokens"] for kind in ("recomputed", "fresh")) if record else 0
+        self.learned.served(
+            wait=stats.forward_entry_time - stats.wait_queue_entry_time,
+            prefill=stats.prefill_finished_time - stats.forward_entry_time,
+            rows=rows,
+        )
+        cache = self._cache
+        tokens = req.origin_input_ids + req.output_ids
+        key = versions.make_key(tokens, req)
+        last = prompt = cache.match_prefix(MatchPrefixParams(key=key, req=req)).last_device_node
+        if last is cache.root_node:
+            return
+        border = len(req.origin_input_ids) // cache.page_size * cache.page_size
+        while prompt.kvshare.start >= border and prompt.parent is not cache.root_node:
+            prompt = prompt.parent
+        if (before := self._turns.pop(prompt.id, None)) is not None:
+            self._unlock(before)  # the same prompt again
+        now = self.clock()
+        turn = self._turns[prompt.id] = Turn(prompt, None, now, now)
+        self._next = min(self._next, now + HORIZON)
+        ttl = self._asked(req)
+        if ttl is None:
+            ttl = self.learned.ttl(last.kvshare.start + len(last.key))
+        if ttl > 0:
+            self._pin(turn, last, now + ttl)
+        while len(self._turns) > MOST_TURNS:
+            self._is_over(next(iter(self._turns.values())))
 
     def _pinned(self) -> Iterator[Turn]:
         return (turn for turn in self._turns.values() if turn.last is not None)
