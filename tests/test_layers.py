@@ -51,6 +51,7 @@ RUNTIME_ORDER = (
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync"),
     ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
+    ("cache.queue", "cache.pins"),
     ("cache.retain", "repair"),
     ("cache.radix",),
     ("support",),
