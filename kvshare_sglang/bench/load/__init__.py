@@ -25,38 +25,51 @@ EXTRA_S = 600  # that a run may take beyond its trace
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
+    speed = add_trace_arguments(parser, needed=True)
+    speed.add_argument("--load", type=float, metavar="SHARE",
+        help="rate as a share of what the first configuration serves of these requests when all "
+        "come at once")  # fmt: skip
     add = parser.add_argument
-    add("--requests", type=Path, required=True, metavar="FILE",
-        help="JSON lines with 'prompt'; 'extra_key' names the tenant")  # fmt: skip
-    add("--arrivals", type=Path, required=True, metavar="FILE",
-        help="JSON lines with 't' (seconds) and 'out' (tokens answered)")  # fmt: skip
-    add("--limit", type=int, default=100, help="how many requests, from the first that fits")
-    add("--longest", type=int, metavar="TOKENS", help="leave longer prompts out")
-    add("--max-new-tokens", type=int, default=8, help="most that a request asks for")
     add("--server", dest="configurations", action="append", type=targets.own, metavar="NAME=FLAGS",
         help="a configuration: a name, and more arguments of its server "
         '(default: plain= and "kvshare=--kvshare")')  # fmt: skip
     add("--url", dest="configurations", action="append", type=targets.running, metavar="NAME=URL",
         help="a configuration that runs already: a server, gateway or router")  # fmt: skip
-    speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--speedup", type=float, default=1.0, help="how many times as fast")
-    speed.add_argument("--rate", type=float, help="requests per second, on average")
-    speed.add_argument("--load", type=float, metavar="SHARE",
-        help="rate as a share of what the first configuration serves of these requests when all "
-        "come at once")  # fmt: skip
     add("--repeats", type=int, default=2, help="runs of each configuration")
     add("--model", default=models.FETCHED, help="directory, shape file, a shape here, or smollm2")
-    add("--chunk", type=int, default=2048, help="chunked prefill size")
-    add("--max-total-tokens", type=int, default=65536, help="KV tokens of each server")
-    add("--max-running", type=int, help="requests in a batch (default: 8 on a CPU)")
+    add_size_arguments(parser)
     add("--one-at-a-time", action="store_true",
         help="start a server anew for each run, as on a GPU")  # fmt: skip
-    add("--timeout", type=float, metavar="S", help=f"of a run (default: its trace + {EXTRA_S} s)")
     add("--bench-serving", action="store_true",
         help="through sglang.benchmark.serving instead, at the same mean rate")  # fmt: skip
     add("--aiperf", type=Path, default=aiperf.COMMAND, metavar="PATH", help="its command")
     add("--out", type=Path, default=common.ROOT / "out" / "load", metavar="DIR",
         help="for load.html, load.json and records.jsonl")  # fmt: skip
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser, *, needed: bool) -> Any:
+    """What is sent and when; the group of those options that say how fast."""
+    add = parser.add_argument
+    add("--requests", type=Path, required=needed, metavar="FILE",
+        help="JSON lines with 'prompt'; 'extra_key' names the tenant")  # fmt: skip
+    add("--arrivals", type=Path, required=needed, metavar="FILE",
+        help="JSON lines with 't' (seconds) and 'out' (tokens answered)")  # fmt: skip
+    add("--limit", type=int, default=100, help="how many requests, from the first that fits")
+    add("--longest", type=int, metavar="TOKENS", help="leave longer prompts out")
+    add("--max-new-tokens", type=int, default=8, help="most that a request asks for")
+    add("--timeout", type=float, metavar="S", help=f"of a run (default: its trace + {EXTRA_S} s)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--speedup", type=float, default=1.0, help="how many times as fast")
+    speed.add_argument("--rate", type=float, help="requests per second, on average")
+    return speed
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """How large a server is."""
+    add = parser.add_argument
+    add("--chunk", type=int, default=2048, help="chunked prefill size")
+    add("--max-total-tokens", type=int, default=65536, help="KV tokens of each server")
+    add("--max-running", type=int, help="requests in a batch (default: 8 on a CPU)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     model = models.open_model(args.model)
     prompts, skipped = fitting(args, model)
-    arrivals = trace.read_arrivals(args.arrivals, limit=len(prompts))
     common.warn_if_busy()
     together = args.device == "cpu" and not args.one_at_a_time
     there = Targets(
@@ -76,19 +88,17 @@ def run(args: argparse.Namespace) -> int:
     )
     with there.running():
         rate = args.rate if args.load is None else args.load * at_once(args, there, model, prompts)
-        timed = trace.make(
-            prompts, arrivals, most_new=args.max_new_tokens, speedup=args.speedup, rate=rate
-        )
-        told = {"requests": len(timed), "left_out": skipped, "lasts_s": timed[-1].at_s,
-                "mean_rate": trace.mean_rate([one.at_s for one in timed])}  # fmt: skip
+        requests = timed(args, prompts, rate=rate)
+        told = {"requests": len(requests), "left_out": skipped, "lasts_s": requests[-1].at_s,
+                "mean_rate": trace.mean_rate([one.at_s for one in requests])}  # fmt: skip
         print(
             f"{told['requests']} requests in {told['lasts_s']:.0f} s "
             f"({told['mean_rate']:.2f} a second), {skipped} too long and left out",
             file=sys.stderr,
         )
         if args.bench_serving:
-            return familiar(args, there, model, timed, told)
-        runs, loads = measure(args, there, model, timed)
+            return familiar(args, there, model, requests, told)
+        runs, loads = measure(args, there, model, requests)
     return finish(args, runs, told, loads, model.path.name)
 
 
@@ -96,7 +106,13 @@ def check(args: argparse.Namespace) -> None:
     """Raise ScriptError for options that are out of range or do not go together."""
     args.configurations = args.configurations or list(targets.DEFAULT)
     targets.check_names(args.configurations)
-    for name in ("limit", "repeats", "max_new_tokens", "speedup", "rate", "load", "timeout"):
+    numbers = ("limit", "repeats", "max_new_tokens", "speedup", "rate", "load", "timeout")
+    check_numbers(args, *numbers)
+
+
+def check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Raise ScriptError for the first of these options that is not above 0."""
+    for name in names:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ScriptError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
@@ -120,6 +136,16 @@ def fitting(args: argparse.Namespace, model: models.Model) -> tuple[list[trace.P
     if len(found) < 2:
         raise ScriptError(f"{args.requests} has {len(found)} prompts of 1 to {room} tokens, not 2")
     return found, skipped
+
+
+def timed(
+    args: argparse.Namespace, prompts: list[trace.Prompt], *, rate: float | None
+) -> list[Timed]:
+    """The trace of the command: these prompts at the arrivals of its file."""
+    arrivals = trace.read_arrivals(args.arrivals, limit=len(prompts))
+    return trace.make(
+        prompts, arrivals, most_new=args.max_new_tokens, speedup=args.speedup, rate=rate
+    )
 
 
 def spec(args: argparse.Namespace, one: Configuration, model: Path) -> ServerSpec:
