@@ -105,7 +105,8 @@ Choose = Callable[[Job, Sequence["Worker"]], int]  # the worker that a new reque
 
 @dataclass(eq=False)
 class Worker:
-    """One server. ``let_in``: rows of all that were let in so far."""
+    """One server. ``step``: requests whose prefill ends with the step that runs now, and ``rows``
+    of that step. ``let_in``: rows of all that were let in so far."""
 
     number: int
     env: simpy.Environment
@@ -115,6 +116,8 @@ class Worker:
     limits: Limits
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
+    step: list[Job] = field(default_factory=list)
+    rows: int = 0
     cut: tuple[Job, int] | None = None  # a prompt in several chunks, and its rows to come
     let_in: int = 0
     busy_s: float = 0.0
@@ -137,6 +140,7 @@ class Worker:
             if batch is not None:
                 seconds, done = batch
                 yield self._takes(seconds)
+                self.step, self.rows = [], 0
                 for job in done:
                     self.cache.leave(job)
                     job.first_s, job.left = self.env.now, job.new_tokens - 1
@@ -147,6 +151,11 @@ class Worker:
             for job in decoded:
                 job.left -= 1
                 self._run_on(job)
+
+    @property
+    def load(self) -> int:
+        """Requests that wait or run."""
+        return len(self.waiting) + len(self.step) + len(self.running)
 
     def _takes(self, seconds: float) -> Any:
         self.busy_s += seconds
@@ -191,7 +200,8 @@ class Worker:
             if self.waiting and not self.running:
                 raise RuntimeError(f"worker {self.number}: nobody of those who wait was let in")
             return None
-        return self.costs.prefill(self.limits.chunk - room, copied, requests), done
+        self.step, self.rows = done, self.limits.chunk - room
+        return self.costs.prefill(self.rows, copied, requests), done
 
     def _note(self, let_in: Sequence[Job]) -> None:
         """Take those that were let in out of the queue, and count whom they overtook."""

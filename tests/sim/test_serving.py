@@ -230,7 +230,7 @@ def test_moved_text_goes_to_who_holds_it_only_by_the_plug_ins_route():
         group = groups[int(rng.integers(2))]
         parts = [group[k] for k in rng.permutation(10)[:4]]
         prompt = np.concatenate([*parts, text(900 + i, 12)])
-        made.append(Job(i, 3.0 * i, len(prompt), 1, prompt=prompt))
+        made.append(Job(i, 9.0 * i, len(prompt), 1, prompt=prompt))
 
     def found(route, workers):
         these = [Job(j.number, j.due_s, j.tokens, 1, prompt=j.prompt) for j in made]

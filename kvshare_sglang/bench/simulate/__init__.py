@@ -8,7 +8,7 @@ earlier load test, of any number of workers.
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
         return compare_real(args)
     costs = read_costs(args.costs)
     rows = []
+    fresh = jobs_of(args)
     most = itertools.product(args.workers, args.route, args.order, args.reuse)
     for workers, route, order, reuse in most:
         if workers == 1 and route != args.route[0]:
             continue  # there is no choice
-        result = simulated(args, costs, list(jobs_of(args)), workers, route, order, reuse == "on")
+        result = simulated(args, costs, fresh(), workers, route, order, reuse == "on")
         rows.append({"workers": workers, "route": route if workers > 1 else "-", "order": order,
                      "reuse": reuse, **figures(result)})  # fmt: skip
     text = common.columns(rows, **COLUMNS)
@@ -116,23 +117,25 @@ def check(args: argparse.Namespace) -> None:
 # ---- one simulation ----------------------------------------------------------------------------
 
 
-def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
-    """The requests of the command, fresh: a simulation writes into them."""
+def jobs_of(args: argparse.Namespace) -> Callable[[], list[Job]]:
+    """Gives the requests of the command, each time anew: a simulation writes into them."""
     if args.synthetic is not None:
-        yield from synthetic.requests(
-            args.synthetic, rate=args.rate, new_tokens=args.max_new_tokens
+        return lambda: list(
+            synthetic.requests(args.synthetic, rate=args.rate, new_tokens=args.max_new_tokens)
         )
-        return
     model = models.open_model(args.model)
     prompts, _ = load.fitting(args, model)
-    yield from jobs_from(load.timed(args, prompts, rate=args.rate), model)
+    return jobs_from(load.timed(args, prompts, rate=args.rate), model)
 
 
-def jobs_from(timed: list[Timed], model: models.Model) -> Iterator[Job]:
+def jobs_from(timed: list[Timed], model: models.Model) -> Callable[[], list[Job]]:
+    """The same of a trace; it is tokenised once."""
     tokenizer = model.tokenizer()
-    for i, one in enumerate(timed):
-        ids = np.asarray(tokenizer.encode(one.prompt).ids, np.int32)
-        yield Job(i, one.at_s, len(ids), one.new_tokens, prompt=ids, space=one.tenant)
+    prompts = [np.asarray(tokenizer.encode(one.prompt).ids, np.int32) for one in timed]
+    return lambda: [
+        Job(i, one.at_s, len(ids), one.new_tokens, prompt=ids, space=one.tenant)
+        for i, (one, ids) in enumerate(zip(timed, prompts, strict=True))
+    ]
 
 
 def simulated(
@@ -252,7 +255,7 @@ def compare_real(args: argparse.Namespace) -> int:
                     timeout_s=args.timeout or timed[-1].at_s + load.EXTRA_S, title=f"{name}, real",
                 )  # fmt: skip
         costs = StepCosts(**found["costs"])
-        jobs = list(jobs_from(timed, model))
+        jobs = jobs_from(timed, model)()
         made = figures(simulated(args, costs, jobs, 1, "least_load", "fcfs", bool(flags)))
         real = summary.figures(answered)
         rows.append(

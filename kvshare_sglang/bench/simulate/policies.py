@@ -109,7 +109,7 @@ def order_of(name: str, *, bound: int) -> Order:
 
 def least_load(job: Job, workers: Sequence[Worker]) -> int:
     """Fewest requests."""
-    return min(range(len(workers)), key=lambda i: len(workers[i].waiting) + len(workers[i].running))
+    return min(range(len(workers)), key=lambda i: workers[i].load)
 
 
 def random(seed: int = 0) -> Choose:
@@ -126,7 +126,7 @@ def cache_aware() -> Choose:
     def choose(job: Job, workers: Sequence[Worker]) -> int:
         while len(trees) < len(workers):
             trees.append(RadixTree(Nothing(), capacity=None, policy=lru))
-        loads = [len(one.waiting) + len(one.running) for one in workers]
+        loads = [one.load for one in workers]
         text = job.prompt
         if text is None:  # documents that are counted: each stands for one token here
             text = np.array([number for number, _ in job.documents], np.int32)
@@ -182,7 +182,9 @@ def kvshare_route() -> Choose:
 def _rows_before(worker: Worker) -> float:
     """Rows that a new request finds before it; of those that were not looked up, their tokens."""
     rows = sum(job.tokens if job.work is None else job.work.rows for job in worker.waiting)
-    return float(rows + (worker.cut[1] if worker.cut else 0) + 16 * len(worker.running))
+    return float(
+        rows + worker.rows + (worker.cut[1] if worker.cut else 0) + 16 * len(worker.running)
+    )
 
 
 ROUTES: dict[str, Callable[[], Choose]] = {
