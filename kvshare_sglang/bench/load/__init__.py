@@ -161,7 +161,7 @@ def at_once(
     args: argparse.Namespace, there: Targets, model: models.Model, prompts: list[trace.Prompt]
 ) -> float:
     """Requests per second that the first configuration serves when all are there at once."""
-    everything = [Timed(0.0, one.text, one.tenant, args.max_new_tokens) for one in prompts]
+    everything = [one._replace(at_s=0.0) for one in timed(args, prompts, rate=None)]
     first = args.configurations[0]
     with there.ready(first) as url:
         found = aiperf.drive(
