@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     model = models.open_model(args.model)
     prompts, skipped = fitting(args, model)
+    requests = timed(args, prompts, rate=args.rate)  # before servers start: a file may be bad
     common.warn_if_busy()
     together = args.device == "cpu" and not args.one_at_a_time
     there = Targets(
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
         together=together,
     )
     with there.running():
-        rate = args.rate if args.load is None else args.load * at_once(args, there, model, prompts)
-        requests = timed(args, prompts, rate=rate)
+        if args.load is not None:
+            most = at_once(args, there, model, requests)
+            requests = timed(args, prompts, rate=args.load * most)
         told = {"requests": len(requests), "left_out": skipped, "lasts_s": requests[-1].at_s,
                 "mean_rate": trace.mean_rate([one.at_s for one in requests])}  # fmt: skip
         print(
@@ -158,10 +160,10 @@ def spec(args: argparse.Namespace, one: Configuration, model: Path) -> ServerSpe
 
 
 def at_once(
-    args: argparse.Namespace, there: Targets, model: models.Model, prompts: list[trace.Prompt]
+    args: argparse.Namespace, there: Targets, model: models.Model, requests: list[Timed]
 ) -> float:
     """Requests per second that the first configuration serves when all are there at once."""
-    everything = [one._replace(at_s=0.0) for one in timed(args, prompts, rate=None)]
+    everything = [one._replace(at_s=0.0) for one in requests]
     first = args.configurations[0]
     with there.ready(first) as url:
         found = aiperf.drive(
