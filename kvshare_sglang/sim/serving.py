@@ -50,6 +50,11 @@ class Job:
     end_s: float = -1.0
     left: int = 0  # tokens that it has yet to answer
 
+    @property
+    def attends(self) -> float:
+        """Tokens that a row of it attends to, on average: its rows are the last ones, or nearly."""
+        return self.tokens - self.work.rows / 2 if self.work else 0.0
+
 
 class Cache(Protocol):
     """What a worker holds."""
@@ -72,20 +77,23 @@ class Cache(Protocol):
 
 
 class StepCosts(NamedTuple):
-    """Seconds of a prefill step: ``step + row * rows + copy * copied + request * requests``, and of
-    a decode step: ``decode_step + decode_request * requests``; ``overhead`` is what a request takes
-    outside its steps (tokens in, tokens out), during which others are served."""
+    """Seconds of a prefill step: ``step + row * rows + pair * pairs + copy * copied + request *
+    requests``, and of a decode step: ``decode_step + decode_request * requests``. ``pairs`` are
+    rows times what each attends to; ``overhead`` is what a request takes outside its steps (tokens
+    in, tokens out), during which others are served."""
 
     step: float = 0.004
     row: float = 0.0004
+    pair: float = 0.0
     copy: float = 0.000004
     request: float = 0.001
     decode_step: float = 0.01
     decode_request: float = 0.001
     overhead: float = 0.01
 
-    def prefill(self, rows: int, copied: int, requests: int) -> float:
-        return self.step + self.row * rows + self.copy * copied + self.request * requests
+    def prefill(self, rows: int, copied: int, requests: int, pairs: float = 0.0) -> float:
+        each = self.row * rows + self.pair * pairs + self.copy * copied + self.request * requests
+        return self.step + each
 
     def decode(self, requests: int) -> float:
         return self.decode_step + self.decode_request * requests
@@ -169,10 +177,11 @@ class Worker:
 
     def _prefill(self) -> tuple[float, list[Job]] | None:
         """Let a batch in: how long its step takes and who is then done; None if nobody is."""
-        room, copied, requests = self.limits.chunk, 0, 0
+        room, copied, requests, pairs = self.limits.chunk, 0, 0, 0.0
         done: list[Job] = []
         if self.cut is not None:
             job, rows = self.cut
+            pairs = min(rows, room) * job.attends
             room, requests = room - min(rows, room), 1
             self.cut = (job, rows - self.limits.chunk) if rows > self.limits.chunk else None
             if self.cut is None:
@@ -190,6 +199,7 @@ class Worker:
                 job.work = work = self.cache.take(job)
                 let_in.append(job)
                 requests, copied = requests + 1, copied + work.copied
+                pairs += min(work.rows, room) * job.attends
                 if work.rows > room:
                     self.cut, room = (job, work.rows - room), 0
                 else:
@@ -201,7 +211,7 @@ class Worker:
                 raise RuntimeError(f"worker {self.number}: nobody of those who wait was let in")
             return None
         self.step, self.rows = done, self.limits.chunk - room
-        return self.costs.prefill(self.rows, copied, requests), done
+        return self.costs.prefill(self.rows, copied, requests, pairs), done
 
     def _note(self, let_in: Sequence[Job]) -> None:
         """Take those that were let in out of the queue, and count whom they overtook."""

@@ -71,6 +71,17 @@ def test_a_long_prompt_comes_in_chunks_and_a_short_one_rides_along():
     assert first.first_s == second.first_s == pytest.approx(sum(steps))
 
 
+def test_a_row_pays_for_what_it_attends_to_whatever_the_chunks():
+    """A prompt attends to as many pairs as counting gives; cut in chunks, to no more or less."""
+    costs = StepCosts(step=0, row=0, pair=1, copy=0, request=0, overhead=0)
+    for chunk in (1000, 64, 7):
+        result = simulate(
+            jobs([200], [0]), [TextCache(capacity=1000)], order=policies.fcfs,
+            choose=policies.least_load, costs=costs, limits=Limits(chunk=chunk),
+        )  # fmt: skip
+        assert result.busy_s[0] == pytest.approx(sum(range(1, 201)), rel=0.01)
+
+
 def test_those_who_decode_share_a_step_and_let_prefill_go_first():
     these = jobs([10, 10, 10, 10], [0, 0.1, 0.1, 1.9], new_tokens=3)
     these[0].new_tokens = 1
@@ -268,17 +279,18 @@ def test_policies_are_named_or_given():
 # ---- step costs --------------------------------------------------------------------------------
 
 
-@given(st.tuples(*[st.floats(0.001, 1)] * 5), st.integers(0, 100))
+@given(st.tuples(*[st.floats(0.001, 1)] * 6), st.integers(0, 100))
 def test_costs_are_found_again_in_what_they_made(true, seed):
-    overhead, step, row, copy, request = true
+    overhead, step, row, pair, copy, request = true
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(30):
-        steps, rows, copied, num = (int(rng.integers(1, hi)) for hi in (4, 50, 50, 9))
-        seconds = overhead + steps * step + rows * row + copied * copy + num * request
-        samples.append(calibrate.Sample(seconds, steps, rows, copied, num))
+        steps, rows, pairs, copied, num = (int(rng.integers(1, hi)) for hi in (4, 50, 60, 50, 9))
+        seconds = overhead + steps * step + rows * row + pairs * pair
+        seconds += copied * copy + num * request
+        samples.append(calibrate.Sample(seconds, steps, rows, pairs, copied, num))
     costs, left = calibrate.fit(samples, {1: 0.5, 8: 0.5 + 7 * 0.25})
-    got = (costs.overhead, costs.step, costs.row, costs.copy, costs.request)
+    got = (costs.overhead, costs.step, costs.row, costs.pair, costs.copy, costs.request)
     assert got == pytest.approx(true, rel=1e-4, abs=1e-6)
     assert left < 1e-6
     assert (costs.decode_step, costs.decode_request) == pytest.approx((0.25, 0.25))
@@ -288,7 +300,7 @@ def test_costs_are_found_again_in_what_they_made(true, seed):
 def test_no_cost_is_negative_whatever_was_measured(seed):
     rng = np.random.default_rng(seed)
     samples = [
-        calibrate.Sample(float(rng.uniform(0.01, 1)), *(int(x) for x in rng.integers(1, 9, 4)))
+        calibrate.Sample(float(rng.uniform(0.01, 1)), *(int(x) for x in rng.integers(1, 9, 5)))
         for _ in range(8)
     ]
     costs, _ = calibrate.fit(samples, {1: 0.3, 8: 0.2})
@@ -296,5 +308,5 @@ def test_no_cost_is_negative_whatever_was_measured(seed):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ScriptError, match="at least 6 samples, got 1"):
-        calibrate.fit([calibrate.Sample(1, 1, 1, 1, 1)], {1: 0.1})
+    with pytest.raises(ScriptError, match="at least 7 samples, got 1"):
+        calibrate.fit([calibrate.Sample(1, 1, 1, 1, 1, 1)], {1: 0.1})

@@ -1,7 +1,8 @@
 """Step costs of a real server, measured from outside and fitted by least squares.
 
-Each sample is a time and what was done in it: prefill steps, rows, copied tokens, requests. Prompts
-ask for one token, so that nothing but prefill is in it; decode steps are measured apart.
+Each sample is a time and what was done in it: prefill steps, rows, what these attend to, copied
+tokens, requests. Prompts ask for one token, so that nothing but prefill is in it; decode steps are
+measured apart.
 """
 
 from collections.abc import Sequence
@@ -27,15 +28,17 @@ class Sample(NamedTuple):
     seconds: float
     steps: int
     rows: int
+    pairs: float
     copied: int
     requests: int
 
 
 def measure(server: Server, *, vocab: int, chunk: int, reuse: bool, repeats: int) -> list[Sample]:
-    """Prompts alone, new and (with ``reuse``) moved, then several at once."""
+    """Prompts alone, new and (with ``reuse``) moved, then several at once: a sample for each, of
+    ``repeats`` the one with the median time."""
     rng = np.random.default_rng(0)
     lengths = [n for n in LENGTHS if n <= chunk]
-    samples: list[Sample] = []
+    found: list[list[Sample]] = []
 
     def text(length: int) -> list[int]:
         ids: list[int] = rng.integers(5, vocab, length).tolist()
@@ -47,6 +50,8 @@ def measure(server: Server, *, vocab: int, chunk: int, reuse: bool, repeats: int
     with common.Progress(repeats * (len(lengths) * (1 + reuse) + len(BURSTS)), unit="") as bar:
         bar.say(f"step costs of {server.spec.name}")
         for _ in range(repeats):
+            samples: list[Sample] = []
+            found.append(samples)
             for length in lengths:
                 server.flush()
                 ids = text(length)
@@ -64,15 +69,17 @@ def measure(server: Server, *, vocab: int, chunk: int, reuse: bool, repeats: int
                 # The first to come is served alone, the others meanwhile wait and go together.
                 samples.append(_sample(answers, [SHORT] * burst, reuse=reuse, steps=2))
                 bar.update()
-    return samples
+    return [sorted(alike)[(len(alike) - 1) // 2] for alike in zip(*found, strict=True)]
 
 
 def _sample(
     answers: Sequence[Answer], lengths: Sequence[int], *, reuse: bool, steps: int = 1
 ) -> Sample:
-    rows = sum(lengths)
-    copied = sum(one.kvshare["copied_tokens"] for one in answers) if reuse else 0
-    return Sample(max(one.ttft_s for one in answers), steps, rows - copied, copied, len(answers))
+    copies = [one.kvshare["copied_tokens"] if reuse else 0 for one in answers]
+    rows = [length - copied for length, copied in zip(lengths, copies, strict=True)]
+    pairs = sum(run * (length - run / 2) for length, run in zip(lengths, rows, strict=True))
+    took = max(one.ttft_s for one in answers)
+    return Sample(took, steps, sum(rows), pairs, sum(copies), len(answers))
 
 
 def measure_decode(server: Server, *, vocab: int, batch: int) -> dict[int, float]:
@@ -95,18 +102,17 @@ def fit(samples: Sequence[Sample], decode: dict[int, float]) -> tuple[StepCosts,
 
     What a request takes outside its steps is in each sample once.
     """
-    if len(samples) < 6:
-        raise ScriptError(f"step costs need at least 6 samples, got {len(samples)}")
+    if len(samples) < 7:
+        raise ScriptError(f"step costs need at least 7 samples, got {len(samples)}")
     seconds = np.array([one.seconds for one in samples])
-    done = np.array([[1.0, one.steps, one.rows, one.copied, one.requests] for one in samples])
-    overhead, step, row, copy, request = _not_negative(
-        done / seconds[:, None], np.ones(len(samples))
-    )
-    left = np.abs(done @ np.array([overhead, step, row, copy, request]) / seconds - 1)
+    done = np.array([[1.0, *one[1:]] for one in samples])
+    factors = _not_negative(done / seconds[:, None], np.ones(len(samples)))
+    left = np.abs(done @ np.array(factors) / seconds - 1)
+    overhead, step, row, pair, copy, request = factors
     few, many = min(decode), max(decode)
     each = max((decode[many] - decode[few]) / (many - few), 0.0) if many > few else 0.0
     costs = StepCosts(
-        step=step, row=row, copy=copy, request=request, overhead=overhead,
+        step=step, row=row, pair=pair, copy=copy, request=request, overhead=overhead,
         decode_step=max(decode[few] - each * few, 0.0), decode_request=each,
     )  # fmt: skip
     return costs, float(np.median(left))
