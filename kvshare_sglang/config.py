@@ -60,6 +60,9 @@ class KVShareConfig:
     probe_at: float = _option(
         0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
+    stretch: int = _option(
+        6, "tokens on either side of one that is attended to that trace takes with it", 0, 64
+    )
     window: int = _option(32, "tokens computed again after each edit, by window and dhd", 0, 4096)
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20

@@ -66,7 +66,8 @@ def replay(server: Server, prompts: list[Tokens], config: KVShareConfig, new: in
             bar.say(f"request {i + 1} of {len(prompts)}")
             claimed = sum(run.length for run in mirror.match(tokens, config))
             claimed_prefix = mirror.prefix_len(tokens)
-            long_enough = mirror.proposal(tokens, config, AttentionTrace(config.seam)).reused
+            selector = AttentionTrace(config.seam, config.stretch)
+            long_enough = mirror.proposal(tokens, config, selector).reused
             mirror.add(tokens)
             answer = server.ask(tokens.tolist(), max_new_tokens=new)
             info = answer.kvshare

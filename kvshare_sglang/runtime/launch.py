@@ -139,6 +139,7 @@ def hook_check_server_args(
 ) -> Any:
     """AROUND ``ServerArgs.check_server_args``, the last before the processes start. A ServerArgs
     that was built without us has kvshare on if it names our cache backend."""
+    check_engine_keywords()
     if (
         getattr(server_args, "_kvshare", None) is None
         and server_args.radix_cache_backend == BACKEND
@@ -156,6 +157,24 @@ def hook_check_server_args(
         doors.install()
         os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     return original(server_args, *args, **kw)
+
+
+def check_engine_keywords() -> None:
+    """Raise StartError where ``Engine`` was given options of ours beside ``server_args``: SGLang
+    drops them unread, before plug-ins are loaded, so that only its frame still knows of them."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code is Engine.__init__.__code__:
+            given = frame.f_locals["kwargs"]
+            ours = [name for name in given if name.partition("_")[0] == "kvshare"]
+            if ours and "server_args" in given:
+                raise StartError(
+                    f"Engine was given {', '.join(ours)} beside server_args, where SGLang reads no "
+                    "other keyword: build server_args with kvshare_sglang.plugin.server_args(...)"
+                )
 
 
 def engine_server_args(**kwargs: Any) -> Any:

@@ -141,7 +141,7 @@ def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
     structural = Window(config.seam, config.window)
     selectors: dict[str, Selector] = {
         "window": structural,
-        "trace": AttentionTrace(config.seam),
+        "trace": AttentionTrace(config.seam, config.stretch),
         "dhd": Dhd(config.seam, config.window, config.tau),
     }
     unserved = None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import max_pool1d
 
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.select.attention_trace import Trace
@@ -59,6 +60,7 @@ class DeviceTrace:
         self._open = to_device(torch.from_numpy(trace.candidates.copy()), device)
         self._num_open = trace.num_candidates
         self._left, self._shares = trace.left, list(trace.shares)
+        self._stretch = trace.stretch
         self._kept = [on_device(must | trace.chosen, device)]
         self.rows = DeviceRows(trace.rows.num, trace.length, on_device(trace.rows, device))
         places = to_device(torch.from_numpy(trace.query.places_in(trace.rows)), device)
@@ -73,6 +75,9 @@ class DeviceTrace:
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         count = min(count, self._num_open)
         self._shares.pop(0)
+        mass = mass.masked_fill(~self._open, 0.0)
+        if width := 2 * self._stretch:  # as ``spread``
+            mass = max_pool1d(mass[None], width + 1, stride=1, padding=width // 2)[0]
         # Attention is never negative.
         order = torch.sort(mass.masked_fill(~self._open, -1.0), descending=True, stable=True)
         at = order.indices[:count].sort().values

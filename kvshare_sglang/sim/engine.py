@@ -208,7 +208,7 @@ class Lab:
             case "window":
                 return Window(seam, window)
             case "trace":
-                return AttentionTrace(seam)
+                return AttentionTrace(seam, self.config.stretch)
             case "dhd":
                 return Dhd(seam, window, self.config.tau)
             case "oracle":

@@ -187,6 +187,10 @@ if __name__ == "__main__":
         ServerArgs(**common, kvshare=True)
     except TypeError as error:
         print("NO KEYWORD", error)
+    try:  # the first of this process: no plug-in is loaded yet
+        sglang.Engine(server_args=ServerArgs(**common), kvshare=True, kvshare_budget=0.1)
+    except ValueError as error:
+        print("BESIDE", error)
     try:
         sglang.Engine(**common, kvshare=True, kvshare_budget=7.0)
     except ValueError as error:
@@ -217,6 +221,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()
     assert "NO KEYWORD" in done.stdout
+    assert "BESIDE Engine was given kvshare, kvshare_budget beside server_args" in done.stdout
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in printed
     copied = [int(line.split()[1]) for line in printed if "COPIED" in line]
     assert "SAME True" in printed

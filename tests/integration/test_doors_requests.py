@@ -158,6 +158,46 @@ def test_the_answer_says_what_was_reused(server: Server, door: Door, stream: boo
 
 @every_door
 @both_ways
+def test_a_conversation_goes_on_as_a_prefix(server: Server, door: Door, stream: bool) -> None:
+    """The next turn of text that reused costs its new text and some repair, at every door; other
+    words in front make it reuse again; a turn that asks for exact takes nothing of it."""
+    need(server, door)
+    question = fresh(door, stream, "talk")
+    rng = random.Random(question)
+    last = "\n" + " ".join(rng.choice(CODE.split()) for _ in range(30))
+
+    def turn(front: str, *, header: str = "auto", more: bool) -> dict[str, Any]:
+        said = [front + question, *(["So it is.", last] if more else [])]
+        body = door.body("".join(said), stream=stream)
+        roles = ("user", "assistant", "user")
+        talk = [{"role": r, "content": text} for r, text in zip(roles, said, strict=False)]
+        for key in ("messages", "input"):
+            if key in body:
+                body[key] = talk
+        (seen,) = told(door, server.post(door.path, body, headers={"X-KVShare": header}))
+        return seen
+
+    first = turn("", more=False)
+    before = first["exact_tokens"] + first["copied_tokens"] + computed(first)
+    assert first["copied_tokens"] > 64
+    second = turn("", more=True)
+    new = second["fresh_tokens"]
+    assert second["blended_tokens"] > 64
+    # a template may end what it began otherwise, and the tokens where texts meet may be others
+    led = second["exact_tokens"] + second["blended_tokens"] + second.get("repaired_tokens", 0)
+    assert led >= before - 16
+    assert second["copied_tokens"] == 0
+    assert computed(second) <= 2 * new + 26
+    other = turn("# Another beginning.\n", more=True)
+    assert other["copied_tokens"] > 64
+    assert other["blended_tokens"] == 0
+    exact = turn("", header="exact", more=True)
+    assert exact["declined"] == "exact_requested"
+    assert exact["blended_tokens"] == 0
+
+
+@every_door
+@both_ways
 def test_a_header_says_how(server: Server, door: Door, stream: bool) -> None:
     need(server, door)
 

@@ -11,8 +11,6 @@ from kvshare_sglang.policy.select.base import copy_all
 from kvshare_sglang.runtime.batch import DeviceRows
 from kvshare_sglang.runtime.trace_on_device import DeviceTrace, OnTheirWay
 
-SELECTOR = AttentionTrace(16)
-
 
 @st.composite
 def plans(draw):
@@ -31,11 +29,17 @@ def noise(rng: np.random.Generator, length: int) -> np.ndarray:
     return (rng.integers(0, 6, length) * (rng.random(length) < 0.5)).astype(np.float32)
 
 
-@given(plans(), st.sampled_from([0.01, 0.05, 0.15, 0.5, 1.0]), st.integers(0, 1000))
-def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, seed):
+@given(
+    plans(),
+    st.sampled_from([0.01, 0.05, 0.15, 0.5, 1.0]),
+    st.sampled_from([0, 1, 6, 64]),
+    st.integers(0, 1000),
+)
+def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, stretch, seed):
     rng = np.random.default_rng(seed)
-    host = SELECTOR.trace(plan, budget=budget)
-    must = SELECTOR.required(plan, 0)
+    selector = AttentionTrace(16, stretch)
+    host = selector.trace(plan, budget=budget)
+    must = selector.required(plan, 0)
     device = DeviceTrace(host, must, "cpu")
     most = host.most_chosen
     while not host.done:
@@ -49,7 +53,7 @@ def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, seed):
         host.feed(mass)
         device.feed(torch.from_numpy(mass))
     assert device.done
-    want = SELECTOR.rows(plan, host, 0)
+    want = selector.rows(plan, host, 0)
     chosen = device.chosen()
     assert chosen.num == want.num == len(chosen.at)
     assert want.num <= must.num + most

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seam", type=int, default=16, help="--kvshare-seam")
     add("--window", type=int, default=16, help="--kvshare-window")
     add("--probe-at", type=float, default=0.25, help="--kvshare-probe-at")
+    add("--stretch", type=int, default=KVShareConfig.stretch, help="--kvshare-stretch")
     add("--refresh-rows", type=int, default=24, help="--kvshare-refresh-rows")
     add("--refresh-above", type=float, default=0.2, help="--kvshare-refresh-above")
     add("--workers", type=int, default=1, help="cases measured side by side")
@@ -111,8 +112,8 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
 def _config(args: argparse.Namespace) -> KVShareConfig:
     return KVShareConfig(
         select="trace", min_reuse=args.min_reuse, seam=args.seam, window=args.window,
-        probe_at=args.probe_at, refresh_every=1, refresh_above=args.refresh_above,
-        refresh_rows=args.refresh_rows,
+        probe_at=args.probe_at, stretch=args.stretch, refresh_every=1,
+        refresh_above=args.refresh_above, refresh_rows=args.refresh_rows,
     )  # fmt: skip
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from kvshare_sglang.bench import common, models, options
-from kvshare_sglang.bench.passages import Asked
-from kvshare_sglang.bench.text import arms, report
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.passages import Asked, Passage
+from kvshare_sglang.bench.server import ServerSpec, serve
+from kvshare_sglang.bench.text import arms, report, served
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import fill
 from kvshare_sglang.bench.text.prompts import ALONE, CASES, TASKS, asked, pool
@@ -31,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", nargs="+", choices=TASKS, default=list(TASKS))
     add("--case", nargs="+", choices=CASES, default=["splice", "edit"])
     add("--arm", nargs="+", choices=arms.ARMS, default=names, help="besides full prefill")
+    add("--served", nargs="*", choices=served.ARMS, metavar="ARM",
+        help=f"by the real server: of {', '.join(served.ARMS)} (default: ours)")  # fmt: skip
+    add("--server-arg", action="append", default=[], metavar="ARG",
+        help="served: one more argument for the server, as --server-arg=--flag")  # fmt: skip
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +53,11 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     passages = pool(args.passages, longest=args.longest)
+    cells = [(task, case) for case in args.case for task in args.task]
+    if args.served is not None:
+        return run_served(args, passages, cells)
     texts, model = start(args)
     chosen = {name: arms.ARMS[name] for name in args.arm}
-    cells = [(task, case) for case in args.case for task in args.task]
 
     def rows(case: str, many: list[Asked]) -> list[dict[str, Any]]:
         if case == ALONE:
@@ -70,13 +78,39 @@ def run(args: argparse.Namespace) -> int:
     return finish(args)
 
 
+def run_served(
+    args: argparse.Namespace, passages: list[Passage], cells: list[tuple[str, str]]
+) -> int:
+    if ALONE in args.case:
+        raise ScriptError("--served needs a cache: --case alone is for the driver")
+    texts, chosen = folder(args), args.served or ["ours"]
+    spec = ServerSpec(
+        "ours", args.model, args.device, threads=args.threads,
+        args=("--kvshare", "--enable-cache-report", *args.server_arg),
+    )  # fmt: skip
+    with serve(spec) as (server,), common.Progress(len(cells) * args.n, unit=" prompts") as bar:
+        for task, case in cells:
+            bar.say(f"{task}, {case}, served")
+            fill(
+                args.out / f"{task}-{case}.jsonl", asked(passages, task, case), args.n,
+                lambda many: [served.answers(server, texts, one, chosen) for one in many], bar,
+            )  # fmt: skip
+    return finish(args)
+
+
 def start(args: argparse.Namespace) -> tuple[Texts, Model]:
     """The model that was asked for, and the folder of its answers."""
+    texts = folder(args)
+    torch.set_num_threads(args.threads)
+    return texts, Model(args.model, device=args.device)
+
+
+def folder(args: argparse.Namespace) -> Texts:
+    """The folder of the answers, and the model's tokens."""
     args.model = options.model_directory(args.model)
     args.json = args.json or args.out / "summary.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    return Texts(args.model), Model(args.model, device=args.device)
+    return Texts(args.model)
 
 
 def finish(args: argparse.Namespace) -> int:

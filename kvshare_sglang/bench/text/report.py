@@ -10,7 +10,7 @@ from kvshare_sglang.bench import common
 
 MEANS = (
     "kl", "kl_most", "margin", "nll", "top1", "same",
-    "recomputed", "computed", "refreshed", "share",
+    "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def choice_of(mirror: Mirror, prompt: Tokens, config: KVShareConfig) -> Choice:
     window = Window(config.seam, config.window)
     if config.select == "window":
         return Choice(mirror.plan(prompt, config, window), window)
-    trace = AttentionTrace(config.seam)
+    trace = AttentionTrace(config.seam, config.stretch)
     plan = mirror.plan(prompt, config, trace)
     return Choice(plan, trace)
 

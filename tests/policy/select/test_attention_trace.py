@@ -65,14 +65,18 @@ def test_no_more_rows_run_than_admission_was_told(wish, seed):
     assert wish.plan.recompute(rows).computed <= most <= wish.plan.prompt_len
 
 
-@given(wishes(), st.integers(0, 100))
-def test_each_step_takes_what_the_one_before_attends_to_most(wish, seed):
+@given(wishes(), st.integers(0, 9), st.integers(0, 100))
+def test_each_step_takes_what_the_one_before_attends_to_most(wish, stretch, seed):
+    """Of the rows that may be chosen, those near one that is attended to: a look at each pair."""
     rng = np.random.default_rng(seed)
-    trace = trace_of(wish)
+    trace = AttentionTrace(SEAM, stretch).trace(wish.plan, budget=wish.budget)
     free = wish.plan.reused_rows - required_rows(wish.plan, suffix=SEAM)
     while not trace.done:
         mass, before = rng.random(trace.length), trace.chosen
+        at = (free - before).positions
+        near = np.abs(at[:, None] - at[None]) <= stretch
         trace.feed(mass)
+        mass[at] = (near * mass[at]).max(axis=1, initial=0)
         taken, left = trace.rows, free - trace.chosen
         assert trace.chosen - before == taken
         if left and taken:

@@ -1,0 +1,40 @@
+"""The same prompts by the real server: full prefill, kvshare with its defaults, and variants."""
+
+from typing import Any
+
+from kvshare_sglang.bench.conversation.rows import counted
+from kvshare_sglang.bench.passages import Asked
+from kvshare_sglang.bench.server import Server
+from kvshare_sglang.bench.text.chat import WRITTEN, Texts
+
+ARMS: dict[str, Any] = {"ours": "auto", "copies": {"budget": 0.0}, "budget .3": {"budget": 0.3}}
+
+
+def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[str, Any]:
+    """One prompt under full prefill and the arms, each over the same cache."""
+    ids = texts.ids(one.prompt).tolist()
+    found: dict[str, Any] = {}
+
+    def ask(option: Any) -> tuple[list[int], dict[str, int]]:
+        got = server.ask(ids, max_new_tokens=WRITTEN, kvshare=option)
+        told = got.output_ids
+        return told[: told.index(texts.stop) + 1] if texts.stop in told else told, counted(got)
+
+    written = {}
+    for name in arms:
+        server.flush()
+        for prompt in one.cached:
+            server.ask(texts.ids(prompt).tolist(), kvshare="exact")
+        written[name], rows = ask(ARMS[name])
+        reused = rows["copied"] + rows["recomputed"]
+        found[name] = {
+            **texts.said(written[name], one),
+            "recomputed": rows["recomputed"] / reused if reused else 0.0,
+            "computed": (rows["recomputed"] + rows["fresh"]) / len(ids),  # of the rows
+        }
+    full, _ = ask("exact")  # the plain branch holds no more of this prompt than without us
+    for name in arms:
+        found[name]["same"] = written[name] == full
+        found[name]["first"] = written[name][0] == full[0]
+    said = texts.said(full, one) | {"same": True, "first": True}
+    return {"tokens": len(ids), "answers": one.answers, "arms": {"full": said, **found}}
