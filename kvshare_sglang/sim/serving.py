@@ -179,15 +179,16 @@ class Worker:
         """Let a batch in: how long its step takes and who is then done; None if nobody is."""
         room, copied, requests, pairs = self.limits.chunk, 0, 0, 0.0
         done: list[Job] = []
+        memory = self.limits.memory - sum(one.tokens + one.new_tokens for one in self.running)
         if self.cut is not None:
             job, rows = self.cut
+            memory -= job.tokens + job.new_tokens
             pairs = min(rows, room) * job.attends
             room, requests = room - min(rows, room), 1
             self.cut = (job, rows - self.limits.chunk) if rows > self.limits.chunk else None
             if self.cut is None:
                 done.append(job)
         if room and self.waiting:
-            memory = self.limits.memory - sum(one.tokens + one.new_tokens for one in self.running)
             let_in: list[Job] = []
             for i in self.order(self.waiting, self):
                 job = self.waiting[i]

@@ -17,7 +17,7 @@ import numpy as np
 from kvshare_sglang.bench import common, load, models
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.load import aiperf, summary, trace
-from kvshare_sglang.bench.load.targets import Configuration, Targets
+from kvshare_sglang.bench.load.targets import Configuration, make_ready
 from kvshare_sglang.bench.load.trace import Timed
 from kvshare_sglang.bench.server import add_server_arguments, serve
 from kvshare_sglang.bench.simulate import calibrate, policies, synthetic
@@ -243,17 +243,16 @@ def compare_real(args: argparse.Namespace) -> int:
     rows, all_costs = [], {}
     for name, flags in (("plain", ()), ("kvshare", ("--kvshare",))):
         one = Configuration(name, flags)
-        spec = load.spec(args, one, model.path)
-        with serve(spec) as (server,):
+        with serve(load.spec(args, one, model.path)) as (server,):
             found = measured(args, server, model, reuse=bool(flags))
             all_costs[name] = found
             print(f"{name}, {costs_text(found)}")
-            there = Targets({name: spec}, together=False)
-            with there.ready(one._replace(url=f"http://127.0.0.1:{server.port}")) as url:
-                answered = aiperf.drive(
-                    url, timed, tokenizer=model.path, command=args.aiperf,
-                    timeout_s=args.timeout or timed[-1].at_s + load.EXTRA_S, title=f"{name}, real",
-                )  # fmt: skip
+            url = f"http://127.0.0.1:{server.port}"
+            make_ready(url, name)
+            answered = aiperf.drive(
+                url, timed, tokenizer=model.path, command=args.aiperf,
+                timeout_s=args.timeout or timed[-1].at_s + load.EXTRA_S, title=f"{name}, real",
+            )  # fmt: skip
         costs = StepCosts(**found["costs"])
         jobs = jobs_from(timed, model)()
         made = figures(simulated(args, costs, jobs, 1, "least_load", "fcfs", bool(flags)))
