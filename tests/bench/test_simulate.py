@@ -19,7 +19,7 @@ def costs(tmp_path):
 def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys):
     out = tmp_path / "out.json"
     words = ["simulate", "--synthetic", "300", "--rate", "20", "--costs", str(costs)]
-    words += ["--workers", "1", "4", "--route", "random", "kvshare", "--order", "fcfs", "hrrn"]
+    words += ["--workers", "1", "4", "--route", "random", "cheapest", "--order", "fcfs", "hrrn"]
     assert bench.main([*words, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     # With one worker there is nothing to route.
@@ -37,7 +37,7 @@ def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys
 
     busy = {"workers": 1, "order": "fcfs"}
     assert mean(**busy, reuse="on") < mean(**busy, reuse="off")
-    assert mean(workers=4, order="fcfs", reuse="on", route="kvshare") < mean(**busy, reuse="on")
+    assert mean(workers=4, order="fcfs", reuse="on", route="cheapest") < mean(**busy, reuse="on")
 
 
 def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, capsys):

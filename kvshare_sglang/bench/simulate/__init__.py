@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--synthetic", type=int, metavar="N", help="N requests that are counted instead of files")
     add("--workers", type=int, nargs="+", default=[1], metavar="N")
-    add("--route", nargs="+", default=["kvshare"], metavar="NAME",
+    add("--route", nargs="+", default=["least_load"], metavar="NAME",
         help=f"{', '.join(policies.ROUTES)}, or MODULE:FUNCTION")  # fmt: skip
     add("--order", nargs="+", default=["fcfs"], metavar="NAME",
         help=f"{', '.join(policies.ORDERS)}, or MODULE:FUNCTION")  # fmt: skip

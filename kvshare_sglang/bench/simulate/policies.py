@@ -15,7 +15,7 @@ from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.radix_fuzzy.fingerprints import winnow
 from kvshare_sglang.sim.caches import Nothing
 from kvshare_sglang.sim.radix import RadixTree, lru
-from kvshare_sglang.sim.serving import Choose, Job, Order, Worker
+from kvshare_sglang.sim.serving import Choose, Job, Order, Work, Worker
 
 MOST_MATCHED = 128  # requests that wait; with more, SGLang goes by arrival
 NEAR = 8  # requests at the head of an order whose cost is looked up again
@@ -142,39 +142,62 @@ def cache_aware() -> Choose:
     return choose
 
 
+Rank = Callable[[Job, Sequence[Worker], dict[int, Work]], int]  # what each would do: the best one
+
+
+def cheapest() -> Choose:
+    """The worker where a request is done first: rows that run, copies and what is before it."""
+
+    def best(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
+        def cost(i: int) -> tuple[float, int]:
+            rows = works[i].rows + COPY * works[i].copied + _rows_before(workers[i])
+            return rows, workers[i].cache.held  # like costs: new text goes where there is least
+
+        return min(works, key=cost)
+
+    return _looking(best)
+
+
 def kvshare_route() -> Choose:
-    """The worker on which the request will be done first: rows that run, copies and what waits
-    there. Of more than four, three are asked exactly: those with most of its grams, and the one
-    with least to do."""
+    """The router's own choice, ``router.cost``."""
+    cost = _module("kvshare_sglang.router.cost")
+
+    def best(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
+        found = [
+            cost.Work(rows=works[i].rows, copied=works[i].copied, exact=works[i].exact)
+            if i in works
+            else None
+            for i in range(len(workers))
+        ]
+        standings = [
+            cost.Standing(rows=_rows_before(one), running=len(one.running), held=one.cache.held)
+            for one in workers
+        ]
+        first: int = cost.order(found, standings, prompt_len=job.tokens)[0]
+        return first
+
+    return _looking(best)
+
+
+def _looking(best: Rank) -> Choose:
+    """Asks workers what they would do, and ``best`` whose answer is taken. Of more than four that
+    hold text, three are asked: those with most of its grams, and the one with least to do."""
     held: dict[int, int] = {}  # gram: a bit for each worker that had it routed
     bits = np.arange(64, dtype=np.uint64)
 
-    def candidates(job: Job, workers: Sequence[Worker], loads: Sequence[float]) -> Sequence[int]:
-        if len(workers) <= 4 or job.prompt is None:
-            return range(len(workers))
-        masks = np.array([held.get(h, 0) for h in grams(job)], np.uint64)
-        known = ((masks[:, None] >> bits) & np.uint64(1)).sum(0)[: len(workers)]
-        most = np.argsort(-known.astype(np.int64), kind="stable")[: EXACTLY - 1].tolist()
-        return [*most, min(range(len(workers)), key=lambda i: loads[i])]
-
-    def grams(job: Job) -> list[int]:
-        assert job.prompt is not None
-        hashes: list[int] = winnow(job.prompt, seed=0).hashes.tolist()
-        return hashes
-
     def choose(job: Job, workers: Sequence[Worker]) -> int:
-        loads = [_rows_before(one) for one in workers]
-        best, least = 0, float("inf")
-        for i in candidates(job, workers, loads):
-            work = workers[i].cache.look(job)
-            cost = work.rows + COPY * work.copied + loads[i]
-            # Like costs: new text goes where it displaces least.
-            if (cost, workers[i].cache.held) < (least, workers[best].cache.held):
-                best, least = i, cost
+        asked: Sequence[int] = range(len(workers))
+        grams: list[int] = []
         if len(workers) > 4 and job.prompt is not None:
-            for gram in grams(job):
-                held[gram] = held.get(gram, 0) | 1 << best
-        return best
+            grams = winnow(job.prompt, seed=0).hashes.tolist()
+            masks = np.array([held.get(gram, 0) for gram in grams], np.uint64)
+            known = ((masks[:, None] >> bits) & np.uint64(1)).sum(0)[: len(workers)]
+            most = np.argsort(-known.astype(np.int64), kind="stable")[: EXACTLY - 1].tolist()
+            asked = [*most, min(range(len(workers)), key=lambda i: _rows_before(workers[i]))]
+        chosen = best(job, workers, {i: workers[i].cache.look(job) for i in asked})
+        for gram in grams:
+            held[gram] = held.get(gram, 0) | 1 << chosen
+        return chosen
 
     return choose
 
@@ -182,15 +205,14 @@ def kvshare_route() -> Choose:
 def _rows_before(worker: Worker) -> float:
     """Rows that a new request finds before it; of those that were not looked up, their tokens."""
     rows = sum(job.tokens if job.work is None else job.work.rows for job in worker.waiting)
-    return float(
-        rows + worker.rows + (worker.cut[1] if worker.cut else 0) + 16 * len(worker.running)
-    )
+    return float(rows + worker.rows + (worker.cut[1] if worker.cut else 0))
 
 
 ROUTES: dict[str, Callable[[], Choose]] = {
     "random": random,
     "least_load": lambda: least_load,
     "cache_aware": cache_aware,
+    "cheapest": cheapest,
     "kvshare": kvshare_route,
 }
 
