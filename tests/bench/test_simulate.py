@@ -40,6 +40,21 @@ def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys
     assert mean(workers=4, order="fcfs", reuse="on", route="cheapest") < mean(**busy, reuse="on")
 
 
+def test_what_is_counted_is_near_what_the_real_index_finds(tmp_path, costs):
+    """The same requests, counted and written out: one worker, everything fits."""
+    shares = []
+    for more in ([], ["--text"]):
+        out = tmp_path / "out.json"
+        words = ["simulate", "--synthetic", "150", "--rate", "1", "--costs", str(costs), *more]
+        words += ["--max-total-tokens", "1000000", "--reuse", "on", "--json", str(out)]
+        assert bench.main(words) == 0
+        (row,) = json.loads(out.read_text())["rows"]
+        shares.append(row["exact"] + row["copied"])
+    counted, found = shares
+    assert found > 0.2
+    assert counted == pytest.approx(found, rel=0.15)
+
+
 def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, capsys):
     """The records are those of the simulation itself, a quarter slower."""
     requests, times = tmp_path / "requests.jsonl", tmp_path / "arrivals.jsonl"

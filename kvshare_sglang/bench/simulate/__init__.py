@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
     load.add_trace_arguments(parser, needed=False)
     add = parser.add_argument
-    add("--synthetic", type=int, metavar="N", help="N requests that are counted instead of files")
+    add(
+        "--synthetic",
+        type=int,
+        metavar="N",
+        help="N drawn requests instead of files; counted, not written",
+    )
+    add("--text", action="store_true",
+        help="of --synthetic: write them out, for the real index")  # fmt: skip
     add("--workers", type=int, nargs="+", default=[1], metavar="N")
     add("--route", nargs="+", default=["least_load"], metavar="NAME",
         help=f"{', '.join(policies.ROUTES)}, or MODULE:FUNCTION")  # fmt: skip
@@ -120,9 +127,14 @@ def check(args: argparse.Namespace) -> None:
 def jobs_of(args: argparse.Namespace) -> Callable[[], list[Job]]:
     """Gives the requests of the command, each time anew: a simulation writes into them."""
     if args.synthetic is not None:
-        return lambda: list(
-            synthetic.requests(args.synthetic, rate=args.rate, new_tokens=args.max_new_tokens)
-        )
+
+        def drawn() -> list[Job]:
+            jobs = synthetic.requests(
+                args.synthetic, rate=args.rate, new_tokens=args.max_new_tokens
+            )
+            return list(synthetic.written(jobs) if args.text else jobs)
+
+        return drawn
     model = models.open_model(args.model)
     prompts, _ = load.fitting(args, model)
     return jobs_from(load.timed(args, prompts, rate=args.rate), model)
@@ -143,7 +155,8 @@ def simulated(
     order: str, reuse: bool,
 ) -> Result:  # fmt: skip
     size = args.max_total_tokens
-    made: type[TextCache | DocumentCache] = DocumentCache if args.synthetic else TextCache
+    counted = args.synthetic and not args.text
+    made: type[TextCache | DocumentCache] = DocumentCache if counted else TextCache
     caches: list[Cache] = [made(capacity=size, reuse=reuse) for _ in range(workers)]
     limits = Limits(args.chunk, args.max_running or 8, size)
     with common.Progress(len(jobs), unit=" requests") as bar:

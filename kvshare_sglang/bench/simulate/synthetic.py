@@ -1,9 +1,10 @@
-"""Requests that are counted, not written: documents that few ask for and many ask for. Pure."""
+"""Requests of documents that few or many ask for: counted, or written out as tokens. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.sim.serving import Job
 
 
@@ -29,3 +30,18 @@ def requests(
         held = tuple((one, int(sizes[one])) for one in chosen)
         tokens = new_text + sum(length for _, length in held)
         yield Job(number, at, tokens, new_tokens, documents=held)
+
+
+def written(jobs: Iterable[Job], *, vocab: int = 50_000) -> Iterator[Job]:
+    """The same with text: random tokens, the same for the same document, others at the end."""
+    texts: dict[int, Tokens] = {}
+    for job in jobs:
+        for number, length in job.documents:
+            if number not in texts:
+                rng = np.random.default_rng((1, number))
+                texts[number] = rng.integers(0, vocab, length).astype(np.int32)
+        parts = [texts[number] for number, _ in job.documents]
+        own = job.tokens - sum(map(len, parts))
+        rng = np.random.default_rng((2, job.number))
+        job.prompt = np.concatenate([*parts, rng.integers(0, vocab, own).astype(np.int32)])
+        yield job
