@@ -29,7 +29,7 @@ LAYERS = {
     PURE: {"numpy", "xxhash", "rapidfuzz", *FLOOR},
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
-    SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
+    SIM: {"torch", "numpy", "transformers", "simpy", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {
         *("sglang", "torch", "numpy", "prometheus_client", "pydantic"),
         *(PURE, POLICY, KERNELS, *FLOOR),
