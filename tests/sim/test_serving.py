@@ -134,7 +134,6 @@ def test_short_work_goes_first_under_hrrn_and_known_text_under_lpm():
 
 
 def test_the_plug_ins_own_order_keeps_its_bound():
-    pytest.importorskip("kvshare_sglang.policy.schedule")
     rng = np.random.default_rng(0)
     these = jobs([1500, *rng.integers(20, 200, 60).tolist()], [0.0, *[0.05] * 60])
     result = serve(these, order="kvshare", limits=Limits(chunk=200, max_running=2), bound=1000)

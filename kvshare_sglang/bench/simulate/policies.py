@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.policy import schedule
 from kvshare_sglang.radix_fuzzy.fingerprints import winnow
 from kvshare_sglang.sim.caches import Nothing
 from kvshare_sglang.sim.radix import RadixTree, lru
@@ -54,12 +55,10 @@ def hrrn(waiting: Sequence[Job], worker: Worker) -> Sequence[int]:
 def kvshare(*, bound: int) -> Order:
     """The plug-in's own order, ``policy.schedule``, over real costs: looked up once when a request
     is first seen, and again near the head. Nobody waits for a twin here."""
-    schedule = _module("kvshare_sglang.policy.schedule")
 
     def cost(job: Job) -> int:
         assert job.work is not None
-        value: int = schedule.cost_of(rows=job.work.rows, copied=job.work.copied, tokens=job.tokens)
-        return value
+        return schedule.cost_of(rows=job.work.rows, copied=job.work.copied, tokens=job.tokens)
 
     def once(waiting: Sequence[Job], worker: Worker) -> list[int]:
         nothing = np.zeros(len(waiting), np.int64)
@@ -71,8 +70,7 @@ def kvshare(*, bound: int) -> Order:
             shared=nothing,
             patience=nothing,
         )
-        first: list[int] = schedule.order(queue, bound=bound).first
-        return first
+        return schedule.order(queue, bound=bound).first
 
     def order(waiting: Sequence[Job], worker: Worker) -> Sequence[int]:
         for job in waiting:
