@@ -36,6 +36,7 @@ setup(
             "httpx>=0.27,<1",
             "matplotlib>=3.9,<4",
             "psutil>=5.9,<8",
+            "simpy>=4.1,<5",
             "tqdm>=4.66,<5",
         ],
         "dev": [

@@ -58,7 +58,7 @@ class KVShareConfig:
         0.02, "mean change of refreshed values below which nothing was stale", 0, 1000
     )
     probe_at: float = _option(
-        0.25, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
+        0.5, "depth of the layer whose attention is looked at (0: first, 1: last)", 0, 1
     )
     stretch: int = _option(
         6, "tokens on either side of one that is attended to that trace takes with it", 0, 64
@@ -110,6 +110,23 @@ class KVShareConfig:
         0,
         1,
     )
+    schedule: str = _option(
+        "sglang",
+        "who orders waiting requests: sglang (as --schedule-policy says) or kvshare (short work"
+        " first, by what it costs with reuse; also by --schedule-policy kvshare)",
+    )
+    schedule_bound: int = _option(
+        65536, "rows of later requests that may go to prefill before a waiting one, with"
+        " --schedule-policy kvshare (0: first come, first served)", 0, 1 << 40,
+    )  # fmt: skip
+    schedule_quantum: int = _option(
+        0, "fair shares between namespaces, with --schedule-policy kvshare: rows that each may send"
+        " to prefill in its turn (0: no shares)", 0, 1 << 40,
+    )  # fmt: skip
+    ttl: float = _option(
+        0.0, "share of the KV pool that finished turns may keep for the turns that follow, each for"
+        " the time that was learned or that its request asks for (0: none)", 0, 0.9,
+    )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:
@@ -134,6 +151,8 @@ class KVShareConfig:
             raise ConfigError("--kvshare-eviction", self.eviction, "one of frequency, sglang")
         if self.attention not in ("auto", "backend"):
             raise ConfigError("--kvshare-attention", self.attention, "one of auto, backend")
+        if self.schedule not in ("sglang", "kvshare"):
+            raise ConfigError("--kvshare-schedule", self.schedule, "one of sglang, kvshare")
         if self.scope in ("group", "global"):
             raise UnsupportedError(f"scope {self.scope!r}", f"--kvshare-scope {self.scope}")
         if self.scope != "tenant":

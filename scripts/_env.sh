@@ -2,8 +2,10 @@
 #
 #   env_setup                  make or reuse .venv, put it first on PATH, set SGLang's variables
 #   env_other_sglang VERSION   another SGLang in a folder of its own; prints that folder
+#   env_aiperf                 the client of load tests in .venv/aiperf, an environment of its own
+#   env_bench_serving          what sglang.benchmark.serving needs beside SGLang, in .venv
 #
-# Both fail after saying what went wrong.
+# All fail after saying what went wrong.
 # pip uses whatever index it is configured with (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf).
 # PYTHON=/path/to/python chooses the interpreter. Progress goes to stderr.
 
@@ -155,3 +157,23 @@ env_other_sglang() {
     _env_locked _env_make_other "$1" "$target" || return
     echo "$target"
 }
+
+_env_make_aiperf() {
+    local target=$ENV_VENV/aiperf
+    cmp -s "$ENV_ROOT/requirements/aiperf-constraints.txt" "$target/.complete" && return
+    rm -rf "$target"
+    _env_step "making .venv/aiperf" "$ENV_VENV/bin/python" -m venv "$target"
+    _env_step "installing aiperf (a minute or more)" \
+        "$target/bin/python" -m pip --disable-pip-version-check install --progress-bar off \
+        -r requirements/aiperf.txt -c requirements/aiperf-constraints.txt
+    cp requirements/aiperf-constraints.txt "$target/.complete"
+}
+
+env_aiperf() { _env_locked _env_make_aiperf; }
+
+_env_make_bench_serving() {
+    "$ENV_VENV/bin/python" -c 'import datasets' 2>/dev/null && return
+    _env_pip "installing what sglang.benchmark.serving needs" -r requirements/bench-serving.txt
+}
+
+env_bench_serving() { _env_locked _env_make_bench_serving; }

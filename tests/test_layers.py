@@ -29,7 +29,7 @@ LAYERS = {
     PURE: {"numpy", "xxhash", "rapidfuzz", *FLOOR},
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
-    SIM: {"torch", "numpy", "transformers", PURE, POLICY, KERNELS, *FLOOR},
+    SIM: {"torch", "numpy", "transformers", "simpy", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {
         *("sglang", "torch", "numpy", "prometheus_client", "pydantic", "huggingface_hub"),
         *(PURE, POLICY, KERNELS, *FLOOR),
@@ -51,6 +51,7 @@ RUNTIME_ORDER = (
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync", "shadow"),
     ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
+    ("cache.queue", "cache.pins"),
     ("cache.retain", "repair"),
     ("cache.radix",),
     ("support",),

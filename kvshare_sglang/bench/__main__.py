@@ -19,7 +19,8 @@ COMMANDS = {
     name: f"kvshare_sglang.bench.{name}"
     for name in (
         *("ttft", "tpot", "match", "replay", "quality", "decode", "stream", "gate"),
-        *("text", "why", "demo", "reader", "conversation", "calibrate"),
+        *("text", "why", "demo", "reader", "conversation", "schedule", "load", "simulate"),
+        "calibrate",
     )
 }
 

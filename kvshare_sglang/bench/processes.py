@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,16 @@ def group_lives(process: "subprocess.Popen[bytes]") -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def stop_group(process: "subprocess.Popen[bytes]") -> None:
+    """End ``process`` and the group that it leads; safe to call again."""
+    for sig, wait_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sig)
+        deadline = time.monotonic() + wait_s
+        while group_lives(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,9 +21,9 @@ import httpx
 from kvshare_sglang.bench.common import Progress, ScriptError, cores
 from kvshare_sglang.bench.processes import (
     free_port,
-    group_lives,
     signals_ignored,
     signals_raise,
+    stop_group,
 )
 
 START_TIMEOUT_S = 600
@@ -163,12 +162,7 @@ class Server:
     def stop(self) -> None:
         """End the server and all its processes; safe to call again."""
         self.client.close()
-        for sig, wait_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sig)
-            deadline = time.monotonic() + wait_s
-            while group_lives(self.process) and time.monotonic() < deadline:
-                time.sleep(0.05)
+        stop_group(self.process)
 
     def flush(self) -> None:
         """Empty the cache."""

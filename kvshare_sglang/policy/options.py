@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy.ttl import LONGEST
 
 HEADER = "x-kvshare"
 MODES = ("auto", "exact")
@@ -16,10 +17,11 @@ class RequestOptions(NamedTuple):
 
     mode: str = "auto"
     budget: float | None = None
+    ttl: float | None = None  # seconds that what it leaves is kept for the turn that follows
 
 
 def parse_options(custom_params: object, *, default: str = "auto") -> RequestOptions:
-    """Read ``{"kvshare": "exact"}`` or ``{"kvshare": {"mode": ..., "budget": ...}}``.
+    """Read ``{"kvshare": "exact"}`` or ``{"kvshare": {"mode": ..., "budget": ..., "ttl": ...}}``.
 
     A request that names neither a mode nor a budget gets the mode ``default``; one that names a
     budget wants reuse. Raises ConfigError on anything else, and no other error, whatever objects
@@ -44,19 +46,25 @@ def _parse(custom_params: object, default: str) -> RequestOptions:
     if isinstance(asked, str):
         asked = {"mode": asked}
     if not isinstance(asked, Mapping):
-        raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget"}')
-    if unknown := sorted(map(str, set(asked) - {"mode", "budget"})):
-        raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode and budget")
+        raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget", "ttl"}')
+    if unknown := sorted(map(str, set(asked) - {"mode", "budget", "ttl"})):
+        raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode, budget and ttl")
     budget = asked.get("budget")
     mode = asked.get("mode", default if budget is None else "auto")
     if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError("custom_params.kvshare.mode", mode, "one of " + ", ".join(MODES))
-    if budget is not None:
-        number = isinstance(budget, int | float) and not isinstance(budget, bool)
-        if not number or not 0 <= budget <= 1:
-            raise ConfigError("custom_params.kvshare.budget", budget, "a number in [0, 1]")
-        budget = float(budget)
-    return RequestOptions(mode, budget)
+    return RequestOptions(
+        mode, _number("budget", budget, most=1), _number("ttl", asked.get("ttl"), most=LONGEST)
+    )
+
+
+def _number(name: str, value: Any, *, most: float) -> float | None:
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= most:
+        raise ConfigError(f"custom_params.kvshare.{name}", value, f"a number in [0, {most:g}]")
+    return float(value)
 
 
 def parse_header(text: str) -> str | dict[str, float]:

@@ -7,7 +7,7 @@ Payloads are opaque: the host keeps in them where the KV of a segment is.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from kvshare_sglang.radix_fuzzy.fingerprints import (
     GRAM,
     SPAN,
     WINDOW,
+    Fingerprints,
+    Hashes,
     Tokens,
     gram_hashes,
     namespace_seed,
@@ -69,6 +71,9 @@ class FuzzyTree:
 
     def __init__(self, *, secret: int = 0) -> None:
         self._secret = secret
+        # Told the kept hashes of text that is inserted or trimmed, None when all is cleared: a
+        # prompt that keeps none of them matches what it did before.
+        self.listener: Callable[[Hashes | None], None] | None = None
         self._changes = 0
         self._reset()
 
@@ -213,6 +218,9 @@ class FuzzyTree:
             raise ValueError(f"stop must be in [{seg.start}, {seg.stop}], got {stop}")
         if any(pinned > stop for pinned in seg.pins):
             raise TreeError(f"trim to {stop} would drop tokens pinned up to {max(seg.pins)}")
+        if self.listener is not None:
+            left = max(stop - (SPAN - 1), seg.root_start)
+            self.listener(self.marks(seg.namespace, path_tokens(seg, left, seg.stop)).hashes)
         self._num_tokens -= seg.stop - stop
         self._note_change(self._namespaces[seg.namespace])
         place = seg.start, int(seg.tokens[0])
@@ -226,6 +234,8 @@ class FuzzyTree:
     def clear(self) -> None:
         """Forget everything (the cache was flushed). Pins die with it."""
         self._reset()
+        if self.listener is not None:
+            self.listener(None)
 
     def pin(self, run: Run) -> Pin:
         """The run's source must not be trimmed until the pin is given back.
@@ -298,6 +308,10 @@ class FuzzyTree:
         )
         check_runs(runs, start=start, stop=len(prompt))
         return runs
+
+    def marks(self, namespace: object, tokens: Tokens) -> Fingerprints:
+        """Kept grams of a text as the tree would index it in the namespace. O(n)."""
+        return winnow(tokens, seed=namespace_seed((self._secret, namespace)))
 
     def _context_of(self, tokens: Tokens | None, last: int | None = None) -> int:
         """Hash of the tokens before a path, or of the ``last`` ones, never 0; 0 where they are not
@@ -463,3 +477,5 @@ class FuzzyTree:
             positions, hashes = positions[own], hashes[own]
         starts = positions + left
         self._index.put(hashes, (np.uint64(seg.id) << _POSITION_BITS) | starts.astype(np.uint64))
+        if self.listener is not None:
+            self.listener(marks.hashes)

@@ -111,6 +111,12 @@ WRAPPED = (
         "match a request, lock its sources, admit it",
     ),
     HookPoint(
+        f"{_SRT}.managers.schedule_policy.SchedulePolicy.calc_priority",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_calc_priority",
+        "order the waiting queue",
+    ),
+    HookPoint(
         f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
         ".flush_cache_after_weight_update",
         "AROUND",

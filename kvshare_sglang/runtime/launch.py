@@ -59,6 +59,11 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
     given = {name: values.pop("kvshare_" + name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     on = bool(values.pop("kvshare", False)) or values.get("radix_cache_backend") == BACKEND
+    if values.get("schedule_policy") == BACKEND:
+        if not on:
+            raise KVShareError("--schedule-policy kvshare needs --kvshare")
+        given["schedule"] = BACKEND
+        values["schedule_policy"] = "fcfs"  # of which SGLang leaves the order to us
     if given and not on:
         KVShareConfig(**given)
         flags = ", ".join("--kvshare-" + name.replace("_", "-") for name in given)
@@ -69,8 +74,12 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
         given.setdefault("eviction", "sglang")
     if values.get("radix_cache_backend") is None:
         values["radix_cache_backend"] = BACKEND
+    config = KVShareConfig(**given)
+    theirs = values.get("schedule_policy")
+    if config.schedule == BACKEND and theirs not in (None, "fcfs"):
+        raise KVShareError(f"--kvshare-schedule kvshare and --schedule-policy {theirs}: drop one")
     return calibration.settled(
-        KVShareConfig(**given),
+        config,
         given=given,
         model=str(values.get("model_path")),
         revision=values.get("revision"),
@@ -87,6 +96,8 @@ def build(make: Callable[[], Any], config: KVShareConfig | None, values: dict[st
     preflight.check(values, config)
     server_args = make()
     support.check_settings(server_args)
+    if config.schedule == BACKEND:
+        support.check_settings(server_args, support.WITH_OUR_ORDER)
     server_args._kvshare = config
     # In its dictionary: ServerArgs lets no one set a name that does not begin with an underscore.
     server_args.__dict__["get_tokenizer_worker_class"] = tokenizer_worker_class
@@ -106,6 +117,8 @@ def hook_add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentPar
         if action.dest == "radix_eviction_policy":
             # Absent unless given: an "lru" that was asked for is told from SGLang's default.
             action.default = argparse.SUPPRESS
+        elif action.dest == "schedule_policy":
+            action.choices = [*(action.choices or ()), BACKEND]
 
 
 def hook_from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -146,6 +159,11 @@ def hook_check_server_args(
     """AROUND ``ServerArgs.check_server_args``, the last before the processes start. A ServerArgs
     that was built without us has kvshare on if it names our cache backend."""
     check_engine_keywords()
+    if server_args.schedule_policy == BACKEND:
+        raise StartError(
+            "ServerArgs(schedule_policy='kvshare') is read by nobody: give it to "
+            "kvshare_sglang.plugin.server_args(kvshare=True, ...) instead"
+        )
     if (
         getattr(server_args, "_kvshare", None) is None
         and server_args.radix_cache_backend == BACKEND

@@ -33,6 +33,8 @@ class Report:
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
         self.twins: Counter[str] = Counter()  # agree, differ, or why there was none
+        self.waits = self.most_overtaken = 0
+        self.pins: Counter[str] = Counter()
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
 
     def count(self, **tokens: int) -> None:
@@ -84,6 +86,36 @@ class Report:
         if self._metrics is not None:
             self._metrics.agreement.set(gate.agreeing / gate.twins if gate.twins else 1.0)
             self._metrics.switched_off.set(gate.closed)
+
+    def held(self, requests: int, *, queued: int) -> None:
+        """So many more of the waiting requests wait for text that another one computes."""
+        if not requests:
+            return
+        self.waits += requests
+        logger.info("KVShare queue, #queue-req: %d, #new-twin-wait: %d", queued, requests)
+        if self._metrics is not None:
+            self._metrics.held.inc(requests)
+
+    def overtaken(self, rows: int) -> None:
+        """A waiting request was overtaken by so many rows so far."""
+        if rows > self.most_overtaken:
+            self.most_overtaken = rows
+            if self._metrics is not None:
+                self._metrics.overtaken.set(rows)
+
+    def pin(self, event: str, tokens: int) -> None:
+        """Of a finished turn: taken, returned, expired, given_back, or no_room for it; ``tokens``
+        were kept for all of them before."""
+        self.pins[event] += 1
+        if event in ("given_back", "no_room"):
+            logger.info("KVShare turn, %s, #pinned-token: %d", event, tokens)
+        if self._metrics is not None:
+            self._metrics.pins.labels(event=event).inc()
+
+    def pinned(self, tokens: int) -> None:
+        """So many tokens are kept for turns that may follow."""
+        if self._metrics is not None:
+            self._metrics.pinned.set(tokens)
 
     def looked_up(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -151,6 +183,26 @@ class _Metrics:
             "Requests whose rows another selector chose than the one asked for.",
             *("asked", "ran", "reason"),
         )
+        self.held = PromCounter(
+            "sglang:kvshare_waits_for_twins",
+            "Waiting requests that waited for text which another one was computing.",
+            list(labels),
+        ).labels(**labels)
+        self.overtaken = Gauge(
+            "sglang:kvshare_overtaken_rows_max",
+            "The most rows of later requests that went to prefill before a waiting one.",
+            list(labels),
+            multiprocess_mode="max",
+        ).labels(**labels)
+        self.pins = counter(
+            "pins", "Finished turns that were kept for the next, by what became of them.", "event"
+        )
+        self.pinned = Gauge(
+            "sglang:kvshare_pinned_tokens",
+            "Tokens that are kept for turns that may follow.",
+            list(labels),
+            multiprocess_mode="mostrecent",
+        ).labels(**labels)
         self.lookup = seconds("lookup_seconds", "Time to find and plan reuse for one request.")
         self.copy = seconds(
             "copy_seconds", "Host time to copy and re-rotate KV for one prefill batch."

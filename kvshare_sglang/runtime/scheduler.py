@@ -1,5 +1,6 @@
 """Plan a request's reuse and lock its sources as SGLang admits it to prefill."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -38,6 +39,18 @@ def hook_validate_input_length(error: str | None, req: "Req", *args: Any, **kw: 
     return error
 
 
+def hook_calc_priority(
+    original: Callable[..., Any], policy: Any, waiting_queue: list["Req"], *args: Any, **kw: Any
+) -> None:
+    """AROUND ``SchedulePolicy.calc_priority``, which orders the queue in place, before each batch.
+    SGLang's own work is done first; with ``--schedule-policy kvshare`` it leaves the order alone.
+    """
+    original(policy, waiting_queue, *args, **kw)
+    cache = policy.tree_cache
+    if isinstance(cache, FuzzyRadixCache) and cache.queue is not None:
+        cache.queue.sort(waiting_queue, functools.partial(plan_request, cache))
+
+
 def hook_new_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw: Any) -> Any:
     """AROUND ``flush_cache_after_weight_update``, which every way to update weights calls, whether
     it was told to flush or not, and whether that fails or not."""
@@ -61,16 +74,40 @@ def accepts_blended(config: KVShareConfig, shadow: Shadow, req: "Req") -> bool:
 def hook_add_one_req(
     original: Callable[..., Any], adder: "PrefillAdder", req: "Req", *args: Any, **kw: Any
 ) -> Any:
-    """AROUND ``PrefillAdder.add_one_req``.
-
-    The sources are locked before SGLang counts what it may evict, so that what it admits fits.
-    Where a request does not fit with its sources locked, it is tried again without reuse.
+    """AROUND ``PrefillAdder.add_one_req``. Where nothing runs that would free memory by ending,
+    finished turns are given back until the request fits.
     """
     cache = adder.tree_cache
     if not isinstance(cache, FuzzyRadixCache):
         return original(adder, req, *args, **kw)
+    if cache.pins is None:
+        return _add_one_req(original, cache, adder, req, *args, **kw)
+    cache.pins.expire()
+    result = _add_one_req(original, cache, adder, req, *args, **kw)
+    while _runs_nothing(adder) and result == versions.no_memory() and cache.pins.give_back():
+        result = _add_one_req(original, cache, adder, req, *args, **kw)
+    return result
+
+
+def _runs_nothing(adder: "PrefillAdder") -> bool:
+    """Whether no request would free memory by ending."""
+    return not adder.can_run_list and (
+        adder.running_batch is None or adder.running_batch.is_empty()
+    )
+
+
+def _add_one_req(
+    original: Callable[..., Any],
+    cache: FuzzyRadixCache,
+    adder: "PrefillAdder",
+    req: "Req",
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """The sources are locked before SGLang counts what it may evict, so that what it admits fits.
+    Where a request does not fit with its sources locked, it is tried again without reuse."""
     state = plan_request(cache, req)
-    if charging.must_wait(adder, req, state):
+    if charging.must_wait(adder, req, state) or _is_for_later(cache, req, state):
         req.kvshare = state
         return versions.full_batch()
     holds = state.chooses
@@ -87,7 +124,8 @@ def hook_add_one_req(
     if holds and not _admitted(adder, req):
         cache.let_go(req, state)
         without = _without(cache, state, Decline.NO_ROOM)
-        result = original(adder, req, *args, **kw)
+        if not _is_for_later(cache, req, without):
+            result = original(adder, req, *args, **kw)
         state = without if _admitted(adder, req) else state
     if _admitted(adder, req):
         if state.plan is not None and state.plan.runs and versions.was_cut(adder, req):
@@ -101,6 +139,10 @@ def hook_add_one_req(
     else:
         req.kvshare = state
     return result
+
+
+def _is_for_later(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> bool:
+    return cache.queue is not None and cache.queue.must_wait(req, state)
 
 
 def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> RequestReuse:
@@ -255,6 +297,10 @@ def _admitted(adder: "PrefillAdder", req: "Req") -> bool:
 def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
     """The request goes to prefill: remember, report and count its reuse."""
     req.kvshare = state
+    if cache.queue is not None:
+        cache.queue.admitted(req, state)
+    if cache.pins is not None:
+        cache.pins.came(req)
     if state.plan is not None:
         cache.sources.note_use(state)
     prefix_len = versions.prefix_len(req)

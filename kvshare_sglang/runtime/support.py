@@ -89,14 +89,19 @@ SETTINGS = (
 )
 
 
+# With ``--schedule-policy kvshare`` alone.
+WITH_OUR_ORDER = (
+    Setting("enable_priority_scheduling", "priority scheduling with --schedule-policy kvshare"),
+)
+
 # Judged where the model is: SGLang may choose the backends itself.
 TWO_BACKENDS = "different attention backends for prefill and decode"
 
 
-def check_settings(server_args: "ServerArgs") -> None:
+def check_settings(server_args: "ServerArgs", settings: tuple[Setting, ...] = SETTINGS) -> None:
     """Raise UnsupportedError for the first setting that is not served; fields that this SGLang
     does not have are."""
-    for setting in SETTINGS:
+    for setting in settings:
         if not hasattr(server_args, setting.name):
             continue
         value = getattr(server_args, setting.name)

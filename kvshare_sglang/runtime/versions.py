@@ -75,6 +75,13 @@ def full_batch() -> Any:
     return AddReqResult.OTHER
 
 
+def no_memory() -> Any:
+    """What ``PrefillAdder`` answers where KV memory is short."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.NO_TOKEN
+
+
 def chunk_size() -> int | None:
     """Tokens that SGLang gives to prefill at a time, all requests together; None without chunks."""
     from sglang.srt.runtime_context import get_schedule

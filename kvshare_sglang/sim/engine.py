@@ -22,6 +22,7 @@ from kvshare_sglang.policy.select.base import (
     SelectionRequest,
     Selector,
     query_rows,
+    required_rows,
 )
 from kvshare_sglang.policy.select.baselines import Structural, TopRows, baseline
 from kvshare_sglang.policy.select.dhd import Dhd
@@ -144,6 +145,21 @@ class Model:
                 x = self.after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
         return q
 
+    @torch.no_grad()
+    def reads(self, ids: Tokens, kv: KV, rows: np.ndarray) -> torch.Tensor:
+        """Run ``rows``, their K and V in place; the attention that they pay to each position up to
+        the last of them, mean over rows, heads and layers: fp32 [last + 1]."""
+        at = torch.as_tensor(rows, device=self.device)
+        x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
+        stop = int(rows[-1]) + 1
+        mass = torch.zeros(stop, device=self.device)
+        for i, layer in enumerate(self.layers):
+            q, k, v = self.qkv(layer, x, at)
+            kv.k[i, at], kv.v[i, at] = k, v
+            mass += row_scores.attention_mass(q, at, kv.k[i, :stop], scaling=self.scaling)
+            x = self.after_attention(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
+        return mass / len(self.layers)
+
     def room(self, tokens: int) -> KV:
         shape = (len(self.layers), tokens, self.kv_heads, self.dim)
         return KV(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
@@ -254,6 +270,11 @@ class Lab:
             scores = self._truth(plan, kv, truth)
             done = chooser.select(SelectionRequest(plan, budget, scores, seed))
             return self._run(ids, kv, done, scores=scores)
+        if selector == "prophetkv":
+            assert isinstance(chooser, TopRows)
+            scores, asked = self._prophecy(ids, kv, plan)
+            done = chooser.select(SelectionRequest(plan, budget, scores, seed))
+            return self._run(ids, kv, done, scores=scores, probed=(asked,))
         match chooser:
             case AttentionTrace():
                 trace = chooser.trace(plan, budget=budget)
@@ -373,6 +394,22 @@ class Lab:
             row_scores.deviation(v[here], kv.v[layer, slots]).cpu().numpy(),
             mass[slots].cpu().numpy(),
         )
+
+    def _prophecy(self, ids: Tokens, kv: KV, plan: ReusePlan) -> tuple[RowScores, np.ndarray]:
+        """What the new text and the question read over the copies, in all layers; and their rows.
+
+        ProphetKV (arXiv 2602.02579), after its description: what the question attends to, fused
+        over layers.
+        """
+        must = required_rows(plan, suffix=self.config.seam)
+        query = must.clip(query_rows(plan, suffix=self.config.seam).start, plan.prompt_len)
+        rest = (must - query).positions
+        if len(rest):
+            self.model.run(ids, kv, rest)
+        mass = self.model.reads(ids, kv, query.positions).cpu().numpy()
+        where = plan.reused_rows.positions
+        nothing = np.zeros(len(where), np.float32)
+        return RowScores(where, nothing, nothing, mass[where]), must.positions
 
     def _truth(self, plan: ReusePlan, kv: KV, truth: KV) -> RowScores:
         where = plan.reused_rows.positions

@@ -103,7 +103,7 @@ class Life:
         plan, nothing = seen.plan, ReusePlan(seen.prompt_len, seen.prefix_len, (), ())
         if pays(plan, self.config, rows=plan.computed):
             plan = nothing
-        sources = {self._touch(copy) for copy in plan.copies}
+        sources = {self.touch(copy) for copy in plan.copies}
         if not tree.make_room(rows, {node, *sources}):
             plan = nothing  # as the plug-in does where its sources leave no room
             if not tree.make_room(rows, {node}):
@@ -114,7 +114,7 @@ class Life:
         else:
             tree.store(space, prompt[: plan.exact_len])
             for stretch in fresh_stretches(plan, len(prompt), max_depth=self.max_depth):
-                self._store_stretch(space, prompt, stretch)
+                self.store_stretch(space, prompt, stretch)
         return seen._replace(insert_s=tree.told_s, inserted=tree.taken_in)
 
     def look(self, space: object, prompt: Tokens) -> Served:
@@ -132,7 +132,7 @@ class Life:
         seen = Served(len(prompt), prefix_len, runs, kept, lookup_s, 0.0, 0, unequal)
         return node, seen
 
-    def _store_stretch(self, space: object, prompt: Tokens, stretch: Stretch) -> None:
+    def store_stretch(self, space: object, prompt: Tokens, stretch: Stretch) -> None:
         """Keep one stretch of fresh text, cut into pieces, in a branch of its own."""
         started = time.perf_counter()
         fresh = prompt[stretch.start : stretch.stop]
@@ -153,7 +153,7 @@ class Life:
                     self.tree.tell("remember", piece.note, self.tree.id_of(node))
                 at = border
 
-    def _touch(self, run: Run) -> Node:
+    def touch(self, run: Run) -> Node:
         """Mark a source as used; the node that must stay while it is copied."""
         nodes = list(self.tree.nodes_of(run))
         for node in nodes:

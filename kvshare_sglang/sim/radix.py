@@ -123,6 +123,18 @@ class RadixTree:
             node = child
         return node, at
 
+    def prefix_len(self, space: object, tokens: Tokens) -> int:
+        """The length of the longest cached prefix. Changes nothing."""
+        node, at = self._roots.get(space), 0
+        while node is not None and at < len(tokens):
+            node = node.children.get(int(tokens[at]))
+            if node is not None:
+                size = common_prefix(node.tokens, tokens[at:])
+                at += size
+                if size < len(node):
+                    break
+        return at
+
     def touch(self, node: Node, amount: float) -> None:
         """``amount`` in [0, 1]: the share of the node that was used."""
         node.last_access = self.now

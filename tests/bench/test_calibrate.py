@@ -12,6 +12,8 @@ from kvshare_sglang.bench.calibrate.choice import choose
 from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row, candidates
 from kvshare_sglang.bench.calibrate.prompts import prompts
 from kvshare_sglang.bench.models import READER
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.select.attention_trace import probe_layer
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
@@ -21,14 +23,15 @@ SHALLOW, DEEP = Candidate(0.25, 6), Candidate(0.5, 0)
 def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path: Path) -> None:
     model = Model(with_a_dead_layer(READER, tmp_path / "dead-layer"))
     among = [one for one in candidates(model, [0.25, 0.35, 0.5]) if not one.stretch]
-    assert [one.layer(len(model.layers)) for one in among] == [DEAD, DEAD + 1, 6]
+    assert [one.layer(len(model.layers)) for one in among] == [3, 4, DEAD]
+    assert probe_layer(len(model.layers), KVShareConfig().probe_at) == DEAD
     asked = prompts(READER, 6, longest=len(model.table))
     found = calibrate.collect(model, asked, among, deadline=float("inf"))
     assert len(found) == 6
     best = choose(found)
-    assert best.chosen == Candidate(0.35, 0)
+    assert best.chosen == Candidate(0.25, 0)
     assert best.holds
-    assert best.means[best.chosen].kl < 0.2 * best.means[Candidate(0.25, 0)].kl
+    assert best.means[best.chosen].kl < 0.2 * best.means[Candidate(0.5, 0)].kl
 
 
 def rows(copies: float, *, shallow: list[float], deep: list[float], agree: float = 1) -> list[Row]:

@@ -1,5 +1,6 @@
 """What tests do inside the scheduler's process: read its state, force plans, plant faults."""
 
+import itertools
 from typing import Any
 
 from kvshare_sglang.plan import Range, ReusePlan, Rows
@@ -116,6 +117,55 @@ def switch(child: Any, settings: dict[str, float]) -> bool:
 
 def calibration_of(child: Any) -> str:
     return str(child.cache.config.calibration)
+
+
+def prefill_order(child: Any) -> list[str]:
+    """Requests in the order in which their prompts came to prefill."""
+    return list(child.logits)
+
+
+def queue_state(child: Any) -> dict[str, int]:
+    """What an idle scheduler still holds of requests that waited, and what it counted."""
+    queue, report = child.cache.queue, child.cache.report
+    if queue is None:
+        return {"kept": -1, "waits": report.waits, "overtaken": report.most_overtaken}
+    kept = (queue._held, queue._text, queue._new, queue._tenants, queue._waiting)
+    return {
+        "kept": sum(map(len, kept)),
+        "waits": report.waits,
+        "overtaken": report.most_overtaken,
+    }
+
+
+def break_order(child: Any) -> None:
+    """The order of the queue fails to be made, every second time of the next ten."""
+    queue = child.cache.queue
+    original, calls = queue._order, itertools.count()
+
+    def order() -> Any:
+        if (call := next(calls)) < 10 and call % 2:
+            raise RuntimeError("a planted fault")
+        return original()
+
+    queue._order = order
+
+
+def pins(child: Any) -> dict[str, Any]:
+    """What finished turns keep, and what became of them so far."""
+    it = child.cache.pins
+    return {"num": it.num, "tokens": it.tokens, "events": dict(child.cache.report.pins)}
+
+
+def pass_time(child: Any, seconds: float) -> None:
+    """So much later for finished turns; what is over goes when the cache is next asked."""
+    it = child.cache.pins
+    clock = it.clock
+    it.clock = lambda: clock() + seconds
+    it.expire()
+
+
+def learned_ttl(child: Any, context: int) -> float:
+    return child.cache.pins.learned.ttl(context)
 
 
 def layer_rows(child: Any) -> list[list[int]]:

@@ -109,6 +109,12 @@ def main(module: str, *argv: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def script(path: str, *argv: str) -> None:
+    """As ``python path`` with these arguments."""
+    sys.argv = [path, *argv]
+    runpy.run_path(path, run_name="__main__")
+
+
 def refuse(model: Path, *args: str) -> str:
     """Start a server that must refuse to start; what it printed."""
     done = forked(main, "sglang.launch_server", "--model-path", str(model), *ARGS, *args)

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from lab import computed
-from server import Server, serve
+from server import Server, forked, script, serve
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
 
 NAMED = ("--served-model-name", "x")
 
@@ -247,6 +250,17 @@ def test_bad_options_are_a_400(server: Server, door: Door, stream: bool) -> None
     else:
         assert reply.status_code == 400
     assert "custom_params.kvshare.budget must be a number in [0, 1], got 9" in reply.text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_an_example_answers_and_tells_what_it_reused(server: Server, name: str) -> None:
+    done = forked(script, str(EXAMPLES / f"{name}.py"), "--url", server.url)
+    assert done.returncode == 0, done.said
+    shown = re.findall("".join(rf"\W*{kind} (\d+)" for kind in KINDS), done.said)
+    first, *later = (dict(zip(KINDS, map(int, one), strict=True)) for one in shown)
+    assert len(later) >= 2, done.said
+    assert first["copied"] + first["blended"] == 0 < first["fresh"]
+    assert sum(one["copied"] for one in later) > 64, done.said
 
 
 def odd_options(rng: random.Random, depth: int = 3) -> Any:

@@ -26,10 +26,12 @@ SETTINGS = {
         "chunked_prefill_size": 1024,
         "disable_overlap_schedule": False,
     },
-    "overlap, mixed chunks, page 16": {
+    "overlap, mixed chunks, page 16, our schedule": {
         "disable_overlap_schedule": False,
         "enable_mixed_chunk": True,
         "page_size": 16,
+        "schedule_policy": "kvshare",
+        "kvshare_schedule_bound": 2000,
     },
 }
 

@@ -13,6 +13,7 @@ from tiny_models import with_a_dead_layer
 
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.bench.quality.cases import SIZE, Encoder, prompts
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.runtime.shadow import MOST_WAITING, SWITCH
 
@@ -163,7 +164,7 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
     arm = {"kl": 0.1, "agree": 0.9}
     file = tmp_path / "calibration.json"
     measured = calibration.as_json(
-        "model", calibration.fingerprint(model), probe_at=0.35, stretch=0, holds=True, prompts=8,
+        "model", calibration.fingerprint(model), probe_at=0.25, stretch=0, holds=True, prompts=8,
         check={"trace": arm, "copies": arm},
     )  # fmt: skip
     file.write_text(json.dumps(measured))
@@ -186,7 +187,7 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
         good = it.ask("probes:twins")
         assert good["agree"] == 9
         assert not good["closed"]
-        it.ask("probes:look_at", 0.25)
+        it.ask("probes:look_at", KVShareConfig().probe_at)
         asks = 0
         while not it.ask("probes:twins")["closed"]:
             assert ask()["declined"] is None

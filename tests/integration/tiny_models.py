@@ -58,7 +58,7 @@ def make_model(folder: Path, name: str) -> Path:
     return path
 
 
-DEAD = 3  # where traces look by default in a model of 12 or 13 layers
+DEAD = 6  # where traces look by default in a model of 13 layers
 
 
 def with_a_dead_layer(reader: Path, out: Path) -> Path:

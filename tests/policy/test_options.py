@@ -37,6 +37,8 @@ AUTO, EXACT = RequestOptions(), RequestOptions("exact")
         ({"kvshare": {"budget": 0}}, RequestOptions(budget=0.0)),
         ({"kvshare": {"budget": 1}}, RequestOptions(budget=1.0)),
         ({"kvshare": {"mode": "auto", "budget": 0.3}}, RequestOptions(budget=0.3)),
+        ({"kvshare": {"ttl": 0}}, RequestOptions(ttl=0.0)),
+        ({"kvshare": {"mode": "exact", "ttl": 3600}}, RequestOptions("exact", ttl=3600.0)),
     ],
 )
 def test_what_a_request_may_ask_for_is_understood(custom_params, options):
@@ -58,8 +60,17 @@ def test_what_a_request_may_ask_for_is_understood(custom_params, options):
         ({"budget": 10**400}, ".budget", "10", r"a number in \[0, 1\]"),
         ({"budget": True}, ".budget", "True", r"a number in \[0, 1\]"),
         ({"budget": "0.1"}, ".budget", "'0.1'", r"a number in \[0, 1\]"),
-        ({"budgte": 0.1, "a": 1}, "", r"\['a', 'budgte'\]", "made of the keys mode and budget"),
-        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode and budget"),
+        ({"ttl": -1}, ".ttl", "-1", r"a number in \[0, 3600\]"),
+        ({"ttl": 3601}, ".ttl", "3601", r"a number in \[0, 3600\]"),
+        ({"ttl": math.nan}, ".ttl", "nan", r"a number in \[0, 3600\]"),
+        ({"ttl": True}, ".ttl", "True", r"a number in \[0, 3600\]"),
+        (
+            {"budgte": 0.1, "a": 1},
+            "",
+            r"\['a', 'budgte'\]",
+            "made of the keys mode, budget and ttl",
+        ),
+        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode, budget and ttl"),
         (True, "", "True", "a mode or"),
         (0.1, "", "0.1", "a mode or"),
         (["exact"], "", r"\['exact'\]", "a mode or"),
@@ -118,14 +129,17 @@ ODD = [
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: type(value).__name__)
 def test_no_object_makes_the_reader_fail_otherwise(odd):
     """An error of another kind would end the scheduler."""
-    places = [{"kvshare": odd}, *({"kvshare": {key: odd}} for key in ("mode", "budget", "other"))]
+    places = [
+        {"kvshare": odd},
+        *({"kvshare": {key: odd}} for key in ("mode", "budget", "other")),
+    ]
     for asked in places if isinstance(odd, dict) else [odd, *places]:
         with pytest.raises(ConfigError) as caught:
             parse_options(asked)
         assert len(str(caught.value)) < 400
 
 
-KEYS = st.sampled_from(("mode", "budget", "kvshare")) | st.text()
+KEYS = st.sampled_from(("mode", "budget", "ttl", "kvshare")) | st.text()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(MODES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -141,8 +155,10 @@ def test_what_is_understood_is_a_mode_and_a_share(value, default):
         return
     assert asked.mode in MODES
     assert asked.budget is None or 0 <= asked.budget <= 1
+    assert asked.ttl is None or 0 <= asked.ttl <= 3600
     said = isinstance(value, str) or bool(
-        isinstance(value, dict) and ("mode" in value or value.get("budget") is not None)
+        isinstance(value, dict)
+        and ("mode" in value or value.get("budget") is not None or value.get("ttl") is not None)
     )
     assert said or asked == RequestOptions(default)
 

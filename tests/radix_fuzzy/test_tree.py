@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracles import covered
@@ -837,3 +837,49 @@ def test_text_without_a_context_is_never_at_home():
     tree, _ = tree_of(TEXT)
     (run,) = tree.match(None, TEXT)
     assert run.join is Join.SEAM
+
+
+# ---- who is told of changes ------------------------------------------------------------------
+
+
+@given(st.data())
+def test_a_match_changes_only_for_prompts_that_hold_a_hash_that_was_told(
+    data: st.DataObject,
+) -> None:
+    tree = FuzzyTree(secret=3)
+    told: list[set[int]] = []
+    tree.listener = lambda hashes: told.append(set(hashes.tolist()))
+    prompts = data.draw(st.lists(texts(), min_size=1, max_size=4))
+    alive: list[int] = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        before = [tree.match(None, prompt, max_depth=1) for prompt in prompts]
+        told.clear()
+        if alive and data.draw(st.booleans()):
+            segment = tree.segment(data.draw(st.sampled_from(alive)))
+            # As caches evict: nothing that another segment goes on from.
+            above = max((child.start for child in segment.children.values()), default=0)
+            stop = data.draw(st.integers(max(segment.start, above), segment.stop))
+            tree.trim(segment.id, stop)
+            alive = [one for one in alive if one != segment.id or stop > segment.start]
+        else:
+            parent = data.draw(st.sampled_from([None, *alive]))
+            start = 0 if parent is None else tree.segment(parent).stop
+            depth = data.draw(st.integers(0, 1)) if parent is None else tree.segment(parent).depth
+            new = tree.insert(None, data.draw(texts()), start=start, parent=parent, depth=depth)
+            alive.append(new.id)
+        (hashes,) = told
+        for prompt, was in zip(prompts, before, strict=True):
+            if tree.match(None, prompt, max_depth=1) != was:
+                assert hashes & set(tree.marks(None, prompt).hashes.tolist())
+
+
+def test_a_clear_is_told_and_marks_are_of_the_namespace() -> None:
+    tree = FuzzyTree(secret=3)
+    told: list[object] = []
+    tree.listener = told.append
+    tree.clear()
+    assert told == [None]
+    text = np.arange(100, dtype=np.int32)
+    tree.insert("a", text)
+    assert told[1].tolist() == tree.marks("a", text).hashes.tolist()
+    assert not set(told[1].tolist()) & set(tree.marks("b", text).hashes.tolist())

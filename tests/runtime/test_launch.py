@@ -12,7 +12,7 @@ from sglang.srt.server_args import ServerArgs
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import KVShareError, StartError, UnsupportedError
-from kvshare_sglang.runtime import calibration, launch, preflight
+from kvshare_sglang.runtime import calibration, launch, preflight, support
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,45 @@ def test_the_name_of_our_backend_is_another_switch() -> None:
     assert launch.config_from(parsed(), eviction_given=True) is None
 
 
+# ---- who orders the queue --------------------------------------------------------------------
+
+
+def config_of(values: dict[str, Any]) -> KVShareConfig:
+    config = launch.config_from(values, eviction_given=True)
+    assert config is not None
+    return config
+
+
+def test_our_schedule_is_one_of_sglangs_choices_and_is_fcfs_to_it() -> None:
+    values = parsed("--kvshare", "--schedule-policy", "kvshare", "--kvshare-schedule-bound", "9")
+    config = config_of(values)
+    assert (config.schedule, config.schedule_bound) == ("kvshare", 9)
+    assert values["schedule_policy"] == "fcfs"
+    engine = {"kvshare": True, "schedule_policy": "kvshare"}
+    assert config_of(engine).schedule == "kvshare"
+    assert engine["schedule_policy"] == "fcfs"
+
+
+@pytest.mark.parametrize("theirs", ["fcfs", "lpm", "random"])
+def test_a_schedule_of_sglangs_stays(theirs: str) -> None:
+    values = parsed("--kvshare", "--schedule-policy", theirs)
+    assert config_of(values).schedule == "sglang"
+    assert values["schedule_policy"] == theirs
+
+
+def test_our_schedule_needs_kvshare_and_says_so_in_one_line() -> None:
+    args = argparse.Namespace(**parsed("--schedule-policy", "kvshare"))
+    with pytest.raises(SystemExit, match=r"^error: --schedule-policy kvshare needs --kvshare$"):
+        launch.hook_from_cli_args(ServerArgs.from_cli_args.__func__, ServerArgs, args)
+    with pytest.raises(KVShareError, match="needs --kvshare"):
+        launch.engine_server_args(model_path="x", schedule_policy="kvshare")
+
+
+def test_two_schedules_at_once_are_refused() -> None:
+    with pytest.raises(KVShareError, match="and --schedule-policy lpm: drop one"):
+        config_of(parsed("--kvshare", "--kvshare-schedule", "kvshare", "--schedule-policy", "lpm"))
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls what SGLang calls before it starts processes; what they see of kvshare."""
@@ -99,6 +138,21 @@ def test_a_server_args_built_without_us_keeps_its_policy_and_is_judged(launched:
     assert launched(own)[0].eviction == "sglang"
     with pytest.raises(UnsupportedError, match="drop --tp-size"):
         launched(ServerArgs(model_path="x", radix_cache_backend="kvshare", tp_size=2))
+
+
+def test_a_server_args_built_without_us_cannot_name_our_schedule(launched: Any) -> None:
+    for backend in (None, "kvshare"):
+        with pytest.raises(StartError, match=r"plugin\.server_args\(kvshare=True"):
+            launched(
+                ServerArgs(model_path="x", radix_cache_backend=backend, schedule_policy="kvshare")
+            )
+
+
+def test_priorities_are_refused_with_our_schedule_alone() -> None:
+    args = ServerArgs(model_path="x", enable_priority_scheduling=True)
+    support.check_settings(args)
+    with pytest.raises(UnsupportedError, match="drop --enable-priority-scheduling"):
+        support.check_settings(args, support.WITH_OUR_ORDER)
 
 
 # ---- what ends a start -----------------------------------------------------------------------

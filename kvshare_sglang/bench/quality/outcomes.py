@@ -140,6 +140,8 @@ def shares(
     sees = lab.selector(selector).sees if selector != "oracle" else Sees.NOTHING  # it was told
     reused = plan.reused_rows.positions
     probe = probe_layer(len(lab.model.layers), lab.config.probe_at)
+    if selector == "prophetkv":
+        sees, probe = Sees.NOTHING, len(lab.model.layers) - 1  # it looks at all of them
     counts = [np.isin(reused, rows).sum() for rows in done.rows]
     counts += [np.isin(reused, rows).sum() * probe for rows in done.probed]
     every = np.arange(plan.prefix_len, plan.prompt_len)

@@ -30,8 +30,11 @@ ARMS = {
     "window": Arm("window"),
     "epic": Arm("epic"),
     "cacheblend": Arm("cacheblend"),
+    "prophetkv": Arm("prophetkv"),
     "trace": Arm("trace"),
-    "trace half": Arm("trace", {"probe_at": 0.5}),
+    "trace quarter": Arm("trace", {"probe_at": 0.25, "stretch": 0}),  # as it was before D84
+    "trace alone": Arm("trace", {"stretch": 0}),
+    "trace .25": Arm("trace", budget=0.25),
     "trace refresh": Arm("trace", every=1),
     "deviation": Arm("oracle"),  # true deviation over all layers
     "all": Arm("full", budget=1.0),  # a check of this module: as full prefill

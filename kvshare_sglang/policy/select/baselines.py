@@ -109,5 +109,6 @@ def baseline(name: str, *, seam: int, seed: int = 0) -> Structural | TopRows:
 SCORES: dict[str, Callable[[RowScores], np.ndarray]] = {
     "cacheblend": lambda scores: scores.keys**2,
     "attention": lambda scores: scores.attention,
+    "prophetkv": lambda scores: scores.attention,  # of all layers, see ``sim.engine``
     "deviation": lambda scores: scores.values,
 }

@@ -67,13 +67,15 @@ class NodeSpan:
 class NodeNote:
     """What a tree node carries as ``node.kvshare``: the path position where it starts, the segment
     it is part of (None where it is no source), and how often it was used. In a blended branch also
-    ``open`` [len], its rows that are copies, and ``depth``, of text computed after it."""
+    ``open`` [len], its rows that are copies, and ``depth``, of text computed after it.
+    ``pins``: how many finished turns keep it."""
 
     segment: Segment | None
     start: int
     frequency: Frequency = NEW
     open: npt.NDArray[np.bool_] | None = None
     depth: int = 0
+    pins: int = 0
 
 
 class IndexSync:

@@ -24,6 +24,8 @@ from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
 from kvshare_sglang.runtime.cache.index_sync import BranchKey, IndexSync
+from kvshare_sglang.runtime.cache.pins import Pins
+from kvshare_sglang.runtime.cache.queue import WaitingQueue
 from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
@@ -67,6 +69,8 @@ class FuzzyRadixCache(RadixCache):
         self.sources = Sources(self, self.usage)
         self.branches = Branches(self)
         self.retainer = Retainer(self, self.branches)
+        self.queue = WaitingQueue(self) if config.schedule == "kvshare" else None
+        self.pins = Pins(self) if config.ttl else None
         super().__init__(params)
         if config.eviction == "frequency":
             self.eviction_strategy = ByFrequency(self.usage)
@@ -75,6 +79,8 @@ class FuzzyRadixCache(RadixCache):
 
     def reset(self) -> None:
         super().reset()
+        if self.pins is not None:
+            self.pins.forget(unlock=False)
         self.sources.forget()
         self.branches.forget()
         self.adapter_spaces.clear()
@@ -84,9 +90,13 @@ class FuzzyRadixCache(RadixCache):
         """Other weights than those that made what is here: SGLang may go on with its exact
         prefixes, if it was told not to flush; we neither copy from them nor lead into branches."""
         self.sources.give_back()
+        if self.pins is not None:
+            self.pins.forget(unlock=True)
         self.branches.forget()
         self.sync.new_weights()
         self.shadow.new_weights()
+        if self.queue is not None:
+            self.queue.new_weights()
 
     def match_prefix(self, params: MatchPrefixParams) -> Any:
         """SGLang's match; for a request that accepts it, a blended one that covers more."""
@@ -121,13 +131,16 @@ class FuzzyRadixCache(RadixCache):
         super()._delete_leaf(node)
         self.sync.removed(node)
         self.branches.removed(node)
+        if self.pins is not None:
+            self.pins.removed(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """Where all that may be evicted is not enough, sources are given back and evicted too:
-        SGLang is about to allocate, and raises when it falls short."""
+        """Where all that may be evicted is not enough, pins are given back and evicted too, then
+        sources: SGLang is about to allocate, and raises when it falls short."""
         result = super().evict(params)
-        short = params.num_tokens - result.num_tokens_evicted
-        if short > 0 and self.sources.give_back():
+        while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
+            (self.pins is not None and self.pins.give_back()) or self.sources.give_back()
+        ):
             more = super().evict(dataclasses.replace(params, num_tokens=short))
             result.num_tokens_evicted += more.num_tokens_evicted
         return result
@@ -163,7 +176,7 @@ class FuzzyRadixCache(RadixCache):
     def on_release(self, req: "Req", **kw: Any) -> None:
         """0.5.18 and later: the row is freed."""
         super().on_release(req, **kw)
-        self.release(req)
+        self._ended(req)
 
     def cache_finished_req(self, req: "Req", is_insert: bool = True, **kw: Any) -> None:
         """0.5.17: for one that has ended; frees the rest itself."""
@@ -181,7 +194,13 @@ class FuzzyRadixCache(RadixCache):
             self.token_to_kv_pool_allocator.free_segments([(kv_indices[start:], start)])
             if req.last_node is not None:
                 self.dec_lock_ref(req.last_node)
+        self._ended(req)
+
+    def _ended(self, req: "Req") -> None:
+        """The row of a request is free, and its locks are gone."""
         self.release(req)
+        if self.pins is not None and not self.disable:
+            self.pins.ended(req)
 
     def release(self, req: "Req") -> None:
         """Forget a request that finished, was aborted or retracted, or is planned anew."""

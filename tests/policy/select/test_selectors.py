@@ -83,7 +83,8 @@ def test_the_ends_of_the_scale(wish):
 
 @given(wishes(), st.sampled_from(sorted(SCORES)))
 def test_a_scoring_baseline_takes_the_largest_scores(wish, name):
-    score = {"cacheblend": "keys", "attention": "attention", "deviation": "values"}[name]
+    fields = {"cacheblend": "keys", "deviation": "values"}
+    score = fields.get(name, "attention")
     values = getattr(wish.scores, score)
     best = np.sort(values)[::-1][: wish.num_rows]
     expected = Rows.at(wish.scores.positions[np.isin(values, best)])
