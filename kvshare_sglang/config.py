@@ -7,8 +7,16 @@ from typing import Any
 from kvshare_sglang.errors import ConfigError, UnsupportedError
 
 
-def _option(default: Any, text: str, lo: float | None = None, hi: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi})
+def _option(
+    default: Any,
+    text: str,
+    lo: float | None = None,
+    hi: float | None = None,
+    *,
+    secret: bool = False,
+) -> Any:
+    """``secret``: not shown where the config is."""
+    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,13 @@ class KVShareConfig:
         "who attends for rows that lie apart: auto (KVShare's own kernel where it has one) or"
         " backend (SGLang's own, which takes each range of rows for a request)",
     )
+    stream: str = _option(
+        "", "where routers are told what is cached: tcp://HOST:PORT or ipc://PATH (empty: nowhere)"
+    )
+    stream_token: str = _option(
+        "", "what routers must know to be told; needed where others than this machine can reach"
+        " --kvshare-stream; also read from KVSHARE_STREAM_TOKEN", secret=True,
+    )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 
     def __post_init__(self) -> None:
