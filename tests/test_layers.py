@@ -41,7 +41,7 @@ LAYERS = {
     # A process of its own, without SGLang and without torch.
     ROUTER: {
         *("numpy", "xxhash", "blake3", "zmq", "aiohttp", "starlette", "uvicorn", "orjson"),
-        *("transformers", "prometheus_client"),
+        *("transformers", "prometheus_client", "msgspec", "yarl"),
         *(WIRE, PURE, POLICY, *FLOOR),
     },
     f"{PACKAGE}.plugin": {RUNTIME},

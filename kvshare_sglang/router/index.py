@@ -24,6 +24,7 @@ EXACTLY = 3  # workers whose work is predicted exactly
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
 SILENT_S = 2.0  # without a beat a worker is not known to live
 AVOID_S = 10.0  # by then the gateway has noticed itself, and what is silent is asked again
+UNKNOWN = 512  # tokens that a prompt counts as which could not be read
 SUSPECT_S = 2.0  # after another one had to stand in for it
 
 
@@ -68,10 +69,11 @@ class Worker:
 
 class Choice(NamedTuple):
     """``order``: all workers, the best first. ``work``: what the best would do, None where that is
-    not known. ``hashes``: grams of the prompt."""
+    not known. ``tokens``: of the prompt, whose grams are ``hashes``."""
 
     order: list[int]
     work: Work | None
+    tokens: int
     hashes: Words
 
 
@@ -132,12 +134,12 @@ class Index:
 
     # ---- what becomes of requests ------------------------------------------------------------
 
-    def route(self, worker: int, choice: Choice, tokens: int, now: float) -> int:
+    def route(self, worker: int, choice: Choice, now: float) -> int:
         """A request goes there; a ticket for ``answers``."""
         self._tickets += 1
         one = self.workers[worker]
-        one.routed[self._tickets] = choice.work.rows if choice.work else tokens
-        one.sent += tokens
+        one.routed[self._tickets] = choice.work.rows if choice.work else choice.tokens
+        one.sent += choice.tokens
         self._recent.add(choice.hashes, worker, now)
         return self._tickets
 
@@ -199,7 +201,15 @@ class Index:
                 works[i] = real._replace(rows=max(real.rows - saved, 1))
                 really[i] = real
         best = order(works, standings, prompt_len=n)
-        return Choice([*best, *(i for i in first if i not in best)], really[best[0]], marks.hashes)
+        ranked = [*best, *(i for i in first if i not in best)]
+        return Choice(ranked, really[best[0]], n, marks.hashes)
+
+    def by_load(self, now: float) -> Choice:
+        """Whom to send a prompt to that is not known."""
+        standings = [self.standing(i, now) for i in range(len(self.workers))]
+        works = [Work(UNKNOWN, 0, 0)] * len(standings)
+        ranked = order(works, standings, prompt_len=UNKNOWN)
+        return Choice(ranked, None, UNKNOWN, np.empty(0, np.uint64))
 
     def _saves(self, worker: int, options: RequestOptions) -> float:
         """The share of found text that a worker does not compute again."""

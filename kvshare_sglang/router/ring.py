@@ -54,6 +54,7 @@ class Keys:
 
     def __init__(self, urls: Sequence[str], *, salt: str = "kvshare") -> None:
         ring = Ring(urls)
+        self._salt = salt
         self._by_pair: dict[tuple[int, int], str] = {}  # the same twice: the next one is not known
         wanted = ring.pairs()
         # Arcs differ in length: pairs that only short ones have may go without a key.
@@ -84,6 +85,10 @@ class Keys:
                 del self._by_pair[pair]
         if not any(known == key for known in self._by_pair.values()):
             self._by_pair.setdefault((worker, worker), key)
+
+    def spare(self, number: int) -> str:
+        """A key of which nothing is known."""
+        return f"{self._salt}-spare-{number}"
 
     @property
     def num_pairs(self) -> int:

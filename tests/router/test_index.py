@@ -296,7 +296,7 @@ def test_what_was_just_routed_is_queue_until_it_answers_and_held_for_some_second
     prompt = prompt_of(5)
     first = index.choose(prompt, NONE, AUTO, 1.0)
     assert first.order[0] == 0  # it holds less
-    ticket = index.route(1, first, len(prompt), 1.0)
+    ticket = index.route(1, first, 1.0)
     assert index.standing(1, 1.0).rows == first.work.rows == len(prompt)
     index.answers(1, ticket)
     index.answers(1, ticket)
@@ -358,7 +358,7 @@ def test_without_any_stream_requests_are_spread_by_what_was_sent():
     for i in range(30):
         choice = index.choose(random_tokens(i, 100), NONE, AUTO, float(i))
         counts[choice.order[0]] += 1
-        index.answers(choice.order[0], index.route(choice.order[0], choice, 100, float(i)))
+        index.answers(choice.order[0], index.route(choice.order[0], choice, float(i)))
     assert counts == {0: 10, 1: 10, 2: 10}
 
 
