@@ -225,10 +225,11 @@ class Publisher(threading.Thread):
         self.join(5)
 
     def _turn(self) -> None:
-        if self._socket.poll(int(1000 * POLL_S)):
+        asked = self._socket.poll(int(1000 * POLL_S))
+        self._send_changes()
+        if asked:
             who, what = self._socket.recv_multipart()[:2]
             self._answer(who, what)
-        self._send_changes()
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + wire.BEAT_S
@@ -241,7 +242,6 @@ class Publisher(threading.Thread):
     def _answer(self, who: bytes, what: bytes) -> None:
         known = who in self._routers
         if what == wire.SNAPSHOT and self._table and (known or len(self._routers) < MOST_ROUTERS):
-            self._send_changes()
             segments = list(self._table.segments.values())
             self._routers[who] = 0.0
             whole = msgspec.structs.replace(self._head, number=self._number, segments=segments)
