@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import secrets
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -71,12 +72,16 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(message)s")
+    # uvicorn passes a signal on once it is through: it must not end us before the gateway is ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with _gateway(args) as url:
             _serve(args, url)
     except KVShareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -115,6 +120,8 @@ def _serve(args: argparse.Namespace, url: str) -> None:
         port=args.port,
         log_level=args.log_level,
         access_log=False,
+        server_header=False,  # the worker's own
+        date_header=False,
         timeout_graceful_shutdown=10,
     )
 

@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from kvshare_sglang.router.index import SILENT_S, Choice, Index
+from kvshare_sglang.router.index import Choice, Index
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import PATHS, Prompts, Reading
 from kvshare_sglang.router.ring import Keys
 
 logger = logging.getLogger(__name__)
-
-OFTEN = 3  # a worker that lives and is passed over so often is not the one that its key leads to
 
 
 class Decision(NamedTuple):
@@ -44,6 +42,7 @@ class Brain:
         self.urls = list(urls)
         self.index = Index(len(self.urls), secret=secret)
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
+        self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
 
     def decide(self, path: str, body: Any, header: str | None = None) -> Decision:
@@ -66,12 +65,13 @@ class Brain:
         named = self.keys.key(choice.order)
         self.metrics.tokenise.observe(read - started)
         self.metrics.choose.observe(time.perf_counter() - read)
+        best, second = choice.order[0], choice.order[min(1, len(choice.order) - 1)]
         if named is None:
             self.metrics.decided.labels(by="gateway").inc()
-            return Decision(choice=choice, body=reading.body)
+            return Decision(None, best, second, choice, reading.body)
         by = "load" if choice.work is None else "index"
         self.metrics.decided.labels(by=by).inc()
-        return Decision(named[0], choice.order[0], named[1], choice, reading.body)
+        return Decision(named[0], best, named[1], choice, reading.body)
 
     def _choose(self, reading: Reading, now: float) -> Choice:
         if reading.tokens is None:
@@ -98,10 +98,8 @@ class Brain:
         now, meant = self._clock(), decision.best
         self.metrics.served.labels(as_meant=str(by == meant).lower()).inc()
         self.index.served(meant, by, now)
-        worker = self.index.workers[meant]
-        lives = worker.heard is not None and now - worker.heard < SILENT_S
-        if by != meant and (by != decision.second or (lives and worker.failures >= OFTEN)):
-            self.keys.served(decision.key, by)
+        if by != meant:
+            self.doubted.add(meant)
 
     def number(self, url: str | None) -> int | None:
         """Which worker the gateway means."""

@@ -97,6 +97,7 @@ class Index:
     def begin(self, worker: int, snapshot: wire.Snapshot) -> Mirror:
         """Forget what was known of a worker; the mirror into which its snapshot's segments go."""
         self.forget(worker)
+        self._trust(worker)
         mirror = Mirror(snapshot, self._joint, worker, seed=self._secret)
         self.workers[worker].mirror = mirror
         return mirror
@@ -150,11 +151,14 @@ class Index:
     def served(self, meant: int, by: int, now: float) -> None:
         """Who served: where another one stood in, the one that was meant is left alone a while, the
         longer the more often that happens."""
-        self.workers[by].failures, self.workers[by].suspect = 0, 0.0
-        if meant != by:
-            one = self.workers[meant]
+        self._trust(by)
+        one = self.workers[meant]
+        if meant != by and now >= one.suspect:  # many at once are one failure
             one.suspect = now + SUSPECT_S * 2.0 ** min(one.failures, 4)
             one.failures += 1
+
+    def _trust(self, worker: int) -> None:
+        self.workers[worker].failures, self.workers[worker].suspect = 0, 0.0
 
     def standing(self, worker: int, now: float) -> Standing:
         """How a worker stands in the eyes of ``cost.order``. What it says of its queue is some

@@ -4,7 +4,7 @@
 serves a key at the first point at or after ``blake3(key)``; where that worker does not answer, the
 ring goes on to the next one. So a key that lies before a point of the best worker which is followed
 by one of the second best says both. It is an internal of smg: whoever uses a key compares the
-worker that served, and tells it to ``Keys``.
+worker that served, and where that is not explained by a failure, tells ``Keys``.
 """
 
 import bisect

@@ -95,15 +95,16 @@ class Proxy:
 
     async def pick(self, request: Request) -> Response:
         """Whom to send the body to, for those who proxy themselves: as ``/generate`` or, with
-        ``messages``, as a chat. The request does not count as sent."""
+        ``messages``, as a chat. The request does not count as sent. ``routing_key`` null: no key is
+        known to lead there."""
         try:
             body = orjson.loads(await request.body())
         except orjson.JSONDecodeError as error:
             return JSONResponse({"error": f"the body is no JSON: {error}"}, status_code=400)
         path = CHAT if isinstance(body, dict) and "messages" in body else GENERATE
         decision = self._brain.decide(path, body, request.headers.get(HEADER))
-        if decision.key is None or decision.choice is None:
-            return JSONResponse({"error": "no key is known for the best worker"}, status_code=503)
+        if decision.choice is None:
+            return JSONResponse({"error": "the router failed, see its log"}, status_code=500)
         urls, work = self._brain.urls, decision.choice.work
         return JSONResponse(
             {
@@ -245,15 +246,14 @@ class Proxy:
             await asyncio.sleep(RETRY_S)
 
     async def _probe_all(self) -> None:
-        """Try for each worker whether its key leads there, once the gateway and it are up."""
-        waiting = set(range(len(self._brain.urls)))
-        while waiting:
-            for worker in sorted(waiting):
+        """Try for each worker, and again for each that was passed over, whether its key leads
+        there, as soon as the gateway and it are up."""
+        doubted = self._brain.doubted
+        while True:
+            for worker in sorted(doubted):
                 if await self._healthy(self._brain.urls[worker]) and await self._probe(worker):
-                    waiting.remove(worker)
-            if waiting:
-                await asyncio.sleep(RETRY_S)
-        logger.info("every worker is reached by its key")
+                    doubted.discard(worker)
+            await asyncio.sleep(RETRY_S)
 
     async def _healthy(self, url: str) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -263,26 +263,37 @@ class Proxy:
         return False
 
     async def _probe(self, worker: int) -> bool:
-        """Whether a key is known to lead to a worker that is healthy; learns from each answer."""
-        brain = self._brain
-        others = [i for i in range(len(brain.urls)) if i != worker]
-        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
+        """Whether a key is known to lead to a worker. Where the gateway sends other keys there, but
+        not the one that was computed, its ring is another one, and these are learned."""
+        keys = self._brain.keys
+        others = [i for i in range(len(self._brain.urls)) if i != worker]
+        named = keys.key([worker, *others])
+        if named and await self._asked(named[0]) == worker:
+            return True
         for turn in range(PROBES):
-            named = brain.keys.key([worker, *others])
-            key = named[0] if named else brain.keys.spare(turn)
-            by = None
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                limit = aiohttp.ClientTimeout(total=60)
-                async with self._client.post(
-                    self._settings.gateway + GENERATE, json=body, headers={KEY: key}, timeout=limit
-                ) as reply:
-                    by = brain.number(reply.headers.get(SERVED))
-            if by is None:
-                return False
-            if by == worker:
-                return True
-            brain.keys.served(key, by)
+            spare = keys.spare(turn)
+            if await self._asked(spare) != worker:
+                continue
+            # The gateway knows it. It may have learned that a moment ago: once more.
+            by = await self._asked(named[0]) if named else None
+            if by is not None and by != worker and named:
+                logger.warning("key %s leads to %s", named[0], self._brain.urls[by])
+                keys.served(named[0], by)
+            if by != worker:
+                keys.served(spare, worker)
+            return True
         return False
+
+    async def _asked(self, key: str) -> int | None:
+        """The worker that a key leads to now."""
+        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            limit = aiohttp.ClientTimeout(total=60)
+            async with self._client.post(
+                self._settings.gateway + GENERATE, json=body, headers={KEY: key}, timeout=limit
+            ) as reply:
+                return self._brain.number(reply.headers.get(SERVED))
+        return None
 
 
 def _as_it_is(url: str) -> Any:

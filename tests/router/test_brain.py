@@ -6,7 +6,7 @@ from kvshare_sglang import wire
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
-from kvshare_sglang.router.brain import OFTEN, Brain
+from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, Prompts
 
@@ -35,31 +35,14 @@ def decide(brain, best):
 
 
 def test_a_stand_in_makes_the_worker_that_was_meant_avoided_and_teaches_no_key(brain):
+    brain.doubted.clear()
     decision = decide(brain, 0)
     brain.served(decision, URLS[decision.second])
     assert brain.index.standing(0, 0.0).avoid
+    assert 0 in brain.doubted
     assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
     brain.served(decision, URLS[0] + "/")
     assert not brain.index.standing(0, 0.0).avoid
-
-
-def test_a_key_that_leads_to_neither_of_two_is_that_of_a_third(brain):
-    decision = decide(brain, 0)
-    third = 3 - decision.second
-    brain.served(decision, URLS[third])
-    assert brain.keys.key([0, decision.second, third]) != (decision.key, decision.second)
-    assert brain.keys.key([0, decision.second, third])[0] != decision.key
-
-
-def test_a_worker_that_lives_and_is_passed_over_again_and_again_has_another_key(brain):
-    decision = decide(brain, 0)
-    brain.index.workers[0].heard = 0.0
-    for _ in range(OFTEN):
-        assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
-        brain.served(decision, URLS[decision.second])
-    assert brain.keys.key([0, decision.second]) is None or (
-        brain.keys.key([0, decision.second])[0] != decision.key
-    )
 
 
 @pytest.mark.parametrize("url", [None, "http://someone:9"])

@@ -18,7 +18,7 @@ from kvshare_sglang.radix_fuzzy.segments import path_tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.router import index as index_module
 from kvshare_sglang.router.cost import SLACK, Standing, Work, order, work_of
-from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, Index
+from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, SUSPECT_S, Index
 from kvshare_sglang.router.joint import JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror
 
@@ -342,15 +342,21 @@ def test_a_silent_worker_is_left_alone_until_the_gateway_must_have_noticed():
 
 
 def test_a_worker_for_which_another_one_stood_in_is_left_alone_longer_each_time():
-    index, _ = filled([[DOCS[0]], [DOCS[1]]])
-    pauses = []
+    index, lives = filled([[DOCS[0]], [DOCS[1]]])
+    now, pauses = 0.0, []
     for _ in range(3):
-        index.served(0, 1, 0.0)
-        pauses.append(index.workers[0].suspect)
-        assert index.choose(prompt_of(0), NONE, AUTO, 0.0).order[0] == 1
-    assert pauses == sorted(set(pauses))
-    index.served(0, 0, 0.0)
-    assert index.choose(prompt_of(0), NONE, AUTO, 0.0).order[0] == 0
+        for worker, told in enumerate(lives):
+            index.hear(worker, beat(told), now)
+        assert index.choose(prompt_of(0), NONE, AUTO, now).order[0] == 0
+        for _ in range(5):  # at once: one failure
+            index.served(0, 1, now)
+        assert index.choose(prompt_of(0), NONE, AUTO, now).order[0] == 1
+        pauses.append(index.workers[0].suspect - now)
+        now = index.workers[0].suspect
+    assert pauses == [SUSPECT_S, 2 * SUSPECT_S, 4 * SUSPECT_S]
+    index.served(0, 1, now)
+    index.served(0, 0, now)
+    assert index.choose(prompt_of(0), NONE, AUTO, now).order[0] == 0
 
 
 def test_without_any_stream_requests_are_spread_by_what_was_sent():

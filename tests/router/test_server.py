@@ -35,9 +35,9 @@ class Gateway:
 
     def __init__(self, *, same_tokens=True):
         self.seen, self.answer, self.same_tokens = [], self._echo, same_tokens
-        self.keys = Ring(["http://127.0.0.1:1", "http://127.0.0.1:2"])
         self.ended = asyncio.Event()
-        self.urls = []
+        self.urls, self.spelling = [], ""  # of the URLs on its ring
+        self.down = set()
 
     async def handle(self, request):
         body = await request.read()
@@ -54,7 +54,8 @@ class Gateway:
         return await self.answer(request)
 
     def served(self, key):
-        return {"x-smg-routed-worker-id": self.urls[Ring(self.urls).pair(key)[0]]}
+        best, second = Ring([url + self.spelling for url in self.urls]).pair(key)
+        return {"x-smg-routed-worker-id": self.urls[second if best in self.down else best]}
 
     async def _echo(self, request):
         return web.json_response({"ok": 1}, status=418, headers={"x-of-the-worker": "yes"})
@@ -320,5 +321,31 @@ def test_a_fault_of_the_router_fails_no_request():
             async with client.post(url + GENERATE, data=b"no json") as reply:
                 assert reply.status == 418
             assert all("x-smg-routing-key" not in r.headers for r, _ in gateway.seen)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("spelling", ["", "/"])
+def test_keys_are_learned_where_the_gateways_ring_is_another_one_and_not_from_a_failure(
+    spelling, monkeypatch
+):
+    monkeypatch.setattr(server, "RETRY_S", 0.05)
+
+    async def run():
+        gateway = Gateway()
+        gateway.spelling, gateway.down = spelling, {0}
+        async with running(gateway) as (_, _, brain):
+            before = dict(brain.keys._by_pair)
+            await until(lambda: brain.doubted == {0})
+            if not spelling:
+                await asyncio.sleep(0.2)
+                assert brain.keys._by_pair == before
+            gateway.down = set()
+            await until(lambda: not brain.doubted)
+            theirs = Ring([url + spelling for url in gateway.urls])
+            for best in (0, 1):
+                key, _ = brain.keys.key([best, 1 - best])
+                assert theirs.pair(key)[0] == best
+            assert spelling or brain.keys._by_pair == before
 
     asyncio.run(run())
