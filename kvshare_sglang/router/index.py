@@ -28,6 +28,9 @@ UNKNOWN = 512  # tokens that a prompt counts as which could not be read
 SUSPECT_S = 2.0  # after another one had to stand in for it
 
 
+_DEFAULTS = KVShareConfig()
+
+
 class Recent:
     """Grams of what was routed lately, in two generations: the older one is dropped as a whole."""
 
@@ -187,7 +190,8 @@ class Index:
         gaps = np.diff(marks.positions, append=marks.positions[-1:] + GRAM)
         widths = np.minimum(gaps, SPAN).astype(np.float32)
         known = coverage(held, widths)
-        hoped = coverage(held | self._recent.find(marks.hashes, now), widths) - known
+        recent = self._recent.find(marks.hashes, now)
+        hoped = coverage(recent & ~held, widths)
         standings = [self.standing(i, now) for i in range(len(self.workers))]
         saves = [self._saves(i, options) for i in range(len(self.workers))]
         guesses: list[Work | None] = []
@@ -198,7 +202,7 @@ class Index:
         works: list[Work | None] = [None] * len(guesses)
         really: list[Work | None] = [None] * len(guesses)
         for i in first[:EXACTLY]:
-            works[i], real = guesses[i], self._work(i, prompt, namespace, options)
+            works[i], real = guesses[i], self.work(i, prompt, namespace, options)
             if real is not None:
                 # What is hoped for is on its way there, and is found when the request runs.
                 saved = int(saves[i] * float(hoped[i]))
@@ -218,12 +222,13 @@ class Index:
     def _saves(self, worker: int, options: RequestOptions) -> float:
         """The share of found text that a worker does not compute again."""
         mirror = self.workers[worker].mirror
-        config = mirror.config if mirror else KVShareConfig()
+        config = mirror.config if mirror else _DEFAULTS
         return 0.0 if options.mode == "exact" else 1 - budget_of(config, options)
 
-    def _work(
+    def work(
         self, worker: int, prompt: Tokens, namespace: Namespace, options: RequestOptions
     ) -> Work | None:
+        """What a worker would do with a prompt; None where what it holds is not known."""
         mirror = self.workers[worker].mirror
         if mirror is None:
             return None

@@ -32,6 +32,8 @@ class JointMap:
     def find(self, keys: Words) -> Words:
         """The mask of each key, uint64 [n]; 0 where nobody holds it."""
         out = np.zeros(len(keys), np.uint64)
+        if not self._used:
+            return out
         slots, known = self._slots(keys)
         out[known] = self._masks[slots[known]]
         return out
@@ -99,6 +101,8 @@ def coverage(masks: Words, widths: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     >>> coverage(np.array([0b01, 0b11], np.uint64), np.array([5, 2], np.float32))[:3].tolist()
     [7.0, 2.0, 0.0]
     """
+    if not masks.any():
+        return np.zeros(MOST_WORKERS, np.float32)
     raw = masks.astype("<u8").view(np.uint8).reshape(len(masks), 8)
     bits = np.unpackbits(raw, axis=1, bitorder="little")
     out: npt.NDArray[np.float32] = widths @ bits.astype(np.float32)

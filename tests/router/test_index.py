@@ -402,8 +402,8 @@ def test_more_workers_than_bits_are_refused():
 def test_only_a_few_workers_are_looked_at_exactly(monkeypatch):
     index, _ = filled([[DOCS[i % 8]] for i in range(6)])
     asked = []
-    real = Index._work
-    monkeypatch.setattr(Index, "_work", lambda self, i, *a: asked.append(i) or real(self, i, *a))
+    real = Index.work
+    monkeypatch.setattr(Index, "work", lambda self, i, *a: asked.append(i) or real(self, i, *a))
     index.choose(prompt_of(4), NONE, AUTO, 0.0)
     assert len(asked) == index_module.EXACTLY
     assert 4 in asked
