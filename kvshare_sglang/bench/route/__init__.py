@@ -121,6 +121,7 @@ def show(result: dict[str, Any]) -> str:
                 arm="{arm}",
                 requests="{requests}",
                 lost="{lost}",
+                asked_again="{again}",
                 longest="{longest_s:.1f} s",
             )
         )
