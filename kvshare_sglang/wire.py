@@ -5,9 +5,11 @@ A subscriber's DEALER socket says ``SNAPSHOT`` to the worker's ROUTER socket. It
 ``Beat`` several times a second. It says ``ALIVE`` now and then, or it is forgotten.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import socket
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -141,10 +143,10 @@ def bind(sock: Any, endpoint: str) -> None:
     """Listen there; a unix socket is its owner's alone. Raises ConfigError where it is taken."""
     path = endpoint.removeprefix("ipc://")
     own = endpoint != path and not path.startswith("@")
+    if own and _is_taken(path):  # ZeroMQ would take it over
+        raise ConfigError("--kvshare-stream", endpoint, "a path that nothing else listens on")
     before = os.umask(0o177) if own else None
     try:
-        if own and os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ConfigError("--kvshare-stream", endpoint, "the path of no other file")
         sock.bind(endpoint)
     except zmq.ZMQError as error:
         raise ConfigError(
@@ -153,3 +155,22 @@ def bind(sock: Any, endpoint: str) -> None:
     finally:
         if before is not None:
             os.umask(before)
+
+
+def _is_taken(path: str) -> bool:
+    """Whether there is a file that is no socket, or a socket that someone listens on."""
+    if not os.path.exists(path):
+        return False
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return True
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.connect(path)
+        return True
+    return False
+
+
+def check_free(endpoint: str) -> None:
+    """Raise ConfigError unless one can listen there now: said at the start of a server, not by one
+    of its processes after minutes."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
+        bind(sock, endpoint)

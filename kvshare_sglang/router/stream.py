@@ -40,6 +40,7 @@ async def follow(
             wire.guard(sock, token, server=False)
             sock.connect(endpoint)
             await _follow(index, worker, sock, clock)
+            index.forget(worker)
         except (KVShareError, msgspec.MsgspecError, TypeError, ValueError, zmq.ZMQError) as error:
             logger.warning("stream %s cannot be followed: %s", endpoint, error)
             index.forget(worker)
@@ -51,14 +52,11 @@ async def follow(
 async def _follow(
     index: Index, worker: int, sock: zmq.asyncio.Socket, clock: Callable[[], float]
 ) -> None:
+    """Until nothing is heard. Then a new socket asks again: in this one what was said meanwhile
+    would wait, and the worker be asked many times once it is back."""
     asked = alive = clock()
     await _say(sock, wire.SNAPSHOT)
-    while True:
-        if not await sock.poll(int(1000 * SILENT_S)):
-            index.forget(worker)
-            asked = clock()
-            await _say(sock, wire.SNAPSHOT)
-            continue
+    while await sock.poll(int(1000 * SILENT_S)):
         message = wire.decode(await sock.recv())
         if isinstance(message, wire.Snapshot):
             mirror = index.begin(worker, message)

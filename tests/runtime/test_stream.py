@@ -13,7 +13,7 @@ from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.runtime import stream
+from kvshare_sglang.runtime import preflight, stream
 from kvshare_sglang.runtime.stream import Feed, Load, Pace, Publisher, Table
 
 SPACE = ((None, None), 0)
@@ -162,15 +162,31 @@ def test_a_fault_of_the_thread_is_logged_and_the_stream_starts_anew(tmp_path, ca
 
 
 def test_an_address_that_is_taken_ends_the_start(tmp_path):
-    (tmp_path / "s").write_text("")
-    config = KVShareConfig(stream=f"ipc://{tmp_path}/s")
-    with pytest.raises(ConfigError, match="--kvshare-stream"):
-        Publisher(Feed(FuzzyTree()), Load, config, secret=0, page=1)
+    (tmp_path / "file").write_text("")
     with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
         port = sock.bind_to_random_port("tcp://127.0.0.1")
-        config = KVShareConfig(stream=f"tcp://127.0.0.1:{port}")
-        with pytest.raises(ConfigError, match="can be listened on"):
-            Publisher(Feed(FuzzyTree()), Load, config, secret=0, page=1)
+        sock.bind(f"ipc://{tmp_path}/live")
+        for taken in (
+            f"ipc://{tmp_path}/file",
+            f"ipc://{tmp_path}/live",
+            f"ipc://{tmp_path}/no/folder",
+            f"tcp://127.0.0.1:{port}",
+        ):
+            config = KVShareConfig(stream=taken)
+            with pytest.raises(ConfigError, match="--kvshare-stream"):
+                Publisher(Feed(FuzzyTree()), Load, config, secret=0, page=1)
+            with pytest.raises(ConfigError, match="--kvshare-stream"):
+                preflight.check({"model_path": "dummy"}, config)
+        assert sock.getsockopt(zmq.LAST_ENDPOINT)  # nobody took it over
+    free = KVShareConfig(stream=f"ipc://{tmp_path}/live")  # a socket that a dead server left
+    preflight.check({"model_path": "dummy"}, free)
+
+
+def test_a_start_that_others_could_listen_to_is_refused(monkeypatch):
+    monkeypatch.delenv(wire.TOKEN_ENV, raising=False)
+    config = KVShareConfig(stream="tcp://0.0.0.0:5555")
+    with pytest.raises(ConfigError, match="without --kvshare-stream-token"):
+        preflight.check({"model_path": "dummy"}, config)
 
 
 def test_a_unix_socket_is_its_owners_alone(tmp_path):
