@@ -1,7 +1,9 @@
 """What a request costs on a worker, in rows of prefill, and in which order workers are named. Pure.
 
-``cost = (rows that would run + copies + what is before it) / pace``. Rows are those of the worker's
-own selectors and its own admission, so what is predicted is what it will do.
+``cost = (AFFINITY * (rows that would run + copies) + what is before it) / pace``. Rows are those of
+the worker's own selectors and its own admission, so what is predicted is what it will do. A row
+that runs delays all who come after it too, and its text displaces other text; a row that waits
+delays this request alone. So they do not count alike.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.policy.select.window import Window
 
+AFFINITY = 4.0  # rows that run count so often as rows that wait before them
 COPY = 0.01  # rows: what copying one token costs (see policy.admit.MOST_CHUNKS)
 DECODING = 16  # rows: what one request that decodes adds, a row in each step beside the prefill
 SLACK = 0.1  # of the prompt: cheaper by less than this is no reason to pile text on one worker
@@ -87,7 +90,7 @@ def order(
 
     def cost(i: int, work: Work) -> float:
         one = standings[i]
-        rows = work.rows + COPY * work.copied + one.rows + DECODING * one.running
+        rows = AFFINITY * (work.rows + COPY * work.copied) + one.rows + DECODING * one.running
         return rows / (one.rows_per_s or usual) * usual
 
     costs = {i: cost(i, work) for i, work in enumerate(works) if work is not None}

@@ -20,6 +20,7 @@ def test_a_result_says_what_was_reused_added_and_lost():
     arms = {"cache_aware": {**arm, "reused_share": 0.2}, "router": {**arm, "reused_share": 0.3}}
     assert round(ratio(arms), 6) == 1.5
     added = {"total_ms": 2.0, "tokens": 100, "tokenise_ms": 1.0, "choose_ms": 0.5}
+    added["router_cpu_ms"] = 3.0
     fault = {"requests": 9, "lost": 1, "again": 2, "longest_s": 3.0}
     faults = {"router": {"kill -9 router": fault}}
     text = show({"arms": arms, "ratio": 1.5, "added": added, "faults": faults})

@@ -17,7 +17,7 @@ from kvshare_sglang.radix_fuzzy.fingerprints import winnow
 from kvshare_sglang.radix_fuzzy.segments import path_tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.router import index as index_module
-from kvshare_sglang.router.cost import SLACK, Standing, Work, order, work_of
+from kvshare_sglang.router.cost import AFFINITY, SLACK, Standing, Work, order, work_of
 from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, SUSPECT_S, Index
 from kvshare_sglang.router.joint import JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror
@@ -380,13 +380,20 @@ def test_the_best_is_about_as_cheap_as_any_and_holds_least_of_those(workers):
     standings = [Standing(rows=queue, held=held, avoid=a) for _, queue, held, a in workers]
     ranked = order(works, standings, prompt_len=500)
     assert sorted(ranked) == list(range(len(workers)))
-    costs = [rows + queue for rows, queue, *_ in workers]
+    costs = [AFFINITY * rows + queue for rows, queue, *_ in workers]
     allowed = [i for i in ranked if not workers[i][3]] or ranked
     alike = [i for i in allowed if costs[i] <= min(costs[i] for i in allowed) + SLACK * 500]
     assert workers[ranked[0]][2] == min(workers[i][2] for i in alike)
     assert ranked[0] in alike
     rest = [(workers[i][3], costs[i]) for i in ranked[1:]]
     assert rest == sorted(rest)
+
+
+def test_text_outweighs_a_request_under_way_and_not_a_queue_of_them():
+    """Computing 500 rows anew costs all who come later; waiting behind 1,500 costs this one."""
+    works = [Work(1000, 500, 0), Work(1500, 0, 0)]
+    for queue, best in ((1500, 0), (2500, 1)):
+        assert order(works, [Standing(rows=queue), Standing()], prompt_len=1500)[0] == best
 
 
 def test_a_faster_worker_gets_the_longer_queue():

@@ -105,8 +105,10 @@ def show(result: dict[str, Any]) -> str:
             failed="{failed}",
         ),
         f"reused by the router, times cache_aware: {result['ratio']:.2f}",
-        "added at p50: {total_ms:.1f} ms a request of {tokens} tokens, of which tokenise"
-        " {tokenise_ms:.1f} ms and choose {choose_ms:.1f} ms".format(**result["added"]),
+        "added at p50: {total_ms:.1f} ms a request of {tokens} tokens (the router:"
+        " {router_cpu_ms:.1f} ms of CPU; tokenise {tokenise_ms:.1f} ms, choose {choose_ms:.1f} ms)".format(
+            **result["added"]
+        ),
     ]
     if "faults" in result:
         rows = [

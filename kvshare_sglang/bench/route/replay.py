@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 
 from kvshare_sglang.bench.common import Progress
 from kvshare_sglang.bench.route.stack import Stack
@@ -74,35 +75,56 @@ def ratio(arms: dict[str, Any]) -> float:
 
 def added(stack: Stack, prompts: Sequence[str]) -> dict[str, Any]:
     """What a request takes longer through the router than through its gateway: the same prompt, all
-    of it cached, by turns; tokenised by the worker there and by the router here."""
+    of it cached, by turns on one worker; tokenised by the worker there and by the router here. On a
+    busy machine the router's own CPU time says more."""
+    assert stack.router is not None
     text = sorted(prompts, key=len)[len(prompts) // 2]
     ways: dict[str, list[float]] = {stack.url: [], stack.gateway_url: []}
+    router = psutil.Process(stack.router.pid)
+    cpu = 0.0
     with client() as http:
         first = http.post(f"{stack.url}/generate", json=body(text, 1))
-        worker = first.headers["x-smg-routed-worker-id"]
+        time.sleep(1)  # it is in the index
         picked = http.post(f"{stack.url}/pick", json=body(text, 1)).json()
-        key = {"x-smg-routing-key": picked["routing_key"]}
+        before = http.get(f"{stack.url}/metrics").text
         for turn in range(2 * REPEATS):
             way = list(ways)[turn % 2]
+            key = {"x-smg-routing-key": picked["routing_key"]} if turn % 2 else {}
+            used = _cpu(router)
             started = time.perf_counter()
-            reply = http.post(
-                f"{way}/generate", json=body(text, 1), headers=key if turn % 2 else {}
-            )
-            if reply.headers.get("x-smg-routed-worker-id") == worker:
-                ways[way].append(time.perf_counter() - started)
-        page = http.get(f"{stack.url}/metrics").text
+            reply = http.post(f"{way}/generate", json=body(text, 1), headers=key)
+            took = time.perf_counter() - started
+            cpu += 0 if turn % 2 else _cpu(router) - used
+            if reply.headers.get("x-smg-routed-worker-id") == picked["worker"]:
+                ways[way].append(took)
+        after = http.get(f"{stack.url}/metrics").text
     here, there = (statistics.median(ways[way]) for way in (stack.url, stack.gateway_url))
     return {
         "tokens": first.json()["meta_info"]["prompt_tokens"],
+        "samples": [len(times) for times in ways.values()],
         "router_p50_ms": 1e3 * here,
         "gateway_p50_ms": 1e3 * there,
         "total_ms": 1e3 * (here - there),
-        "tokenise_ms": 1e3 * _mean(page, "tokenise_seconds"),
-        "choose_ms": 1e3 * _mean(page, "choose_seconds"),
+        "router_cpu_ms": 1e3 * cpu / REPEATS,
+        "tokenise_ms": 1e3 * _mean(before, after, "tokenise_seconds"),
+        "choose_ms": 1e3 * _mean(before, after, "choose_seconds"),
     }
 
 
-def _mean(page: str, name: str) -> float:
-    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[:1] != "#")
+def _cpu(process: Any) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _mean(before: str, after: str, name: str) -> float:
+    """Of what a histogram counted in between, in seconds."""
+    pages = [
+        dict(line.rsplit(" ", 1) for line in page.splitlines() if line[:1] != "#")
+        for page in (before, after)
+    ]
     name = f"kvshare_router_{name}"
-    return float(values[f"{name}_sum"]) / float(values[f"{name}_count"])
+    total, count = (
+        float(pages[1][f"{name}_{part}"]) - float(pages[0][f"{name}_{part}"])
+        for part in ("sum", "count")
+    )
+    return total / count
