@@ -105,8 +105,8 @@ def show(result: dict[str, Any]) -> str:
             failed="{failed}",
         ),
         f"reused by the router, times cache_aware: {result['ratio']:.2f}",
-        "added at p50: {total_ms:.1f} ms a request of {tokens} tokens (the router:"
-        " {router_cpu_ms:.1f} ms of CPU; tokenise {tokenise_ms:.1f} ms, choose {choose_ms:.1f} ms)".format(
+        "added at p50: {total_ms:.1f} ms a request of {tokens} tokens (CPU of the router:"
+        " {router_cpu_ms:.1f} ms; tokenise {tokenise_ms:.1f} ms, choose {choose_ms:.1f} ms)".format(
             **result["added"]
         ),
     ]
