@@ -19,7 +19,7 @@ COMMANDS = {
     name: f"kvshare_sglang.bench.{name}"
     for name in (
         *("ttft", "tpot", "match", "replay", "quality", "decode", "stream", "gate"),
-        *("text", "why", "demo", "reader", "conversation", "schedule", "load", "simulate"),
+        *("text", "why", "demo", "reader", "conversation", "schedule", "load", "simulate", "route"),
     )
 }
 

@@ -124,6 +124,12 @@ WRAPPED = (
         "nothing that other weights made is copied or stepped into",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.run_event_loop",
+        "AROUND",
+        "kvshare_sglang.runtime.stream:hook_run_event_loop",
+        "tell routers what is cached",
+    ),
+    HookPoint(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
         "AROUND",
         "kvshare_sglang.runtime.forward:hook_init_new",
@@ -250,6 +256,11 @@ USED = (
     Used(_ADDER, "rem_chunk_tokens", "written: rows are charged", True),
     Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
+    Used(
+        f"{_SRT}.managers.scheduler.Scheduler",
+        "init_running_status",
+        "sets waiting_queue and running_batch, which are read for routers",
+    ),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
 FIELDS = (
