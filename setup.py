@@ -31,6 +31,20 @@ setup(
             "flashinfer-python>=0.6.15,<0.8",
             "triton>=3.6,<4",
         ],
+        # python -m kvshare_sglang.router, alone or beside SGLang, and its gateway
+        "router": [
+            "aiohttp>=3.10,<4",
+            "blake3>=1.0,<2",
+            "msgspec>=0.18,<1",
+            "orjson>=3.10,<4",
+            "prometheus-client>=0.20,<1",
+            "pyzmq>=26,<28",
+            "smg>=1.13,<1.14",
+            "starlette>=0.40,<2",
+            "transformers>=4.57,<6",
+            "uvicorn>=0.30,<1",
+            "yarl>=1.9,<2",
+        ],
         # python -m kvshare_sglang.bench, beside one of the two above
         "bench": [
             "httpx>=0.27,<1",

@@ -7,8 +7,16 @@ from typing import Any
 from kvshare_sglang.errors import ConfigError, UnsupportedError
 
 
-def _option(default: Any, text: str, lo: float | None = None, hi: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi})
+def _option(
+    default: Any,
+    text: str,
+    lo: float | None = None,
+    hi: float | None = None,
+    *,
+    secret: bool = False,
+) -> Any:
+    """``secret``: not shown where the config is."""
+    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,13 @@ class KVShareConfig:
     ttl: float = _option(
         0.0, "share of the KV pool that finished turns may keep for the turns that follow, each for"
         " the time that was learned or that its request asks for (0: none)", 0, 0.9,
+    )  # fmt: skip
+    stream: str = _option(
+        "", "where routers are told what is cached: tcp://HOST:PORT or ipc://PATH (empty: nowhere)"
+    )
+    stream_token: str = _option(
+        "", "what routers must know to be told; needed where others than this machine can reach"
+        " --kvshare-stream; also read from KVSHARE_STREAM_TOKEN", secret=True,
     )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 

@@ -18,6 +18,8 @@ POLICY = f"{PACKAGE}.policy"
 KERNELS = f"{PACKAGE}.kernels"
 RUNTIME = f"{PACKAGE}.runtime"
 SIM = f"{PACKAGE}.sim"
+WIRE = f"{PACKAGE}.wire"
+ROUTER = f"{PACKAGE}.router"
 
 # What each room may import beside the standard library and itself. A name stands for all below
 # it. The three rooms over the floor are siblings: none imports another.
@@ -26,13 +28,21 @@ LAYERS = {
     f"{PACKAGE}.errors": set(),
     f"{PACKAGE}.config": {f"{PACKAGE}.errors"},
     f"{PACKAGE}.plan": {"numpy"},
+    WIRE: {"msgspec", "zmq", *FLOOR},
     PURE: {"numpy", "xxhash", "rapidfuzz", *FLOOR},
     POLICY: {"numpy", *FLOOR},
     KERNELS: {"torch", "triton", "flashinfer", "numpy", *FLOOR},
     SIM: {"torch", "numpy", "transformers", "simpy", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {
         *("sglang", "torch", "numpy", "prometheus_client", "pydantic", "huggingface_hub"),
+        *("msgspec", "zmq", WIRE),
         *(PURE, POLICY, KERNELS, *FLOOR),
+    },
+    # A process of its own, without SGLang and without torch.
+    ROUTER: {
+        *("numpy", "xxhash", "blake3", "zmq", "aiohttp", "starlette", "uvicorn", "orjson"),
+        *("transformers", "prometheus_client", "msgspec", "yarl"),
+        *(WIRE, PURE, POLICY, *FLOOR),
     },
     f"{PACKAGE}.plugin": {RUNTIME},
     f"{PACKAGE}.__main__": {"sglang"},
@@ -42,7 +52,7 @@ LAYERS = {
         *("httpx", "tqdm", "matplotlib", "psutil"),
         *("gguf", "safetensors"),  # to convert a model with real weights
         *("lab", "gpu_oracles"),  # of the tests: a visit to a GPU machine runs them
-        *(PURE, POLICY, KERNELS, SIM, RUNTIME, *FLOOR),
+        *(PURE, POLICY, KERNELS, SIM, RUNTIME, ROUTER, WIRE, *FLOOR),
     },
 }
 # The order inside runtime, from the bottom up: a module imports only from rows above its own.
@@ -54,7 +64,7 @@ RUNTIME_ORDER = (
     ("cache.queue", "cache.pins"),
     ("cache.retain", "repair"),
     ("cache.radix",),
-    ("support",),
+    ("support", "stream"),
     ("charging",),
     ("scheduler", "trace_on_device"),
     ("attention_trace", "dhd"),

@@ -8,7 +8,7 @@ Payloads are opaque: the host keeps in them where the KV of a segment is.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,16 @@ class Pin(NamedTuple):
     stop: int
 
 
+class Watcher(Protocol):
+    """Is told of every change once it is done; must be quick and must not raise."""
+
+    def inserted(self, segment: Segment) -> None: ...
+
+    def trimmed(self, segment_id: int, stop: int) -> None: ...
+
+    def cleared(self) -> None: ...
+
+
 class Space:
     """A namespace that has live segments."""
 
@@ -75,6 +85,7 @@ class FuzzyTree:
         # prompt that keeps none of them matches what it did before.
         self.listener: Callable[[Hashes | None], None] | None = None
         self._changes = 0
+        self.watcher: Watcher | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -115,6 +126,14 @@ class FuzzyTree:
         """Bytes of the index and of the segments' tokens."""
         return self._index.nbytes + 4 * self._num_tokens
 
+    @property
+    def secret(self) -> int:
+        return self._secret
+
+    def segments(self) -> list[Segment]:
+        """All that is alive, parents before their children."""
+        return list(self._segments.values())
+
     def segment(self, segment_id: int) -> Segment:
         """The live segment; KeyError once it is gone."""
         return self._segments[segment_id]
@@ -130,13 +149,15 @@ class FuzzyTree:
         parent: int | None = None,
         depth: int = 0,
         before: Tokens | None = None,
+        hashed: tuple[int, int] | None = None,
         payload: Any = None,
     ) -> Segment:
         """Add new text after path position ``start`` of ``parent``; the new segment.
 
         ``before`` holds the tokens that stood before a segment without parent, so that the same
         prompt, continued, knows the text as its own (``Join.SAME``), and one that was edited
-        further up as text that goes on (``Join.EDIT``).
+        further up as text that goes on (``Join.EDIT``). A copy of a tree is given ``hashed``, the
+        segment's ``(context, near)``, in its place.
 
         Raises ValueError if the text is empty, does not begin where the parent is alive, or is
         not of the parent's namespace and depth. A segment without parent may begin anywhere.
@@ -153,6 +174,8 @@ class FuzzyTree:
             raise ValueError(f"depth must be the parent's {above.depth}, got {depth}")
         if above is not None and above.namespace != namespace:
             raise ValueError(f"namespace {namespace!r} is not that of the parent segment")
+        if hashed is None:
+            hashed = self._context_of(before), self._context_of(before, LOOK_BACK)
         space = self._space(namespace)
         seg = Segment(
             id=self._new_id(),
@@ -163,8 +186,8 @@ class FuzzyTree:
             depth=depth,
             payload=payload,
             root_start=start if above is None else above.root_start,
-            context=self._context_of(before) if above is None else above.context,
-            near=self._context_of(before, LOOK_BACK) if above is None else above.near,
+            context=hashed[0] if above is None else above.context,
+            near=hashed[1] if above is None else above.near,
         )
         space.num_segments += 1
         self._note_change(space)
@@ -176,6 +199,8 @@ class FuzzyTree:
         self._depths[seg.id] = depth
         self._spaces[seg.id] = space.id
         self._index_segment(seg, space.seed)
+        if self.watcher is not None:
+            self.watcher.inserted(seg)
         return seg
 
     def new_chunks(
@@ -230,12 +255,16 @@ class FuzzyTree:
             if seg.parent is not None and seg.parent.children.get(place) is seg:
                 del seg.parent.children[place]
             self._drop(seg)
+        if self.watcher is not None:
+            self.watcher.trimmed(segment_id, stop)
 
     def clear(self) -> None:
         """Forget everything (the cache was flushed). Pins die with it."""
         self._reset()
         if self.listener is not None:
             self.listener(None)
+        if self.watcher is not None:
+            self.watcher.cleared()
 
     def pin(self, run: Run) -> Pin:
         """The run's source must not be trimmed until the pin is given back.

@@ -136,6 +136,12 @@ WRAPPED = (
         "switch reuse on and off",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.run_event_loop",
+        "AROUND",
+        "kvshare_sglang.runtime.stream:hook_run_event_loop",
+        "tell routers what is cached",
+    ),
+    HookPoint(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
         "AROUND",
         "kvshare_sglang.runtime.forward:hook_init_new",
@@ -272,6 +278,11 @@ USED = (
         True,
     ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
+    Used(
+        f"{_SRT}.managers.scheduler.Scheduler",
+        "init_running_status",
+        "sets waiting_queue and running_batch, which are read for routers",
+    ),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.
 FIELDS = (

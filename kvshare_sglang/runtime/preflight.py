@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import StartError
 from kvshare_sglang.runtime import support
@@ -25,11 +26,14 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
 def check(values: Mapping[str, Any], config: KVShareConfig) -> None:
-    """Raise StartError or UnsupportedError for what a server cannot start from.
+    """Raise StartError, ConfigError or UnsupportedError for what a server cannot start from.
 
     ``values`` holds those of ``FIELDS`` that were given.
     """
     check_checkpoint(values)
+    if config.stream:
+        wire.check_endpoint(config.stream, wire.token_of(config.stream_token))
+        wire.check_free(config.stream)
     if values.get("max_total_tokens") is not None:
         check_pool(values["max_total_tokens"], config)
 

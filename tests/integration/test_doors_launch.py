@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Texts
@@ -16,6 +17,7 @@ from server import SPEC, Server, environment, forked, main
 
 from kvshare_sglang.bench import server as bench
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.runtime import calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 SGLANG = Path(sys.executable).with_name("sglang")
@@ -107,6 +109,13 @@ def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> N
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def unmeasured(**given: Any) -> str:
+    """What the log says of a server's config: nobody measured the answers of a random model."""
+    config = calibration.settled(KVShareConfig(**given), given=given, model="random")
+    assert config.calibration == calibration.NONE
+    return str(config)
+
+
 @dataclasses.dataclass(frozen=True)
 class ServeSpec(bench.ServerSpec):
     """``sglang serve`` with our options in a file; the model it wants on the command line."""
@@ -140,10 +149,10 @@ def test_sglang_serve_with_a_file_of_options_reuses(served: Server, texts: Texts
     a = texts.passage(300)
     served.generate(a)
     answer = served.generate([*texts.passage(6), *a])
-    assert answer["meta_info"]["kvshare"][0]["copied_tokens"] > 200
+    assert answer["meta_info"]["kvshare"][0]["copied_tokens"] > 150
     log = served.log.read_text()
     # An eviction policy of SGLang's was named, if only its default: it stays.
-    assert str(KVShareConfig(seam=8, eviction="sglang")) in log
+    assert unmeasured(seam=8, eviction="sglang") in log
 
 
 def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
@@ -226,11 +235,11 @@ if __name__ == "__main__":
     copied = [int(line.split()[1]) for line in printed if "COPIED" in line]
     assert "SAME True" in printed
     assert len(copied) == 2
-    assert min(copied) > 200
+    assert min(copied) > 150
     bad = "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
     assert printed.count(bad) == 2
     assert "PLAIN None" in printed
-    configs = [str(KVShareConfig()), str(KVShareConfig(seam=8))]
+    configs = [unmeasured(), unmeasured(seam=8)]
     said = done.stdout + done.stderr
     assert all(said.count(config) == 1 for config in configs)
 
@@ -269,7 +278,7 @@ def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
     done = run(sys.executable, "-m", "kvshare_sglang", module, *arguments, path=datasets)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    assert str(KVShareConfig(seam=8)) in said
+    assert unmeasured(seam=8) in said
     assert "KVShare batch, #reuse-seq: 1" in said
     # Alone it reads its arguments before it loads plug-ins, and does not run.
     alone = forked(run_beside, str(datasets), module, *arguments)

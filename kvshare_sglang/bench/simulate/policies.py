@@ -14,6 +14,7 @@ import numpy as np
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.policy import schedule
 from kvshare_sglang.radix_fuzzy.fingerprints import winnow
+from kvshare_sglang.router import cost
 from kvshare_sglang.sim.caches import Nothing
 from kvshare_sglang.sim.radix import RadixTree, lru
 from kvshare_sglang.sim.serving import Choose, Job, Order, Work, Worker
@@ -158,7 +159,6 @@ def cheapest() -> Choose:
 
 def kvshare_route() -> Choose:
     """The router's own choice, ``router.cost``."""
-    cost = _module("kvshare_sglang.router.cost")
 
     def best(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
         found = [
@@ -171,8 +171,7 @@ def kvshare_route() -> Choose:
             cost.Standing(rows=_rows_before(one), running=len(one.running), held=one.cache.held)
             for one in workers
         ]
-        first: int = cost.order(found, standings, prompt_len=job.tokens)[0]
-        return first
+        return cost.order(found, standings, prompt_len=job.tokens)[0]
 
     return _looking(best)
 

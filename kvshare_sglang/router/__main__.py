@@ -1,0 +1,130 @@
+"""``python -m kvshare_sglang.router``: start the router, and the gateway with it if asked to."""
+
+import argparse
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from kvshare_sglang import wire
+from kvshare_sglang.errors import ConfigError, KVShareError
+from kvshare_sglang.router import gateway
+from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.metrics import Metrics
+from kvshare_sglang.router.prompts import Prompts
+from kvshare_sglang.router.server import Settings, make_app
+
+
+class Worker(NamedTuple):
+    url: str
+    stream: str
+
+
+def parse_worker(text: str) -> Worker:
+    """``http://HOST:PORT`` and, after ``=``, where its stream is. Raises ConfigError.
+
+    >>> parse_worker("http://127.0.0.1:30000=ipc:///run/a.ipc")
+    Worker(url='http://127.0.0.1:30000', stream='ipc:///run/a.ipc')
+    """
+    url, _, stream = text.partition("=")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and not parts.query
+        port = parts.port
+    except ValueError:
+        good, port = False, None
+    if not good or port is None or parts.path.strip("/"):
+        raise ConfigError("--worker", text, "http://HOST:PORT or http://HOST:PORT=STREAM")
+    return Worker(url.rstrip("/"), stream)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvshare_sglang.router",
+        description="Send each request to the SGLang worker that has most of it cached.",
+    )
+    add = parser.add_argument
+    add("--worker", action="append", required=True, metavar="URL[=STREAM]",
+        help="a worker, as the gateway knows it, and what its --kvshare-stream is")  # fmt: skip
+    add("--gateway", metavar="URL",
+        help="where smg listens: smg launch --policy consistent_hashing ...")  # fmt: skip
+    add("--launch-gateway", action="store_true", help="start smg, on --gateway-port")
+    add("--gateway-port", type=int, default=30100)
+    add("--gateway-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for smg, as --gateway-arg=--flag")  # fmt: skip
+    add("--model-path", metavar="DIR",
+        help="the workers' model, for its tokenizer; without it only input_ids count")  # fmt: skip
+    add("--trust-remote-code", action="store_true")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=30080)
+    add("--stream-token", default="", metavar="TOKEN",
+        help=f"the workers' --kvshare-stream-token; also read from {wire.TOKEN_ENV}")  # fmt: skip
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(message)s")
+    # uvicorn passes a signal on once it is through: it must not end us before the gateway is ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with _gateway(args) as url:
+            _serve(args, url)
+    except KVShareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _gateway(args: argparse.Namespace) -> Iterator[str]:
+    """Where the gateway is; it lives as long as the router where the router started it."""
+    if args.launch_gateway == (args.gateway is not None):
+        raise ConfigError("--gateway", args.gateway, "given, or --launch-gateway, and not both")
+    if args.gateway is not None:
+        yield parse_worker(args.gateway).url
+        return
+    urls = [parse_worker(text).url for text in args.worker]
+    command = gateway.command(urls, host="127.0.0.1", port=args.gateway_port, more=args.gateway_arg)
+    process = gateway.start(command)
+    try:
+        yield f"http://127.0.0.1:{args.gateway_port}"
+    finally:
+        gateway.stop(process)
+
+
+def _serve(args: argparse.Namespace, url: str) -> None:
+    workers = [parse_worker(text) for text in args.worker]
+    token = wire.token_of(args.stream_token)
+    for one in workers:
+        if one.stream:
+            wire.check_endpoint(one.stream, token, flag="--worker")
+    prompts = Prompts()
+    if args.model_path:
+        prompts = Prompts.load(args.model_path, trust_remote_code=args.trust_remote_code)
+    urls = [one.url for one in workers]
+    brain = Brain(urls, prompts, Metrics(), secret=secrets.randbits(63))
+    settings = Settings(url, tuple(one.stream for one in workers), token)
+    uvicorn.run(
+        make_app(brain, settings),
+        host=args.host,
+        port=args.port,
+        log_level=args.log_level,
+        access_log=False,
+        server_header=False,  # the worker's own
+        date_header=False,
+        timeout_graceful_shutdown=10,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Start ``smg`` as the router needs it, wait for it, and stop it. IO: one child process."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from kvshare_sglang.errors import StartError
+
+# Its own protection against overload would take a worker with a queue out of the ring; our cost
+# knows the queue. Without the last flag it tries to fetch tokenizers.
+FLAGS = (
+    *("--policy", "consistent_hashing", "--disable-worker-overload-protection"),
+    *("--health-check-interval-secs", "2", "--worker-startup-check-interval", "1"),
+    "--disable-tokenizer-autoload",
+)
+DRAIN_S = 10.0  # smg itself would wait 180 s for running requests
+
+
+def command(workers: Sequence[str], *, host: str, port: int, more: Sequence[str] = ()) -> list[str]:
+    """What starts it. Raises StartError where it is not installed."""
+    if importlib.util.find_spec("smg") is None:
+        raise StartError("--launch-gateway needs the package smg: pip install smg==1.13.0")
+    return [
+        *(sys.executable, "-m", "smg", "launch", "--host", host, "--port", str(port)),
+        *("--worker-urls", *workers, *FLAGS, *more),
+    ]
+
+
+def start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """In a process group of its own: a Ctrl-C reaches the router first."""
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End it and all its processes; safe to call again."""
+    for sig, wait_s in ((signal.SIGTERM, DRAIN_S), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            return

@@ -1,0 +1,237 @@
+"""What the router knows of its workers, and whom it names for a prompt. Pure: no clock, no wire.
+
+First all workers by what share of the prompt's grams they hold (one ``JointMap``), then the best
+few by what they would really do with it (``Mirror`` and the worker's own selectors). Text that was
+routed a moment ago counts as held for some seconds. Times are seconds of any one clock.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kvshare_sglang import wire
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.errors import ConfigError, TreeError
+from kvshare_sglang.policy.options import RequestOptions
+from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN, Tokens, winnow
+from kvshare_sglang.radix_fuzzy.index import Words
+from kvshare_sglang.router.cost import Standing, Work, budget_of, order, work_of
+from kvshare_sglang.router.joint import MOST_WORKERS, JointMap, coverage
+from kvshare_sglang.router.mirror import Mirror, Namespace
+
+EXACTLY = 3  # workers whose work is predicted exactly
+RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
+SILENT_S = 2.0  # without a beat a worker is not known to live
+AVOID_S = 10.0  # by then the gateway has noticed itself, and what is silent is asked again
+UNKNOWN = 512  # tokens that a prompt counts as which could not be read
+SUSPECT_S = 2.0  # after another one had to stand in for it
+
+
+_DEFAULTS = KVShareConfig()
+
+
+class Recent:
+    """Grams of what was routed lately, in two generations: the older one is dropped as a whole."""
+
+    def __init__(self) -> None:
+        self._young, self._old, self._since = JointMap(), JointMap(), 0.0
+
+    def add(self, hashes: Words, worker: int, now: float) -> None:
+        self._turn(now)
+        self._young.add(np.unique(hashes), worker)
+
+    def find(self, hashes: Words, now: float) -> Words:
+        self._turn(now)
+        return self._young.find(hashes) | self._old.find(hashes)
+
+    def drop(self, worker: int) -> None:
+        self._young.drop(worker)
+        self._old.drop(worker)
+
+    def _turn(self, now: float) -> None:
+        ages = (now - self._since) // (RECENT_S / 2)
+        if ages >= 1:
+            self._old = self._young if ages == 1 else JointMap()
+            self._young, self._since = JointMap(), now
+
+
+@dataclass(slots=True)
+class Worker:
+    """``mirror`` None: what it holds is not known. ``routed``: rows of requests that were sent
+    there and have not begun to answer, by ticket. ``sent``: tokens in all."""
+
+    mirror: Mirror | None = None
+    beat: wire.Beat | None = None
+    heard: float | None = None
+    suspect: float = 0.0  # until then
+    failures: int = 0
+    routed: dict[int, int] = field(default_factory=dict)
+    sent: int = 0
+
+
+class Choice(NamedTuple):
+    """``order``: all workers, the best first. ``work``: what the best would do, None where that is
+    not known. ``tokens``: of the prompt, whose grams are ``hashes``."""
+
+    order: list[int]
+    work: Work | None
+    tokens: int
+    hashes: Words
+
+
+class Index:
+    """Of ``num`` workers, at most 64. ``secret`` seeds the grams."""
+
+    def __init__(self, num: int, *, secret: int = 0) -> None:
+        if not 1 <= num <= MOST_WORKERS:
+            raise ConfigError("--worker", num, f"given 1 to {MOST_WORKERS} times")
+        self.workers = [Worker() for _ in range(num)]
+        self._joint, self._recent, self._secret = JointMap(), Recent(), secret
+        self._tickets = 0
+
+    @property
+    def nbytes(self) -> int:
+        mirrors = (one.mirror.nbytes for one in self.workers if one.mirror)
+        return self._joint.nbytes + sum(mirrors)
+
+    # ---- in step with the workers ----------------------------------------------------------
+
+    def begin(self, worker: int, snapshot: wire.Snapshot) -> Mirror:
+        """Forget what was known of a worker; the mirror into which its snapshot's segments go."""
+        self.forget(worker)
+        self._trust(worker)
+        mirror = Mirror(snapshot, self._joint, worker, seed=self._secret)
+        self.workers[worker].mirror = mirror
+        return mirror
+
+    def forget(self, worker: int) -> None:
+        """What it holds is not known any more: it died, or changes of it were missed."""
+        one = self.workers[worker]
+        one.mirror = one.beat = None
+        self._joint.drop(worker)
+        self._recent.drop(worker)
+
+    def hear(self, worker: int, message: wire.Changes | wire.Beat, now: float) -> bool:
+        """Take changes or a beat in; False where they do not follow on what is here, and all of
+        the worker is forgotten: a snapshot is needed."""
+        one = self.workers[worker]
+        mirror = one.mirror
+        if mirror is None or message.run != mirror.run:
+            self.forget(worker)
+            return False
+        if isinstance(message, wire.Beat):
+            fits = message.number == mirror.number
+            one.beat, mirror.weights = message, message.weights
+        else:
+            fits = message.number == mirror.number + 1
+            mirror.number = message.number
+            try:
+                if fits:
+                    mirror.apply(message.events)
+            except TreeError:
+                fits = False
+        if not fits:
+            self.forget(worker)
+        one.heard = now
+        return fits
+
+    # ---- what becomes of requests ------------------------------------------------------------
+
+    def route(self, worker: int, choice: Choice, now: float) -> int:
+        """A request goes there; a ticket for ``answers``."""
+        self._tickets += 1
+        one = self.workers[worker]
+        one.routed[self._tickets] = choice.work.rows if choice.work else choice.tokens
+        one.sent += choice.tokens
+        self._recent.add(choice.hashes, worker, now)
+        return self._tickets
+
+    def answers(self, worker: int, ticket: int) -> None:
+        """Its first token is there, or its end: it waits no longer. Safe to call again."""
+        self.workers[worker].routed.pop(ticket, None)
+
+    def served(self, meant: int, by: int, now: float) -> None:
+        """Who served: where another one stood in, the one that was meant is left alone a while, the
+        longer the more often that happens."""
+        self._trust(by)
+        one = self.workers[meant]
+        if meant != by and now >= one.suspect:  # many at once are one failure
+            one.suspect = now + SUSPECT_S * 2.0 ** min(one.failures, 4)
+            one.failures += 1
+
+    def _trust(self, worker: int) -> None:
+        self.workers[worker].failures, self.workers[worker].suspect = 0, 0.0
+
+    def standing(self, worker: int, now: float) -> Standing:
+        """How a worker stands in the eyes of ``cost.order``. What it says of its queue is some
+        tenths of a second old, what was sent there since is known here: the greater counts."""
+        one = self.workers[worker]
+        quiet = now - one.heard if one.heard is not None else 0.0
+        beat = one.beat if quiet < SILENT_S else None
+        return Standing(
+            rows=max(beat.rows if beat else 0, sum(one.routed.values())),
+            running=beat.running if beat else 0,
+            rows_per_s=beat.rows_per_s if beat else 0.0,
+            held=one.mirror.num_tokens if one.mirror else one.sent,
+            avoid=SILENT_S <= quiet < AVOID_S or now < one.suspect,
+        )
+
+    # ---- lookup --------------------------------------------------------------------------------
+
+    def choose(
+        self, prompt: Tokens, namespace: Namespace, options: RequestOptions, now: float
+    ) -> Choice:
+        """Whom to send a prompt to. O(n log n) for n tokens, and 64 n for the joint map."""
+        n = len(prompt)
+        marks = winnow(prompt, seed=Mirror.joint_seed(namespace, self._secret))
+        held = self._joint.find(marks.hashes)
+        # Each gram stands for the text up to the next one, which is never farther than a span.
+        gaps = np.diff(marks.positions, append=marks.positions[-1:] + GRAM)
+        widths = np.minimum(gaps, SPAN).astype(np.float32)
+        known = coverage(held, widths)
+        recent = self._recent.find(marks.hashes, now)
+        hoped = coverage(recent & ~held, widths)
+        standings = [self.standing(i, now) for i in range(len(self.workers))]
+        saves = [self._saves(i, options) for i in range(len(self.workers))]
+        guesses: list[Work | None] = []
+        for i, share in enumerate(saves):
+            reused = int(share * float(known[i] + hoped[i]))
+            guesses.append(Work(max(n - reused, 1), reused, 0))
+        first = order(guesses, standings, prompt_len=n)
+        works: list[Work | None] = [None] * len(guesses)
+        really: list[Work | None] = [None] * len(guesses)
+        for i in first[:EXACTLY]:
+            works[i], real = guesses[i], self.work(i, prompt, namespace, options)
+            if real is not None:
+                # What is hoped for is on its way there, and is found when the request runs.
+                saved = int(saves[i] * float(hoped[i]))
+                works[i] = real._replace(rows=max(real.rows - saved, 1))
+                really[i] = real
+        best = order(works, standings, prompt_len=n)
+        ranked = [*best, *(i for i in first if i not in best)]
+        return Choice(ranked, really[best[0]], n, marks.hashes)
+
+    def by_load(self, now: float) -> Choice:
+        """Whom to send a prompt to that is not known."""
+        standings = [self.standing(i, now) for i in range(len(self.workers))]
+        works = [Work(UNKNOWN, 0, 0)] * len(standings)
+        ranked = order(works, standings, prompt_len=UNKNOWN)
+        return Choice(ranked, None, UNKNOWN, np.empty(0, np.uint64))
+
+    def _saves(self, worker: int, options: RequestOptions) -> float:
+        """The share of found text that a worker does not compute again."""
+        mirror = self.workers[worker].mirror
+        config = mirror.config if mirror else _DEFAULTS
+        return 0.0 if options.mode == "exact" else 1 - budget_of(config, options)
+
+    def work(
+        self, worker: int, prompt: Tokens, namespace: Namespace, options: RequestOptions
+    ) -> Work | None:
+        """What a worker would do with a prompt; None where what it holds is not known."""
+        mirror = self.workers[worker].mirror
+        if mirror is None:
+            return None
+        prefix_len = mirror.prefix_len(namespace, prompt)
+        runs = mirror.match(namespace, prompt, start=prefix_len) if options.mode != "exact" else ()
+        return work_of(runs, mirror.config, options, prompt_len=len(prompt), prefix_len=prefix_len)

@@ -1,0 +1,177 @@
+"""What a request's body says to the router: its tokens, whose text it may meet, what it asks for.
+
+A body is rewritten to ``input_ids`` only where that is sure to give what the worker would have made
+of it: the router's tokenizer was compared with the worker's, and the body holds nothing that
+changes the prompt. Whatever else is handed on as it came; its tokens only help to choose.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvshare_sglang.errors import ConfigError, KVShareError
+from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.router.mirror import Namespace
+
+GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
+PATHS = (GENERATE, CHAT, COMPLETIONS)
+# Fields that leave the prompt what it is. A body with any other keeps its text.
+_SAMPLING = frozenset(
+    "model stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p"
+    " frequency_penalty presence_penalty repetition_penalty n seed stop stop_token_ids stop_regex"
+    " ignore_eos min_tokens logit_bias logprobs top_logprobs user rid priority custom_params"
+    " extra_key cache_salt".split()
+)
+_PLAIN = {
+    GENERATE: frozenset(
+        "text sampling_params stream rid priority return_logprob top_logprobs_num"
+        " logprob_start_len token_ids_logprob extra_key cache_salt".split()
+    ),
+    CHAT: _SAMPLING | {"messages"},
+}
+_TRIALS = (
+    "Hello, world!  Two  spaces,\ttabs\n\nand lines. ",
+    " leading, Ünïcödé, 汉字, \U0001f642, 1234567890, </s>, <|im_end|>",
+)
+
+
+class Reading(NamedTuple):
+    """``tokens`` None: not known. ``body``: what to hand on, None: as it came."""
+
+    tokens: Tokens | None
+    namespace: Namespace = (None, None)
+    options: RequestOptions = RequestOptions()
+    body: dict[str, Any] | None = None
+
+
+class Prompts:
+    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. ``sure``: of
+    which paths the tokens may be handed on."""
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self._tokenizer = tokenizer
+        self.sure: set[str] = set()
+
+    @classmethod
+    def load(cls, path: str, *, trust_remote_code: bool = False) -> "Prompts":
+        """With the tokenizer of a model directory. Raises ConfigError where there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever it is, the start ends here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError("--model-path", path, f"a model's folder ({reason})") from error
+        if not tokenizer.is_fast:
+            raise ConfigError("--model-path", path, "of a model with a fast tokenizer")
+        return cls(tokenizer)
+
+    @staticmethod
+    def trials() -> list[tuple[str, dict[str, Any]]]:
+        """Bodies for a worker's ``/tokenize``, by the path of which they are the trial."""
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": _TRIALS[1]},
+            {"role": "assistant", "content": _TRIALS[0]},
+            {"role": "user", "content": _TRIALS[0]},
+        ]
+        texts = [(GENERATE, {"prompt": text}) for text in _TRIALS]
+        return [*texts, (CHAT, {"messages": messages}), (CHAT, {"messages": messages[1:2]})]
+
+    def agrees(self, path: str, trial: dict[str, Any], theirs: Any) -> bool:
+        """Whether the worker's answer to a trial is what is made of it here."""
+        body = {"text": trial["prompt"]} if path == GENERATE else trial
+        try:
+            mine = self._tokenize(path, body)
+        except Exception:  # a template that does not take the trial: not sure then
+            return False
+        return mine is not None and mine == theirs
+
+    def read(self, path: str, body: Any, header: str | None = None) -> Reading:
+        """``header``: X-KVShare, which the gateway drops; it goes into the body. Never raises: a
+        bad body is the worker's to refuse."""
+        if not isinstance(body, dict):
+            return Reading(None)
+        changed = _with_options(path, body, header)
+        body = changed or body
+        try:
+            options = parse_options(_custom_params(path, body))
+        except KVShareError:
+            return Reading(None, body=changed)
+        if body.get("lora_path"):
+            options = RequestOptions("exact")
+        namespace = _text(body.get("extra_key")), _text(body.get("cache_salt"))
+        ids = body.get("input_ids")
+        if _is_ids(ids):
+            return Reading(np.array(ids, np.int32), namespace, options, changed)
+        try:
+            ids = self._tokenize(path, body)
+        except Exception:
+            ids = None
+        if not ids:
+            return Reading(None, namespace, options, changed)
+        if path in self.sure and body.keys() <= _PLAIN[path] and _is_plain(path, body):
+            changed = {**body, "input_ids": ids}
+            changed.pop("text", None)
+        return Reading(np.array(ids, np.int32), namespace, options, changed)
+
+    def _tokenize(self, path: str, body: dict[str, Any]) -> list[int] | None:
+        if self._tokenizer is None:
+            return None
+        if path == CHAT:
+            text = self._tokenizer.apply_chat_template(
+                body["messages"], tokenize=False, add_generation_prompt=True,
+                tools=body.get("tools"),
+            )  # fmt: skip
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        else:
+            text = body.get("text" if path == GENERATE else "prompt")
+            if not isinstance(text, str):
+                return None
+            ids = self._tokenizer.encode(text)
+        return list(ids)
+
+
+def _is_ids(ids: Any) -> bool:
+    return (
+        isinstance(ids, list) and bool(ids) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    )
+
+
+def _is_plain(path: str, body: dict[str, Any]) -> bool:
+    """Whether a chat is of plain texts, and the user's turn is the last."""
+    if path == GENERATE:
+        return True
+    return body["messages"][-1].get("role") == "user" and all(
+        message.keys() == {"role", "content"} and isinstance(message["content"], str)
+        for message in body["messages"]
+    )
+
+
+def _text(name: Any) -> str | None:
+    """SGLang takes an empty name for none."""
+    return name if isinstance(name, str) and name else None
+
+
+def _custom_params(path: str, body: dict[str, Any]) -> Any:
+    if path != GENERATE:
+        return body.get("custom_params")
+    sampling = body.get("sampling_params")
+    return sampling.get("custom_params") if isinstance(sampling, dict) else None
+
+
+def _with_options(path: str, body: dict[str, Any], header: str | None) -> dict[str, Any] | None:
+    """The body with what the header asks for; None where it is as it was. A bad header changes
+    nothing, as behind the gateway alone."""
+    if header is None:
+        return None
+    try:
+        asked = parse_header(header)
+    except KVShareError:
+        return None
+    if path == GENERATE:
+        return {**body, "sampling_params": with_header(body.get("sampling_params"), asked)}
+    # With ``custom_params`` at its top the body is what ``sampling_params`` is elsewhere.
+    changed = with_header(body, asked)
+    return None if changed is body else changed

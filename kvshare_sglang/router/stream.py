@@ -1,0 +1,77 @@
+"""Keep the index in step with one worker's stream: ask for a snapshot, follow, ask again. IO."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kvshare_sglang import wire
+from kvshare_sglang.errors import KVShareError
+from kvshare_sglang.router.index import SILENT_S, Index
+
+logger = logging.getLogger(__name__)
+
+SLICE = 64  # segments of a snapshot that are taken in at a time, then requests have their turn
+ASK_AGAIN_S = 1.0
+MOST_UNREAD = 4096  # messages; a worker forgets a router that lets more wait
+
+
+async def follow(
+    index: Index,
+    worker: int,
+    endpoint: str,
+    token: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Until cancelled. What cannot be read is logged, the worker is forgotten and asked anew."""
+    context = zmq.asyncio.Context.instance()
+    while True:
+        sock = context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RCVHWM, MOST_UNREAD)
+        sock.setsockopt(zmq.SNDHWM, 16)
+        try:
+            wire.guard(sock, token, server=False)
+            sock.connect(endpoint)
+            await _follow(index, worker, sock, clock)
+            index.forget(worker)
+        except (KVShareError, msgspec.MsgspecError, TypeError, ValueError, zmq.ZMQError) as error:
+            logger.warning("stream %s cannot be followed: %s", endpoint, error)
+            index.forget(worker)
+            await asyncio.sleep(ASK_AGAIN_S)
+        finally:
+            sock.close()
+
+
+async def _follow(
+    index: Index, worker: int, sock: zmq.asyncio.Socket, clock: Callable[[], float]
+) -> None:
+    """Until nothing is heard. Then a new socket asks again: in this one what was said meanwhile
+    would wait, and the worker be asked many times once it is back."""
+    asked = alive = clock()
+    await _say(sock, wire.SNAPSHOT)
+    while await sock.poll(int(1000 * SILENT_S)):
+        message = wire.decode(await sock.recv())
+        if isinstance(message, wire.Snapshot):
+            mirror = index.begin(worker, message)
+            for at in range(0, len(message.segments), SLICE):
+                mirror.apply(message.segments[at : at + SLICE])
+                await asyncio.sleep(0)
+        elif not index.hear(worker, message, clock()) and clock() - asked >= ASK_AGAIN_S:
+            asked = clock()
+            await _say(sock, wire.SNAPSHOT)
+        if clock() - alive >= wire.LAPSE_S / 4:
+            alive = clock()
+            await _say(sock, wire.ALIVE)
+
+
+async def _say(sock: zmq.asyncio.Socket, what: bytes) -> None:
+    """Where the worker is gone nothing is queued without bound: it is said again later."""
+    with contextlib.suppress(zmq.Again):
+        await sock.send(what, zmq.NOBLOCK)

@@ -1,0 +1,126 @@
+"""The stream of a real scheduler: what a router predicts from it is what the scheduler does."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Texts
+from lab import Lab, computed, lab
+
+from kvshare_sglang.policy.options import RequestOptions
+from kvshare_sglang.router.index import Index
+from kvshare_sglang.router.stream import follow
+
+TOKEN = "a token of the tests, long enough"
+NONE = (None, None)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"ipc://{tmp_path_factory.mktemp('stream')}/worker"
+
+
+@pytest.fixture(scope="module")
+def worker(llama: Path, endpoint: str) -> Iterator[Lab]:
+    # A pool so small that text is evicted, and chunks, so that prompts come in pieces.
+    settings = {"max_total_tokens": 3000, "chunked_prefill_size": 512}
+    with lab(
+        llama, kvshare=True, kvshare_stream=endpoint, kvshare_stream_token=TOKEN, **settings
+    ) as it:
+        it.flush()  # the event loop has run: what it starts is there
+        yield it
+
+
+class Router:
+    """An index that follows the worker, driven step by step."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.index, self._endpoint = Index(1, secret=9), endpoint
+
+    def until(
+        self, done: Callable[[Index], bool], *, token: str = TOKEN, wait_s: float = 60
+    ) -> bool:
+        """Follow until something is seen; whether it was."""
+
+        async def run() -> bool:
+            task = asyncio.create_task(follow(self.index, 0, self._endpoint, token))
+            end = time.monotonic() + wait_s
+            while not done(self.index) and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            return done(self.index)
+
+        return asyncio.run(run())
+
+    def holds(self, tokens: int) -> bool:
+        """Wait until the mirror holds as many tokens as the worker's tree."""
+
+        def held(index: Index) -> bool:
+            one = index.workers[0]
+            return one.mirror is not None and bool(one.beat) and one.mirror.num_tokens == tokens
+
+        return self.until(held)
+
+
+def tokens_held(child: Any) -> int:
+    return int(child.cache.fuzzy.num_tokens)
+
+
+def runs_in_the_worker(child: Any, prompt: list[int], start: int) -> list[Any]:
+    cache = child.cache
+    space = cache.sync.space_of((None, None))
+    found = cache.fuzzy.match(
+        space,
+        np.array(prompt, np.int32),
+        start=start,
+        max_depth=cache.config.source_depth,
+        tolerance=cache.config.edit_tolerance,
+    )
+    return [run._replace(source=0) for run in found]
+
+
+def test_predicted_rows_are_those_that_run_and_runs_those_that_are_found(
+    worker: Lab, endpoint: str, texts: Texts
+) -> None:
+    """Through inserts, evictions and a flush; each prediction from a snapshot of its own, and with
+    the changes since."""
+    router, docs = Router(endpoint), [texts.passage(220) for _ in range(7)]
+    reused = evicted = 0
+    for turn in range(14):
+        if turn == 9:
+            worker.flush()
+        chosen = texts.rng.sample(range(3 if turn > 9 else 7), 2)
+        prompt = [*texts.passage(15), *docs[chosen[0]], *docs[chosen[1]], *texts.passage(25)]
+        held = worker.ask("test_router_stream:tokens_held")
+        assert router.holds(held)
+        mirror = router.index.workers[0].mirror
+        assert mirror is not None
+        mirror.check()
+        array = np.array(prompt, np.int32)
+        prefix_len = mirror.prefix_len(NONE, array)
+        ours = [run._replace(source=0) for run in mirror.match(NONE, array, start=prefix_len)]
+        theirs = worker.ask("test_router_stream:runs_in_the_worker", prompt, prefix_len)
+        assert [run[1:4] for run in ours] == [run[1:4] for run in theirs]
+        work = router.index.choose(array, NONE, RequestOptions(), time.monotonic()).work
+        record = worker.one(prompt, new=2)["kvshare"]
+        assert work is not None
+        assert (work.rows, work.copied, work.exact) == (
+            computed(record),
+            record["copied_tokens"],
+            record["exact_tokens"],
+        )
+        reused += record["copied_tokens"]
+        evicted += worker.ask("test_router_stream:tokens_held") < held
+    assert reused > 1000
+    assert evicted
+
+
+def test_who_does_not_know_the_token_is_told_nothing(worker: Lab, endpoint: str) -> None:
+    seen = lambda index: index.workers[0].mirror is not None  # noqa: E731
+    for token in ("", "another token, as long as it is"):
+        assert not Router(endpoint).until(seen, token=token, wait_s=1.5)
+    assert Router(endpoint).until(seen)

@@ -1,0 +1,158 @@
+"""What is learned from who served, what a body says, and how the program is started."""
+
+import pytest
+
+from kvshare_sglang import wire
+from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy.options import RequestOptions
+from kvshare_sglang.router.__main__ import main, parse_worker
+from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.metrics import Metrics
+from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, Prompts
+
+URLS = ["http://a:1", "http://b:2", "http://c:3"]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def brain():
+    return Brain(URLS, Prompts(), Metrics(), clock=Clock())
+
+
+def decide(brain, best):
+    """A decision for a worker: the others have more to do."""
+    for i, one in enumerate(brain.index.workers):
+        one.routed = {0: 0 if i == best else 10_000 + i}
+    decision = brain.decide(GENERATE, {"input_ids": [1, 2, 3]})
+    assert decision.best == best
+    return decision
+
+
+def test_a_stand_in_makes_the_worker_that_was_meant_avoided_and_teaches_no_key(brain):
+    brain.doubted.clear()
+    decision = decide(brain, 0)
+    brain.served(decision, URLS[decision.second])
+    assert brain.index.standing(0, 0.0).avoid
+    assert 0 in brain.doubted
+    assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
+    brain.served(decision, URLS[0] + "/")
+    assert not brain.index.standing(0, 0.0).avoid
+
+
+@pytest.mark.parametrize("url", [None, "http://someone:9"])
+def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
+    decision = decide(brain, 0)
+    brain.served(decision, url)
+    assert not any(brain.index.standing(i, 0.0).avoid for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "header", "options", "namespace"),
+    [
+        (GENERATE, {"input_ids": [1]}, None, (None, "auto"), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "0.3", (0.3, "auto"), (None, None)),
+        (
+            GENERATE,
+            {"input_ids": [1], "sampling_params": {"custom_params": {"kvshare": "exact"}}},
+            "0.3",
+            (None, "exact"),
+            (None, None),
+        ),
+        (CHAT, {"input_ids": [1], "extra_key": "t", "cache_salt": ""}, "exact", (None, "exact"),
+         ("t", None)),
+        (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "nonsense", (None, "auto"), (None, None)),
+    ],
+)  # fmt: skip
+def test_a_body_and_its_header_say_what_is_asked_for(path, body, header, options, namespace):
+    reading = Prompts().read(path, body, header)
+    assert reading.tokens.tolist() == [1]
+    assert reading.options == RequestOptions(options[1], options[0])
+    assert reading.namespace == namespace
+    if header == "0.3" and "sampling_params" not in body:
+        assert reading.body["sampling_params"] == {"custom_params": {"kvshare": {"budget": 0.3}}}
+    if header == "exact":
+        assert reading.body["custom_params"] == {"kvshare": "exact"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [None, [], 7, {}, {"input_ids": "a"}, {"input_ids": [-1]}, {"input_ids": [True]},
+     {"input_ids": []}, {"input_ids": [[1]]}, {"messages": 3},
+     {"input_ids": [1], "sampling_params": {"custom_params": {"kvshare": 9}}}],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [GENERATE, CHAT, COMPLETIONS])
+def test_a_body_that_cannot_be_read_is_handed_on(path, body):
+    reading = Prompts().read(path, body)
+    if path == GENERATE or not isinstance(body, dict) or "sampling_params" not in body:
+        assert reading.tokens is None
+    assert reading.body is None
+
+
+@pytest.mark.parametrize(
+    "text", ["a:1", "ftp://a:1", "http://a", "http://a:x", "http://:1", "http://a:1/path", ""]
+)
+def test_a_worker_that_is_no_address_is_refused(text):
+    with pytest.raises(ConfigError, match="--worker"):
+        parse_worker(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--worker", "http://a:1"], "--gateway must be given"),
+        (["--worker", "x", "--gateway", "http://g:1"], "--worker must be"),
+        (["--worker", "http://a:1=tcp://10.0.0.1:5", "--gateway", "http://g:1"], "without"),
+        (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
+         "--model-path"),
+        (["--worker", "http://a:1"] * 65 + ["--gateway", "http://g:1"], "1 to 64"),
+    ],
+)  # fmt: skip
+def test_a_bad_start_ends_with_one_line(words, said, capsys, monkeypatch):
+    monkeypatch.delenv(wire.TOKEN_ENV, raising=False)
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert said in told
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "token", "good"),
+    [
+        ("ipc:///run/x", "", True),
+        ("tcp://127.0.0.1:5555", "", True),
+        ("tcp://localhost:5555", "", True),
+        ("tcp://[::1]:5555", "", True),
+        ("tcp://0.0.0.0:5555", "", False),
+        ("tcp://*:5555", "", False),
+        ("tcp://10.0.0.1:5555", "", False),
+        ("tcp://10.0.0.1:5555", "x" * 16, True),
+        ("tcp://10.0.0.1:5555", "short", False),
+        ("tcp://127.0.0.1", "", False),
+        ("tcp://127.0.0.1:0", "", False),
+        ("tcp://127.0.0.1:99999", "", False),
+        ("udp://127.0.0.1:5555", "", False),
+        ("ipc://", "", False),
+    ],
+)
+def test_a_stream_that_others_can_reach_needs_a_token(endpoint, token, good):
+    if good:
+        wire.check_endpoint(endpoint, token)
+        return
+    with pytest.raises(ConfigError, match="--kvshare-stream") as caught:
+        wire.check_endpoint(endpoint, token)
+    assert "short" not in str(caught.value)
+
+
+def test_the_token_given_comes_before_that_of_the_environment():
+    assert wire.token_of("a", {wire.TOKEN_ENV: "b"}) == "a"
+    assert wire.token_of("", {wire.TOKEN_ENV: "b"}) == "b"
+    assert wire.token_of("", {}) == ""

@@ -1,0 +1,132 @@
+"""Following a worker over a real socket: what is lost is asked for again, and once."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from kvshare_sglang import wire
+from kvshare_sglang.router import stream
+from kvshare_sglang.router.index import Index
+
+
+def insert(number, length=50):
+    tokens = np.random.default_rng(number).integers(0, 900, length).astype(np.int32)
+    return wire.Insert(number, (None, None, 0), 0, 0, 0, 0, 0, tokens.tobytes())
+
+
+class Worker:
+    """The other end of the stream, by hand."""
+
+    def __init__(self, endpoint, run=1):
+        self.run, self.asked, self.who, self.segments, self.number = run, 0, None, [insert(1)], 1
+        self.sock = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self.sock.bind(endpoint)
+        self.task = asyncio.create_task(self._answer())
+
+    async def _answer(self):
+        while True:
+            self.who, what = await self.sock.recv_multipart()
+            if what == wire.SNAPSHOT:
+                self.asked += 1
+                await self.say(wire.Snapshot(self.run, self.number, 0, 1, {}, self.segments))
+                await self.beat()
+
+    async def say(self, message):
+        data = message if isinstance(message, bytes) else wire.encode(message)
+        await self.sock.send_multipart([self.who, data])
+
+    async def beat(self):
+        await self.say(wire.Beat(self.run, self.number, 0, 0, 0, 0, 0.0))
+
+    async def change(self, *events, skip=0):
+        self.number += 1 + skip
+        await self.say(wire.Changes(self.run, self.number, list(events)))
+
+    async def stop(self):
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.sock.close(0)
+
+
+def following(tmp_path, monkeypatch, story):
+    monkeypatch.setattr(stream, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(stream, "SILENT_S", 0.3)
+    endpoint = f"ipc://{tmp_path}/s"
+
+    async def run():
+        index, worker = Index(1), Worker(endpoint)
+        task = asyncio.create_task(stream.follow(index, 0, endpoint, ""))
+
+        async def held(tokens):
+            for _ in range(1500):
+                mirror = index.workers[0].mirror
+                if (mirror.num_tokens if mirror else None) == tokens:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError(f"not {tokens} tokens within 15 s")
+
+        try:
+            await held(50)
+            await story(worker, held, endpoint)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_changes_are_followed_and_a_gap_brings_a_new_snapshot(tmp_path, monkeypatch):
+    async def story(worker, held, endpoint):
+        await worker.change(insert(2))
+        await held(100)
+        await worker.change(wire.Trim(1, 10))
+        await held(60)
+        worker.segments = [insert(i) for i in range(1, 6)]
+        await worker.change(insert(9), skip=1)
+        await asyncio.sleep(0.1)
+        await worker.beat()
+        await held(250)
+        await worker.change(wire.Clear())
+        await held(0)
+        await worker.stop()
+
+    following(tmp_path, monkeypatch, story)
+
+
+@pytest.mark.parametrize("bad", [b"", b"\x93garbage", wire.encode(["snapshot", 1]), b"\xc0" * 99])
+def test_what_cannot_be_read_is_asked_for_again(tmp_path, monkeypatch, bad):
+    async def story(worker, held, endpoint):
+        worker.segments = [insert(1), insert(2)]
+        await worker.say(bad)
+        await held(100)
+        await worker.stop()
+
+    following(tmp_path, monkeypatch, story)
+
+
+def test_a_worker_that_comes_back_is_asked_once(tmp_path, monkeypatch):
+    async def story(worker, held, endpoint):
+        await worker.stop()
+        await held(None)
+        await asyncio.sleep(1)  # it is asked for in vain
+        again = Worker(endpoint, run=2)
+        again.segments = [insert(i) for i in range(1, 4)]
+        await held(150)
+        await asyncio.sleep(0.1)
+        assert again.asked == 1
+        await again.stop()
+
+    following(tmp_path, monkeypatch, story)
+
+
+def test_a_configuration_that_is_none_of_ours_is_no_reason_to_stop(tmp_path, monkeypatch):
+    async def story(worker, held, endpoint):
+        worker.segments = [insert(1), insert(2)]
+        await worker.say(wire.Snapshot(1, 1, 0, 1, {"unknown": 1}, []))
+        await held(100)
+        await worker.stop()
+
+    following(tmp_path, monkeypatch, story)

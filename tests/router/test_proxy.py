@@ -1,0 +1,351 @@
+"""The proxy's plumbing, between a client and a gateway that are made up here."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import aiohttp
+import numpy as np
+import pytest
+import uvicorn
+from aiohttp import web
+
+from kvshare_sglang import wire
+from kvshare_sglang.router import server
+from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.metrics import Metrics
+from kvshare_sglang.router.prompts import CHAT, GENERATE, Prompts
+from kvshare_sglang.router.ring import Ring
+from kvshare_sglang.router.server import Settings, make_app
+
+
+class Bytes:
+    """A tokenizer: one token a byte."""
+
+    def encode(self, text, add_special_tokens=True):
+        return list(text.encode())
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+class Gateway:
+    """Answers as it is told to, and remembers what came. It is the workers, too."""
+
+    def __init__(self, *, same_tokens=True):
+        self.seen, self.answer, self.same_tokens = [], self._echo, same_tokens
+        self.ended = asyncio.Event()
+        self.urls, self.spelling = [], ""  # of the URLs on its ring
+        self.down = set()
+
+    async def handle(self, request):
+        body = await request.read()
+        if request.path == "/tokenize":
+            asked = json.loads(body)
+            text = asked.get("prompt") or Bytes().apply_chat_template(asked["messages"])
+            return web.json_response({"tokens": list(text.encode())[not self.same_tokens :]})
+        if request.path == "/health":
+            return web.Response()
+        key = request.headers.get("x-smg-routing-key")
+        if body == PROBE:
+            return web.Response(headers=self.served(key))
+        self.seen.append((request, body))
+        return await self.answer(request)
+
+    def served(self, key):
+        best, second = Ring([url + self.spelling for url in self.urls]).pair(key)
+        return {"x-smg-routed-worker-id": self.urls[second if best in self.down else best]}
+
+    async def _echo(self, request):
+        return web.json_response({"ok": 1}, status=418, headers={"x-of-the-worker": "yes"})
+
+
+PROBE = json.dumps({"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}).encode()
+
+
+@contextlib.asynccontextmanager
+async def running(gateway, prompts=None):
+    """The gateway, twice (two workers), and a router before it; the router's URL and its brain."""
+    runner = web.AppRunner(_app(gateway), handler_cancellation=True)
+    await runner.setup()
+    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    urls = [f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in socks]
+    for sock in socks[:2]:
+        await web.SockSite(runner, sock).start()
+    gateway.urls = urls[:2]
+    brain = Brain(urls[:2], prompts or Prompts(Bytes()), Metrics())
+    app = make_app(brain, Settings(urls[0], ("", "")))
+    it = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    task = asyncio.create_task(it.serve(sockets=[socks[2]]))
+    try:
+        while not it.started:
+            await asyncio.sleep(0.01)
+        async with aiohttp.ClientSession() as client:
+            yield client, urls[2], brain
+    finally:
+        it.should_exit = True
+        await task
+        await runner.cleanup()
+
+
+def _app(gateway):
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{path:.*}", gateway.handle)
+    return app
+
+
+async def until(condition):
+    for _ in range(1500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen within 15 s")
+
+
+def test_a_request_goes_on_as_it_came_and_its_answer_comes_back_as_it_is():
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (client, url, _):
+            path = "/v1/models/a%2Fb?x=%20y&x=2"
+            headers = {"x-own": "1", "connection": "x-hop", "authorization": "Bearer me"}
+            async with client.put(
+                aiohttp.client.URL(url + path, encoded=True), data=b"\x00any", headers=headers
+            ) as reply:
+                assert (reply.status, reply.headers["x-of-the-worker"]) == (418, "yes")
+                assert await reply.json() == {"ok": 1}
+            ((request, body),) = gateway.seen
+            assert (request.method, request.raw_path, body) == ("PUT", path, b"\x00any")
+            assert request.headers["authorization"] == "Bearer me"
+            assert "x-smg-routing-key" not in request.headers
+
+    asyncio.run(run())
+
+
+def test_text_becomes_tokens_where_the_workers_tokenise_alike_and_only_there():
+    async def run(same):
+        gateway = Gateway(same_tokens=same)
+        async with running(gateway) as (client, url, brain):
+            if same:
+                await until(lambda: brain.prompts.sure == {GENERATE, CHAT})
+            else:
+                await asyncio.sleep(0.3)
+                assert not brain.prompts.sure
+            turn = {"role": "user", "content": "hi"}
+            bodies = [
+                (GENERATE, {"text": "hello", "stream": True}),
+                (CHAT, {"messages": [turn], "model": "m"}),
+                (CHAT, {"messages": [turn], "tools": []}),  # may change the prompt
+                (GENERATE, {"text": ["a", "b"]}),
+                (GENERATE, {"input_ids": [5, 6]}),
+                (GENERATE, {"text": 7}),
+            ]
+            for path, body in bodies:
+                async with client.post(url + path, json=body):
+                    pass
+            got = [json.loads(body) for _, body in gateway.seen]
+            first = {"stream": True, "input_ids": list(b"hello")}
+            second = {**bodies[1][1], "input_ids": list(b"<user>hi")}
+            alike = [first, second] if same else [body for _, body in bodies[:2]]
+            assert got == [*alike, *(body for _, body in bodies[2:])]
+            keyed = ["x-smg-routing-key" in request.headers for request, _ in gateway.seen]
+            assert all(keyed)  # what is not known goes by load
+
+    asyncio.run(run(True))
+    asyncio.run(run(False))
+
+
+def test_the_key_leads_to_the_worker_that_was_picked():
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (client, url, brain):
+            text = np.random.default_rng(1).integers(0, 99, 300).tolist()
+            hold(brain, 1, text)
+            body = {"input_ids": [3, *text]}
+            async with client.post(url + "/pick", json=body) as reply:
+                picked = await reply.json()
+            assert picked["worker"] == gateway.urls[1]
+            assert picked["second"] == gateway.urls[0]
+            assert picked["prompt_tokens"] == 301
+            assert picked["predicted_rows"] < 100
+            async with client.post(url + GENERATE, json=body):
+                pass
+            ((request, _),) = gateway.seen
+            key = request.headers["x-smg-routing-key"]
+            assert key == picked["routing_key"]
+            assert Ring(gateway.urls).pair(key) == (1, 0)
+            async with client.post(url + "/pick", data=b"{") as reply:
+                assert reply.status == 400
+            async with client.get(url + "/health") as reply:
+                told = await reply.json()
+            assert [one["indexed_tokens"] for one in told["workers"]] == [None, 300]
+            async with client.get(url + "/metrics") as reply:
+                page = await reply.text()
+            assert 'kvshare_router_decisions_total{by="index"} 2.0' in page
+
+    asyncio.run(run())
+
+
+def hold(brain, worker, text):
+    """The worker says that it holds a text."""
+    insert = wire.Insert(1, (None, None, 0), 0, 0, 0, 0, 0, np.array(text, np.int32).tobytes())
+    mirror = brain.index.begin(worker, wire.Snapshot(1, 1, 0, 1, {}, []))
+    mirror.apply([insert])
+
+
+def test_chunks_pass_one_by_one_and_a_client_that_leaves_ends_the_request_at_the_gateway():
+    async def run():
+        gateway = Gateway()
+        go_on = asyncio.Event()
+
+        async def slow(request):
+            reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await reply.prepare(request)
+            try:
+                for number in range(3):
+                    await reply.write(b"data: %d\n\n" % number)
+                    await go_on.wait()
+                    go_on.clear()
+            except asyncio.CancelledError:
+                gateway.ended.set()
+                raise
+            return reply
+
+        gateway.answer = slow
+        async with running(gateway) as (client, url, brain):
+            reply = await client.post(url + GENERATE, json={"text": "x" * 50, "stream": True})
+            for number in range(2):
+                assert await reply.content.readany() == b"data: %d\n\n" % number
+                go_on.set()
+            assert await reply.content.readany() == b"data: 2\n\n"
+            assert not any(one.routed for one in brain.index.workers)  # it has begun to answer
+            reply.close()
+            await asyncio.wait_for(gateway.ended.wait(), 15)
+            # And one that leaves before anything was answered.
+            gateway.ended.clear()
+            gateway.answer = lambda request: hang(gateway)
+            task = asyncio.create_task(client.post(url + GENERATE, json={"text": "y" * 50}))
+            await until(lambda: len(gateway.seen) == 2)
+            assert sum(len(one.routed) for one in brain.index.workers) == 1
+            task.cancel()
+            await asyncio.wait_for(gateway.ended.wait(), 15)
+            await until(lambda: not any(one.routed for one in brain.index.workers))
+
+    asyncio.run(run())
+
+
+async def hang(gateway):
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        gateway.ended.set()
+        raise
+
+
+def test_a_client_that_does_not_read_stops_the_gateway():
+    async def run():
+        gateway, sent = Gateway(), [0]
+
+        async def much(request):
+            reply = web.StreamResponse()
+            await reply.prepare(request)
+            for _ in range(1024):
+                await reply.write(bytes(1 << 17))
+                sent[0] += 1 << 17
+            return reply
+
+        gateway.answer = much
+        async with (
+            running(gateway) as (client, url, _),
+            client.post(url + GENERATE, json={"text": "x"}) as reply,
+        ):
+            before = -1
+            while sent[0] != before:  # until nothing is written for a while
+                before = sent[0]
+                await asyncio.sleep(0.5)
+            assert sent[0] < 48 << 20  # what sockets take, of 128 MB
+            assert len(await reply.read()) == 128 << 20
+
+    asyncio.run(run())
+
+
+def test_a_gateway_that_is_gone_is_a_502_and_one_that_breaks_off_breaks_the_answer_off():
+    async def run():
+        gateway = Gateway()
+
+        async def broken(request):
+            reply = web.StreamResponse(headers={"content-length": "100"})
+            await reply.prepare(request)
+            await reply.write(b"some")
+            await asyncio.sleep(0.05)
+            request.transport.abort()
+            return reply
+
+        gateway.answer = broken
+        async with running(gateway) as (client, url, brain):
+            with pytest.raises(aiohttp.ClientError):
+                async with client.post(url + GENERATE, json={"text": "x"}) as reply:
+                    await reply.read()
+        async with aiohttp.ClientSession() as session:
+            proxy = server.Proxy(brain, Settings("http://127.0.0.1:9", ("", "")))
+            proxy._client = session
+            sent = []
+            scope = {
+                "type": "http", "method": "GET", "path": "/x", "raw_path": b"/x",
+                "query_string": b"", "headers": [],
+            }  # fmt: skip
+            messages = [{"type": "http.request", "body": b""}]
+
+            async def receive():
+                if messages:
+                    return messages.pop()
+                return await asyncio.Event().wait()
+
+            async def send(message):
+                sent.append(message)
+
+            await proxy.hand_on(scope, receive, send)
+            assert sent[0]["status"] == 502
+            assert b"the gateway does not answer" in sent[1]["body"]
+
+    asyncio.run(run())
+
+
+def test_a_fault_of_the_router_fails_no_request():
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (client, url, brain):
+            brain.index.choose = brain.index.by_load = None
+            async with client.post(url + GENERATE, json={"input_ids": [1, 2]}) as reply:
+                assert reply.status == 418
+            async with client.post(url + GENERATE, data=b"no json") as reply:
+                assert reply.status == 418
+            assert all("x-smg-routing-key" not in r.headers for r, _ in gateway.seen)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("spelling", ["", "/"])
+def test_keys_are_learned_where_the_gateways_ring_is_another_one_and_not_from_a_failure(
+    spelling, monkeypatch
+):
+    monkeypatch.setattr(server, "RETRY_S", 0.05)
+
+    async def run():
+        gateway = Gateway()
+        gateway.spelling, gateway.down = spelling, {0}
+        async with running(gateway) as (_, _, brain):
+            before = dict(brain.keys._by_pair)
+            await until(lambda: brain.doubted == {0})
+            if not spelling:
+                await asyncio.sleep(0.2)
+                assert brain.keys._by_pair == before
+            gateway.down = set()
+            await until(lambda: not brain.doubted)
+            theirs = Ring([url + spelling for url in gateway.urls])
+            for best in (0, 1):
+                key, _ = brain.keys.key([best, 1 - best])
+                assert theirs.pair(key)[0] == best
+            assert spelling or brain.keys._by_pair == before
+
+    asyncio.run(run())
