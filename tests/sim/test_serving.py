@@ -234,7 +234,6 @@ def test_synthetic_requests_come_at_their_rate_and_favour_few():
 @pytest.mark.parametrize("route", ["cheapest", "kvshare"])
 def test_moved_text_goes_to_who_holds_it_only_where_that_is_asked(route):
     """Two groups ask for documents of their own in ever new orders; a worker can hold one's."""
-    if route == "kvshare":
     rng = np.random.default_rng(3)
     groups = [[text(100 * g + i, 150) for i in range(10)] for g in range(2)]
     made = []
