@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     model, encode = Model(args.model, dtype=torch.bfloat16, device=args.device), Encoder(args.model)
     config = KVShareConfig(
         select="trace", min_reuse=32, seam=args.seam, window=16, refresh_every=args.every,
-        refresh_rows=args.rows, refresh_above=args.above,
+        refresh_rows=args.rows, refresh_above=args.above, **options.measured(args.model),
     )  # fmt: skip
     rows = []
     with common.Progress(len(args.task) * args.n, unit=" lists") as bar:

@@ -2,9 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kvshare_sglang.bench import models
 from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.runtime import calibration
 
 
 def add_model(parser: argparse.ArgumentParser, *, default: Path = models.READER) -> None:
@@ -26,6 +28,12 @@ def model_directory(path: Path) -> Path:
     if str(path) == models.FETCHED:
         return models.open_model(models.FETCHED).path
     return models.load(path).path
+
+
+def measured(model: Path) -> dict[str, Any]:
+    """The options that a server takes from the calibration of a model, none where there is none."""
+    found = calibration.find(str(model))
+    return {} if found is None else {"probe_at": found.probe_at, "stretch": found.stretch}
 
 
 def check_layers(layers: list[int], *, of: int) -> None:

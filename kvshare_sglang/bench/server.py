@@ -25,6 +25,7 @@ from kvshare_sglang.bench.processes import (
     signals_raise,
     stop_group,
 )
+from kvshare_sglang.runtime import calibration
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -87,13 +88,16 @@ class ServerSpec:
             *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
             *(text for flag, value in numbers.items() for text in (flag, str(value))),
             *self.args,
-            *(("--kvshare-calibration", "off") if self._takes_defaults else ()),
+            *(("--kvshare-calibration", "off") if self._has_no_answers else ()),
         ]
 
     @property
-    def _takes_defaults(self) -> bool:
-        """Most models here have random weights: there is no answer to be careful with."""
-        return "--kvshare" in self.args and "--kvshare-calibration" not in self.args
+    def _has_no_answers(self) -> bool:
+        """A model that was never measured has random weights here: there is no answer to be
+        careful with, so it is served as one whose answers hold."""
+        if "--kvshare" not in self.args or "--kvshare-calibration" in self.args:
+            return False
+        return calibration.find(str(self.model)) is None
 
     def environment(self) -> dict[str, str]:
         """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""

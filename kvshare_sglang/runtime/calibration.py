@@ -23,9 +23,7 @@ FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
 
-# A model that was never measured: attention half way up says more of what an answer rests on, for
-# a little more cost, in every case that was measured on real weights; and twice the rows.
-UNMEASURED_PROBE, UNMEASURED_BUDGET = 0.5, 2
+UNMEASURED_BUDGET = 2  # a model that was never measured, or whose answers suffer: twice the rows
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # the first kind that is there
 _SAMPLES, _SAMPLE = 16, 1 << 16  # so many places of a file are looked at, so many bytes each
@@ -177,12 +175,9 @@ def settled(
         found = find(model, revision) if config.calibration == AUTO else None
     else:
         found = named(Path(config.calibration), model, revision)
-    says: dict[str, Any] = {
-        "calibration": NONE if found is None else str(found.path),
-        "probe_at": UNMEASURED_PROBE if found is None else found.probe_at,
-    }
+    says: dict[str, Any] = {"calibration": NONE if found is None else str(found.path)}
     if found is not None:
-        says["stretch"] = found.stretch
+        says |= {"probe_at": found.probe_at, "stretch": found.stretch}
     if found is None or not found.holds:
         says["budget"] = min(1.0, UNMEASURED_BUDGET * config.budget)
     mine = {name: value for name, value in says.items() if name not in given}

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-reuse", type=int, default=32, help="--kvshare-min-reuse")
     add("--seam", type=int, default=16, help="--kvshare-seam")
     add("--window", type=int, default=16, help="--kvshare-window")
-    add("--probe-at", type=float, default=0.25, help="--kvshare-probe-at")
-    add("--stretch", type=int, default=KVShareConfig.stretch, help="--kvshare-stretch")
+    add("--probe-at", type=float, help="--kvshare-probe-at (default: the model's calibration)")
+    add("--stretch", type=int, help="--kvshare-stretch (default: the model's calibration)")
     add("--refresh-rows", type=int, default=24, help="--kvshare-refresh-rows")
     add("--refresh-above", type=float, default=0.2, help="--kvshare-refresh-above")
     add("--workers", type=int, default=1, help="cases measured side by side")
@@ -110,10 +110,13 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace) -> KVShareConfig:
+    chosen = options.measured(args.model)
+    given = {"probe_at": args.probe_at, "stretch": args.stretch}
+    chosen |= {name: value for name, value in given.items() if value is not None}
     return KVShareConfig(
         select="trace", min_reuse=args.min_reuse, seam=args.seam, window=args.window,
-        probe_at=args.probe_at, stretch=args.stretch, refresh_every=1,
-        refresh_above=args.refresh_above, refresh_rows=args.refresh_rows,
+        refresh_every=1, refresh_above=args.refresh_above, refresh_rows=args.refresh_rows,
+        **chosen,
     )  # fmt: skip
 
 
