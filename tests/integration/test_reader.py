@@ -11,7 +11,12 @@ from kvshare_sglang.bench.quality.cases import SIZE, Encoder, Prompt, prompts
 ROOT = Path(__file__).resolve().parents[2]
 READER = ROOT / "tests" / "data" / "reader"
 NUM = 8  # prompts of each kind
-FLAGS = {"kvshare_select": "trace", "kvshare_min_reuse": 32, "kvshare_window": 16}
+FLAGS = {
+    "kvshare_select": "trace",
+    "kvshare_min_reuse": 32,
+    "kvshare_window": 16,
+    "kvshare_calibration": "auto",  # the package has one of it
+}
 
 
 @pytest.fixture(scope="module")
