@@ -188,7 +188,7 @@ class Publisher(threading.Thread):
         super().__init__(name="kvshare-stream", daemon=True)
         self._feed, self._load = feed, load
         told = dataclasses.asdict(config)
-        del told["stream"], told["stream_token"]
+        del told["stream"], told["stream_token_file"]
         self._run = secrets.randbits(63)
         self._head = wire.Snapshot(self._run, 0, secret, page, told, [])
         self._table: Table | None = None  # None: waits for the whole tree
@@ -201,7 +201,7 @@ class Publisher(threading.Thread):
         self._socket.setsockopt(zmq.SNDHWM, MOST_UNSENT)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what cannot be sent is lost unseen
         try:
-            wire.guard(self._socket, wire.token_of(config.stream_token), server=True)
+            wire.guard(self._socket, wire.token_of(config.stream_token_file), server=True)
             wire.bind(self._socket, config.stream)
         except ConfigError:
             self._context.destroy()

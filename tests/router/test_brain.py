@@ -108,7 +108,10 @@ def test_a_worker_that_is_no_address_is_refused(text):
     [
         (["--worker", "http://a:1"], "--gateway must be given"),
         (["--worker", "x", "--gateway", "http://g:1"], "--worker must be"),
-        (["--worker", "http://a:1=tcp://10.0.0.1:5", "--gateway", "http://g:1"], "without"),
+        (["--worker", "http://a:1=tcp://10.0.0.1:5", "--gateway", "http://g:1"],
+         "without --stream-token-file (or KVSHARE_STREAM_TOKEN)"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--stream-token-file", "s3cret"],
+         "--stream-token-file must be"),
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
@@ -122,6 +125,7 @@ def test_a_bad_start_ends_with_one_line(words, said, capsys, monkeypatch):
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert said in told
+    assert "s3cret" not in told
 
 
 @pytest.mark.parametrize(
@@ -133,6 +137,11 @@ def test_a_bad_start_ends_with_one_line(words, said, capsys, monkeypatch):
         ("tcp://[::1]:5555", "", True),
         ("tcp://0.0.0.0:5555", "", False),
         ("tcp://*:5555", "", False),
+        ("tcp://127.evil.example:5555", "", False),
+        ("tcp://127.1.2.3:5555", "", True),
+        ("tcp://[::]:5555", "", False),
+        ("ipc://@name", "", False),
+        ("ipc://@name", "x" * 16, True),
         ("tcp://10.0.0.1:5555", "", False),
         ("tcp://10.0.0.1:5555", "x" * 16, True),
         ("tcp://10.0.0.1:5555", "short", False),
@@ -152,7 +161,13 @@ def test_a_stream_that_others_can_reach_needs_a_token(endpoint, token, good):
     assert "short" not in str(caught.value)
 
 
-def test_the_token_given_comes_before_that_of_the_environment():
-    assert wire.token_of("a", {wire.TOKEN_ENV: "b"}) == "a"
+def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
+    (tmp_path / "a").write_text(" a\n")
+    (tmp_path / "empty").write_text("\n")
+    assert wire.token_of(str(tmp_path / "a"), {wire.TOKEN_ENV: "b"}) == "a"
     assert wire.token_of("", {wire.TOKEN_ENV: "b"}) == "b"
     assert wire.token_of("", {}) == ""
+    for bad in (str(tmp_path / "empty"), str(tmp_path), "not-a-file-but-the-token", "\0"):
+        with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
+            wire.token_of(bad, {wire.TOKEN_ENV: "b"})
+        assert bad not in str(caught.value)

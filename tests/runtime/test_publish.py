@@ -17,6 +17,7 @@ from kvshare_sglang.runtime import preflight, stream
 from kvshare_sglang.runtime.stream import Feed, Load, Pace, Publisher, Table
 
 SPACE = ((None, None), 0)
+TOKEN = "a token of the tests, long enough"
 
 
 def text(seed, length=40):
@@ -82,10 +83,11 @@ def publishing(folder, **settings):
 
 
 @contextlib.contextmanager
-def router(endpoint, *, most=1000):
+def router(endpoint, *, most=1000, token=""):
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVHWM, most)
+        wire.guard(sock, token, server=False)
         sock.connect(endpoint)
         yield sock
 
@@ -185,7 +187,7 @@ def test_an_address_that_is_taken_ends_the_start(tmp_path):
 def test_a_start_that_others_could_listen_to_is_refused(monkeypatch):
     monkeypatch.delenv(wire.TOKEN_ENV, raising=False)
     config = KVShareConfig(stream="tcp://0.0.0.0:5555")
-    with pytest.raises(ConfigError, match="without --kvshare-stream-token"):
+    with pytest.raises(ConfigError, match="without --kvshare-stream-token-file"):
         preflight.check({"model_path": "dummy"}, config)
 
 
@@ -194,5 +196,18 @@ def test_a_unix_socket_is_its_owners_alone(tmp_path):
         assert stat.S_IMODE(os.stat(tmp_path / "s").st_mode) & 0o077 == 0
 
 
-def test_a_token_is_not_shown_where_the_configuration_is():
-    assert "hidden" not in repr(KVShareConfig(stream_token="hidden"))
+def test_a_stream_with_a_token_tells_only_who_has_it_and_tells_no_token(tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    given = {"stream_token_file": str(tmp_path / "token")}
+    with (
+        publishing(tmp_path, **given) as (_, _, endpoint),
+        router(endpoint) as stranger,
+        router(endpoint, token=TOKEN) as friend,
+    ):
+        friend.send(wire.SNAPSHOT)
+        snapshot = hear(friend, wire.Snapshot)
+        with contextlib.suppress(zmq.Again):
+            stranger.send(wire.SNAPSHOT, zmq.NOBLOCK)
+        assert not stranger.poll(500)
+    assert TOKEN not in repr(snapshot)
+    assert str(tmp_path) not in repr(snapshot)
