@@ -126,23 +126,20 @@ class Prompts:
         if self._tokenizer is None:
             return None
         if path == CHAT:
-            # An image in it would be tokenised as the text that it is written as.
+            # A template may write an image as the text that it came as. None: a call of a tool.
             contents = [message.get("content") for message in body["messages"]]
-            if not all(isinstance(one, str) for one in contents):
-                return None
-            if sum(map(len, contents)) > MOST_TEXT:
+            if not all(one is None or isinstance(one, str) for one in contents):
                 return None
             text = self._tokenizer.apply_chat_template(
                 body["messages"], tokenize=False, add_generation_prompt=True,
                 tools=body.get("tools"),
             )  # fmt: skip
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
         else:
             text = body.get("text" if path == GENERATE else "prompt")
-            if not isinstance(text, str) or len(text) > MOST_TEXT:
-                return None
-            ids = self._tokenizer.encode(text)
-        return list(ids)
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            return None
+        more = {"add_special_tokens": False} if path == CHAT else {}
+        return list(self._tokenizer.encode(text, **more))
 
 
 def _is_ids(ids: Any) -> bool:

@@ -8,7 +8,7 @@ from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, Prompts
+from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_TEXT, Prompts
 
 URLS = ["http://a:1", "http://b:2", "http://c:3"]
 
@@ -93,6 +93,49 @@ def test_a_body_that_cannot_be_read_is_handed_on(path, body):
     if path == GENERATE or not isinstance(body, dict) or "sampling_params" not in body:
         assert reading.tokens is None
     assert reading.body is None
+
+
+class Letters:
+    """A tokenizer that remembers how much it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def encode(self, text, add_special_tokens=True):
+        self.given.append(len(text))
+        return list(text.encode())
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(str(message) for message in messages)
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}]
+LONG = "x" * (MOST_TEXT + 1)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "known"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}, CALL]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": LONG}]}, False),
+        (CHAT, {"messages": [{**CALL, "tool_calls": LONG}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": 7}]}, False),
+        (GENERATE, {"text": LONG}, False),
+        (GENERATE, {"text": LONG[1:]}, True),
+        (COMPLETIONS, {"prompt": LONG}, False),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, False),
+    ],
+)
+def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
+    tokenizer = Letters()
+    reading = Prompts(tokenizer).read(path, body, sure=True)
+    assert (reading.tokens is not None) == known
+    assert bool(tokenizer.given) == known
+    if not known:
+        assert reading.body is None
 
 
 @pytest.mark.parametrize(
