@@ -7,16 +7,9 @@ from typing import Any
 from kvshare_sglang.errors import ConfigError, UnsupportedError
 
 
-def _option(
-    default: Any,
-    text: str,
-    lo: float | None = None,
-    hi: float | None = None,
-    *,
-    secret: bool = False,
-) -> Any:
-    """``secret``: not shown where the config is."""
-    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi}, repr=not secret)
+def _option(default: Any, text: str, lo: float | None = None, hi: float | None = None) -> Any:
+    """Never a secret: SGLang tells anyone its command line (``/server_info``)."""
+    return field(default=default, metadata={"help": text, "lo": lo, "hi": hi})
 
 
 @dataclass(frozen=True)
@@ -138,9 +131,9 @@ class KVShareConfig:
     stream: str = _option(
         "", "where routers are told what is cached: tcp://HOST:PORT or ipc://PATH (empty: nowhere)"
     )
-    stream_token: str = _option(
-        "", "what routers must know to be told; needed where others than this machine can reach"
-        " --kvshare-stream; also read from KVSHARE_STREAM_TOKEN", secret=True,
+    stream_token_file: str = _option(
+        "", "file with what routers must know to be told; needed where others than this user can"
+        " reach --kvshare-stream (empty: the variable KVSHARE_STREAM_TOKEN)",
     )  # fmt: skip
     scope: str = _option("tenant", "who shares: tenant (one namespace: extra_key, cache_salt)")
 

@@ -7,11 +7,13 @@ A subscriber's DEALER socket says ``SNAPSHOT`` to the worker's ROUTER socket. It
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import re
 import socket
 import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -92,28 +94,62 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode
 
 
-def check_endpoint(endpoint: str, token: str, *, flag: str = "--kvshare-stream") -> None:
+def check_endpoint(
+    endpoint: str,
+    token: str,
+    *,
+    flag: str = "--kvshare-stream",
+    token_flag: str = "--kvshare-stream-token-file",
+) -> None:
     """Raise ConfigError unless it is ``tcp://HOST:PORT`` or ``ipc://PATH``, and guarded by a token
-    where others than this machine can reach it."""
+    where more can reach it than its owner (a path) or this machine (TCP on loopback)."""
     tcp = re.fullmatch(r"tcp://(\[[0-9a-fA-F:]+\]|[^:/\s]+):(\d{1,5})", endpoint)
     if not (tcp and 0 < int(tcp[2]) < 65536) and not re.fullmatch(r"ipc://\S+", endpoint):
         raise ConfigError(flag, endpoint, "tcp://HOST:PORT or ipc://PATH")
     if token and len(token) < SHORTEST_TOKEN:
         # Not the token itself: it would be in the log.
-        raise ConfigError(f"{flag}-token", f"{len(token)} characters", f"{SHORTEST_TOKEN} or more")
-    if tcp and not token and not _is_local(tcp[1]):
         raise ConfigError(
-            flag, endpoint, f"ipc:// or of 127.0.0.1 without {flag}-token (or {TOKEN_ENV})"
+            f"the token of {token_flag} or {TOKEN_ENV}",
+            f"{len(token)} characters",
+            f"{SHORTEST_TOKEN} or more",
+        )
+    # An abstract socket (``@``) has no permissions: any user of the machine can connect.
+    alone = _is_local(tcp[1]) if tcp else not endpoint.startswith("ipc://@")
+    if not token and not alone:
+        raise ConfigError(
+            flag, endpoint, f"ipc://PATH or of 127.0.0.1 without {token_flag} (or {TOKEN_ENV})"
         )
 
 
 def _is_local(host: str) -> bool:
-    return host in ("localhost", "[::1]") or host.startswith("127.")
+    """A name is resolved anew by each side, so only numbers count, and what is always this host."""
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return False
 
 
-def token_of(given: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The token that was given, or that of the environment; empty: none."""
-    return given or environment.get(TOKEN_ENV, "")
+def token_of(
+    file: str,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    token_flag: str = "--kvshare-stream-token-file",
+) -> str:
+    """The token in a file, without white space around it, or that of the environment; empty: none.
+
+    Raises ConfigError where the file has none, which does not say what was given: a token that
+    was meant for a flag must not get into a log.
+    """
+    if not file:
+        return environment.get(TOKEN_ENV, "")
+    try:
+        token = Path(file).read_text().strip()
+    except (OSError, ValueError):
+        token = ""
+    if not token:
+        raise ConfigError(token_flag, "another", "a file that can be read and holds a token")
+    return token
 
 
 def guard(sock: Any, token: str, *, server: bool) -> None:
@@ -123,7 +159,7 @@ def guard(sock: Any, token: str, *, server: bool) -> None:
     if not token:
         return
     if not zmq.has("curve"):
-        raise ConfigError("--kvshare-stream-token", "set", "empty with a libzmq without CURVE")
+        raise ConfigError("the token of a stream", "set", "empty with a libzmq without CURVE")
     theirs = _secret_key(token, "server")
     mine = theirs if server else _secret_key(token, "client")
     sock.curve_secretkey, sock.curve_publickey = mine, zmq.curve_public(mine)

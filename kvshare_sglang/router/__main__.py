@@ -20,6 +20,8 @@ from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import Prompts
 from kvshare_sglang.router.server import Settings, make_app
 
+TOKEN_FLAG = "--stream-token-file"
+
 
 class Worker(NamedTuple):
     url: str
@@ -63,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=30080)
-    add("--stream-token", default="", metavar="TOKEN",
-        help=f"the workers' --kvshare-stream-token; also read from {wire.TOKEN_ENV}")  # fmt: skip
+    add(TOKEN_FLAG, default="", metavar="FILE",
+        help=f"as the workers' --kvshare-stream-token-file; else {wire.TOKEN_ENV}")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -104,10 +106,10 @@ def _gateway(args: argparse.Namespace) -> Iterator[str]:
 
 def _serve(args: argparse.Namespace, url: str) -> None:
     workers = [parse_worker(text) for text in args.worker]
-    token = wire.token_of(args.stream_token)
+    token = wire.token_of(args.stream_token_file, token_flag=TOKEN_FLAG)
     for one in workers:
         if one.stream:
-            wire.check_endpoint(one.stream, token, flag="--worker")
+            wire.check_endpoint(one.stream, token, flag="--worker", token_flag=TOKEN_FLAG)
     prompts = Prompts()
     if args.model_path:
         prompts = Prompts.load(args.model_path, trust_remote_code=args.trust_remote_code)

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import orjson
+
 from kvshare_sglang.router.index import Choice, Index
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import PATHS, Prompts, Reading
+from kvshare_sglang.router.prompts import Prompts, Reading, with_options
 from kvshare_sglang.router.ring import Keys
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ class Decision(NamedTuple):
     best: int = -1
     second: int = -1
     choice: Choice | None = None
-    body: dict[str, Any] | None = None  # what to hand on in place of what came
+    body: bytes | None = None  # what to hand on in place of what came
     ticket: int = 0
 
 
@@ -43,35 +45,91 @@ class Brain:
         self.index = Index(len(self.urls), secret=secret)
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
         self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
+        self._alike: dict[int, tuple[int, frozenset[str]]] = {}
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
+
+    # ---- do the workers tokenise as it does -----------------------------------------------------
+
+    def sure(self) -> frozenset[str]:
+        """The paths of which tokens may be handed on: on all workers, in the lives that they are
+        known to be in, they come out alike."""
+        if not all(map(self.is_compared, range(len(self.urls)))):
+            return frozenset()
+        return frozenset.intersection(*(paths for _, paths in self._alike.values()))
+
+    def is_compared(self, worker: int) -> bool:
+        known = self._alike.get(worker)
+        return known is not None and known[0] == self.index.workers[worker].run
+
+    def compared(self, worker: int, run: int, paths: frozenset[str]) -> None:
+        """Its tokens come out alike for these paths; it was asked in this life."""
+        self._alike[worker] = run, paths
+
+    # ---- a request ------------------------------------------------------------------------------
 
     def decide(self, path: str, body: Any, header: str | None = None) -> Decision:
         """Whom to send a request to; nothing is noted of it yet."""
-        if path not in PATHS:
-            return Decision()
-        try:
-            return self._decide(path, body, header)
-        except Exception:
-            logger.exception("the router could not choose a worker; the gateway will")
-            self.metrics.decided.labels(by="fault").inc()
-            return Decision()
+        return self.choose(self.read(path, body, header))
 
-    def _decide(self, path: str, body: Any, header: str | None) -> Decision:
+    def read(self, path: str, body: Any, header: str | None = None) -> Reading | None:
+        """What a body says, None where it cannot be told. Takes milliseconds for each 10,000
+        characters; any thread may."""
+        try:
+            started = time.perf_counter()
+            reading = self.prompts.read(path, body, header, sure=path in self.sure())
+            self.metrics.tokenise.observe(time.perf_counter() - started)
+            return reading
+        except Exception:
+            self._fault("the router could not read a request")
+            return None
+
+    def read_options(self, path: str, body: Any, header: str | None) -> Reading | None:
+        """As ``read``, but its tokens do not matter."""
+        try:
+            changed = with_options(path, body, header) if isinstance(body, dict) else None
+        except Exception:
+            self._fault("the router could not read a request")
+            return None
+        return Reading(None, body=changed)
+
+    def choose(self, reading: Reading | None, *, names: bool = True) -> Decision:
+        """Whom to send it to, where the router ``names`` someone at all, and what to hand on."""
+        if reading is None:
+            return Decision()
+        body = self._written(reading.body)
+        if not names:
+            return Decision(body=body)
+        try:
+            return self._decide(reading, body)
+        except Exception:
+            self._fault("the router could not choose a worker; the gateway will")
+            return Decision(body=body)
+
+    def _written(self, body: dict[str, Any] | None) -> bytes | None:
+        """None: hand on what came. So too what could be read but cannot be written, as it is nested
+        deeper than the writer goes."""
+        try:
+            return None if body is None else orjson.dumps(body)
+        except Exception:
+            self._fault("the router could not write a request; it goes on as it came")
+            return None
+
+    def _fault(self, what: str) -> None:
+        logger.exception("%s", what)
+        self.metrics.decided.labels(by="fault").inc()
+
+    def _decide(self, reading: Reading, body: bytes | None) -> Decision:
         started = time.perf_counter()
-        reading = self.prompts.read(path, body, header)
-        read = time.perf_counter()
-        now = self._clock()
-        choice = self._choose(reading, now)
+        choice = self._choose(reading, self._clock())
         named = self.keys.key(choice.order)
-        self.metrics.tokenise.observe(read - started)
-        self.metrics.choose.observe(time.perf_counter() - read)
+        self.metrics.choose.observe(time.perf_counter() - started)
         best, second = choice.order[0], choice.order[min(1, len(choice.order) - 1)]
         if named is None:
             self.metrics.decided.labels(by="gateway").inc()
-            return Decision(None, best, second, choice, reading.body)
+            return Decision(None, best, second, choice, body)
         by = "load" if choice.work is None else "index"
         self.metrics.decided.labels(by=by).inc()
-        return Decision(named[0], best, named[1], choice, reading.body)
+        return Decision(named[0], best, named[1], choice, body)
 
     def _choose(self, reading: Reading, now: float) -> Choice:
         if reading.tokens is None:
@@ -100,6 +158,7 @@ class Brain:
         self.index.served(meant, by, now)
         if by != meant:
             self.doubted.add(meant)
+            self._alike.pop(meant, None)  # it may come back with another tokenizer
 
     def number(self, url: str | None) -> int | None:
         """Which worker the gateway means."""
@@ -114,4 +173,4 @@ class Brain:
             held = one.mirror.num_tokens if one.mirror else None
             told = {"url": url, "indexed_tokens": held, "queued_rows": standing.rows}
             workers.append({**told, "running": standing.running, "avoided": standing.avoid})
-        return {"workers": workers, "tokens_handed_on": sorted(self.prompts.sure)}
+        return {"workers": workers, "tokens_handed_on": sorted(self.sure())}

@@ -58,10 +58,12 @@ class Recent:
 
 @dataclass(slots=True)
 class Worker:
-    """``mirror`` None: what it holds is not known. ``routed``: rows of requests that were sent
+    """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
+    ``routed``: rows of requests that were sent
     there and have not begun to answer, by ticket. ``sent``: tokens in all."""
 
     mirror: Mirror | None = None
+    run: int = 0
     beat: wire.Beat | None = None
     heard: float | None = None
     suspect: float = 0.0  # until then
@@ -101,6 +103,7 @@ class Index:
         """Forget what was known of a worker; the mirror into which its snapshot's segments go."""
         self.forget(worker)
         self._trust(worker)
+        self.workers[worker].run = snapshot.run
         mirror = Mirror(snapshot, self._joint, worker, seed=self._secret)
         self.workers[worker].mirror = mirror
         return mirror

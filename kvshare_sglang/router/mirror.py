@@ -53,6 +53,8 @@ class Mirror:
 
     def __init__(self, snapshot: wire.Snapshot, joint: JointMap, worker: int, *, seed: int) -> None:
         """Empty: ``insert`` what the snapshot holds. Raises ValueError on options that are none."""
+        if snapshot.page < 1:
+            raise ValueError(f"pages of {snapshot.page} tokens")
         self.run, self.number, self.page = snapshot.run, snapshot.number, snapshot.page
         self.config = KVShareConfig(**snapshot.config)
         self.weights = 0

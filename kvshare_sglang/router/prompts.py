@@ -16,6 +16,8 @@ from kvshare_sglang.router.mirror import Namespace
 
 GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
 PATHS = (GENERATE, CHAT, COMPLETIONS)
+OPTION_PATHS = (*PATHS, "/invocations")  # where a body can carry what X-KVShare asks for
+MOST_TEXT = 4 << 20  # characters that are tokenised, about a million tokens; with more: by load
 # Fields that leave the prompt what it is. A body with any other keeps its text.
 _SAMPLING = frozenset(
     "model stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p"
@@ -46,12 +48,10 @@ class Reading(NamedTuple):
 
 
 class Prompts:
-    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. ``sure``: of
-    which paths the tokens may be handed on."""
+    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. Any thread."""
 
     def __init__(self, tokenizer: Any = None) -> None:
         self._tokenizer = tokenizer
-        self.sure: set[str] = set()
 
     @classmethod
     def load(cls, path: str, *, trust_remote_code: bool = False) -> "Prompts":
@@ -69,7 +69,8 @@ class Prompts:
 
     @staticmethod
     def trials() -> list[tuple[str, dict[str, Any]]]:
-        """Bodies for a worker's ``/tokenize``, by the path of which they are the trial."""
+        """Bodies for a worker's ``/tokenize``, by the path of which they are the trial. A server
+        that knows ``add_generation_prompt`` there refuses it without a template of the model's."""
         messages = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": _TRIALS[1]},
@@ -77,7 +78,10 @@ class Prompts:
             {"role": "user", "content": _TRIALS[0]},
         ]
         texts = [(GENERATE, {"prompt": text}) for text in _TRIALS]
-        return [*texts, (CHAT, {"messages": messages}), (CHAT, {"messages": messages[1:2]})]
+        chats = [messages, messages[1:2], messages]
+        bodies: list[dict[str, Any]] = [{"messages": chat} for chat in chats]
+        bodies[-1]["add_generation_prompt"] = True
+        return [*texts, *((CHAT, body) for body in bodies)]
 
     def agrees(self, path: str, trial: dict[str, Any], theirs: Any) -> bool:
         """Whether the worker's answer to a trial is what is made of it here."""
@@ -88,12 +92,14 @@ class Prompts:
             return False
         return mine is not None and mine == theirs
 
-    def read(self, path: str, body: Any, header: str | None = None) -> Reading:
-        """``header``: X-KVShare, which the gateway drops; it goes into the body. Never raises: a
-        bad body is the worker's to refuse."""
+    def read(
+        self, path: str, body: Any, header: str | None = None, *, sure: bool = False
+    ) -> Reading:
+        """``header``: X-KVShare, which the gateway drops; it goes into the body. ``sure``: the
+        tokens may be handed on. A body that is no request's is the worker's to refuse: unknown."""
         if not isinstance(body, dict):
             return Reading(None)
-        changed = _with_options(path, body, header)
+        changed = with_options(path, body, header)
         body = changed or body
         try:
             options = parse_options(_custom_params(path, body))
@@ -111,7 +117,7 @@ class Prompts:
             ids = None
         if not ids:
             return Reading(None, namespace, options, changed)
-        if path in self.sure and body.keys() <= _PLAIN[path] and _is_plain(path, body):
+        if sure and path in _PLAIN and body.keys() <= _PLAIN[path] and _is_plain(path, body):
             changed = {**body, "input_ids": ids}
             changed.pop("text", None)
         return Reading(np.array(ids, np.int32), namespace, options, changed)
@@ -120,17 +126,20 @@ class Prompts:
         if self._tokenizer is None:
             return None
         if path == CHAT:
+            # A template may write an image as the text that it came as. None: a call of a tool.
+            contents = [message.get("content") for message in body["messages"]]
+            if not all(one is None or isinstance(one, str) for one in contents):
+                return None
             text = self._tokenizer.apply_chat_template(
                 body["messages"], tokenize=False, add_generation_prompt=True,
                 tools=body.get("tools"),
             )  # fmt: skip
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
         else:
             text = body.get("text" if path == GENERATE else "prompt")
-            if not isinstance(text, str):
-                return None
-            ids = self._tokenizer.encode(text)
-        return list(ids)
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            return None
+        more = {"add_special_tokens": False} if path == CHAT else {}
+        return list(self._tokenizer.encode(text, **more))
 
 
 def _is_ids(ids: Any) -> bool:
@@ -161,7 +170,7 @@ def _custom_params(path: str, body: dict[str, Any]) -> Any:
     return sampling.get("custom_params") if isinstance(sampling, dict) else None
 
 
-def _with_options(path: str, body: dict[str, Any], header: str | None) -> dict[str, Any] | None:
+def with_options(path: str, body: dict[str, Any], header: str | None) -> dict[str, Any] | None:
     """The body with what the header asks for; None where it is as it was. A bad header changes
     nothing, as behind the gateway alone."""
     if header is None:
@@ -171,7 +180,9 @@ def _with_options(path: str, body: dict[str, Any], header: str | None) -> dict[s
     except KVShareError:
         return None
     if path == GENERATE:
-        return {**body, "sampling_params": with_header(body.get("sampling_params"), asked)}
+        old = body.get("sampling_params")
+        new = with_header(old, asked)
+        return None if new is old else {**body, "sampling_params": new}
     # With ``custom_params`` at its top the body is what ``sampling_params`` is elsewhere.
     changed = with_header(body, asked)
     return None if changed is body else changed

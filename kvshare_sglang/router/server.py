@@ -8,7 +8,8 @@ full. A client that goes away ends the request at the gateway.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -20,7 +21,7 @@ from starlette.routing import Mount, Route
 
 from kvshare_sglang.policy.options import HEADER
 from kvshare_sglang.router.brain import Brain, Decision
-from kvshare_sglang.router.prompts import CHAT, GENERATE, PATHS
+from kvshare_sglang.router.prompts import CHAT, GENERATE, OPTION_PATHS, PATHS, Reading
 from kvshare_sglang.router.stream import follow
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,20 @@ logger = logging.getLogger(__name__)
 KEY, SERVED = "x-smg-routing-key", "x-smg-routed-worker-id"
 MOST_BODY = 512 << 20  # bytes, as smg
 MOST_READ = 1 << 16  # bytes of an answer that are held for a client that does not read
+MOST_HEADER = 1 << 16  # bytes of one header of an answer
+LONG = 1 << 14  # bytes of a body that is read in a thread of its own: requests need not wait for it
 PROBES = 20  # keys tried for one worker
 RETRY_S = 2.0
+MOST_RETRY_S = 300.0
 # Of one connection alone, RFC 9110 7.6.1; and what is written anew.
 _OWN = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding"
-    " upgrade proxy-connection host expect".split()
+    b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding"
+    b" upgrade proxy-connection host expect".split()
 )
+# What aiohttp would add by itself.
+_ADDED = ("user-agent", "accept", "accept-encoding", "content-type")
+
+Headers = list[tuple[str, str]]
 
 
 class Settings(NamedTuple):
@@ -47,6 +55,10 @@ class Settings(NamedTuple):
 
 class _Gone(Exception):
     """The client went away."""
+
+
+class _Strange(Exception):
+    """The gateway answers, and names no worker that is known here."""
 
 
 def make_app(brain: Brain, settings: Settings) -> Starlette:
@@ -65,16 +77,22 @@ class Proxy:
     def __init__(self, brain: Brain, settings: Settings) -> None:
         self._brain, self._settings = brain, settings
         self._client: aiohttp.ClientSession
+        self._next: dict[int, tuple[float, float]] = {}  # by worker: not before, and how long then
+        self._missed: set[int] = set()  # doubted, and not to be found so far
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        # As many connections as there are clients, no time limit, no changed bytes: the gateway has
-        # its own limits.
+        # As many connections as there are clients and no time limit: the gateway has its own.
+        # Bodies stay compressed as they are; a cookie is its client's, not the next one's.
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
             auto_decompress=False,
             read_bufsize=MOST_READ,
+            max_line_size=MOST_HEADER,
+            max_field_size=MOST_HEADER,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=_ADDED,
         )
         streams = enumerate(self._settings.streams)
         jobs = [
@@ -82,7 +100,8 @@ class Proxy:
             for n, endpoint in streams
             if endpoint
         ]
-        tasks = [asyncio.create_task(job) for job in (*jobs, self._compare(), self._probe_all())]
+        jobs += [_for_ever(self._compare_all), self._probe_all()]
+        tasks = [asyncio.create_task(job) for job in jobs]
         try:
             yield
         finally:
@@ -98,11 +117,18 @@ class Proxy:
         ``messages``, as a chat. The request does not count as sent. ``routing_key`` null: no key is
         known to lead there."""
         try:
-            body = orjson.loads(await request.body())
+            raw = await _read(request.receive)
+        except _Gone:
+            return Response(status_code=499)
+        if raw is None:
+            message = f"a body of more than {MOST_BODY} bytes"
+            return JSONResponse({"error": message}, status_code=413)
+        asked = request.headers.get(HEADER)
+        try:
+            reading = await _aside(raw, lambda: self._picked(raw, asked))
         except orjson.JSONDecodeError as error:
             return JSONResponse({"error": f"the body is no JSON: {error}"}, status_code=400)
-        path = CHAT if isinstance(body, dict) and "messages" in body else GENERATE
-        decision = self._brain.decide(path, body, request.headers.get(HEADER))
+        decision = self._brain.choose(reading)
         if decision.choice is None:
             return JSONResponse({"error": "the router failed, see its log"}, status_code=500)
         urls, work = self._brain.urls, decision.choice.work
@@ -116,6 +142,11 @@ class Proxy:
                 "routing_key": decision.key,
             }
         )
+
+    def _picked(self, raw: bytes, asked: str | None) -> Reading | None:
+        body = orjson.loads(raw)
+        path = CHAT if isinstance(body, dict) and "messages" in body else GENERATE
+        return self._brain.read(path, body, asked)
 
     async def health(self, request: Request) -> Response:
         """200 where the gateway is healthy, and what is known of each worker."""
@@ -147,17 +178,14 @@ class Proxy:
         if body is None:
             await _error(send, 413, f"a body of more than {MOST_BODY} bytes")
             return
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name.decode("latin-1") not in _OWN
-        }
-        decision = self._decide(scope, headers, body)
+        headers = [(_text(name), _text(value)) for name, value in _passed_on(scope["headers"])]
+        decision = await self._decide(scope, headers, body)
         if decision.body is not None:
-            body = orjson.dumps(decision.body)
-            headers["content-length"] = str(len(body))
+            body = decision.body
+            headers = [pair for pair in headers if pair[0] != "content-length"]
+            headers.append(("content-length", str(len(body))))
         if decision.key is not None:
-            headers[KEY] = decision.key
+            headers.append((KEY, decision.key))
         decision = self._brain.sent(decision)
         pump = asyncio.create_task(self._pump(scope, headers, body, decision, send))
         gone = asyncio.create_task(_wait_gone(receive))
@@ -171,27 +199,46 @@ class Proxy:
             with contextlib.suppress(asyncio.CancelledError, _Gone):
                 await pump
 
-    def _decide(self, scope: Any, headers: Mapping[str, str], body: bytes) -> Decision:
-        """A client that names a key itself, or sends what is no JSON, has its way."""
-        path = scope["path"]
-        if scope["method"] != "POST" or path not in PATHS or KEY in headers:
+    async def _decide(self, scope: Any, headers: Headers, body: bytes) -> Decision:
+        """A client that names a key itself has its way: no worker is named, its options are moved
+        all the same. So has one that sends what is no JSON."""
+        path, given = scope["path"], dict(headers)
+        asked = given.get(HEADER)
+        names = path in PATHS and KEY not in given
+        if scope["method"] not in ("POST", "PUT") or path not in OPTION_PATHS:
             return Decision()
-        try:
+        if not names and asked is None:
+            return Decision()
+
+        def read() -> Reading | None:
             parsed = orjson.loads(body)
+            if names:
+                return self._brain.read(path, parsed, asked)
+            return self._brain.read_options(path, parsed, asked)
+
+        try:
+            reading = await _aside(body, read)
         except orjson.JSONDecodeError:
             return Decision()
-        return self._brain.decide(path, parsed, headers.get(HEADER))
+        return self._brain.choose(reading, names=names)
 
     async def _pump(
-        self, scope: Any, headers: Mapping[str, str], body: bytes, decision: Decision, send: Any
+        self, scope: Any, headers: Headers, body: bytes, decision: Decision, send: Any
     ) -> None:
         query = scope["query_string"].decode("latin-1")
         raw = scope.get("raw_path", b"").decode("latin-1") or scope["path"]
+        if not raw.startswith("/"):  # it would be read as a part of the gateway's own address
+            await _error(send, 400, "the target of a request is a path")
+            return
         url = self._settings.gateway + raw.partition("?")[0] + (f"?{query}" if query else "")
         began = False
         try:
             async with self._client.request(
-                scope["method"], _as_it_is(url), headers=headers, data=body, allow_redirects=False
+                scope["method"],
+                _as_it_is(url),
+                headers=headers,
+                data=body or None,  # of nothing, too, it would tell the length
+                allow_redirects=False,
             ) as reply:
                 self._brain.served(decision, reply.headers.get(SERVED))
                 began = True
@@ -199,11 +246,7 @@ class Proxy:
                     {
                         "type": "http.response.start",
                         "status": reply.status,
-                        "headers": [
-                            (name.lower().encode("latin-1"), value.encode("latin-1"))
-                            for name, value in reply.headers.items()
-                            if name.lower() not in _OWN
-                        ],
+                        "headers": _passed_on(reply.raw_headers),
                     }
                 )
                 async for chunk in reply.content.iter_any():
@@ -220,40 +263,74 @@ class Proxy:
 
     # ---- what it finds out by itself -----------------------------------------------------------
 
-    async def _compare(self) -> None:
-        """Ask a worker how it tokenises: only what comes out alike is handed on as tokens."""
-        for path in (GENERATE, CHAT):
-            trials = [trial for of, trial in self._brain.prompts.trials() if of == path]
-            answers = [await self._ask_any("/tokenize", trial) for trial in trials]
-            if all(
-                isinstance(answer, dict)
-                and self._brain.prompts.agrees(path, trial, answer.get("tokens"))
-                for trial, answer in zip(trials, answers, strict=True)
-            ):
-                self._brain.prompts.sure.add(path)
-            else:
-                logger.warning("%s: the worker tokenises in another way; text is passed on", path)
+    async def _compare_all(self) -> None:
+        """Ask each worker how it tokenises, in each of its lives: only what comes out alike on all
+        of them is handed on as tokens."""
+        workers = range(len(self._brain.urls))
+        left = [n for n in workers if not self._brain.is_compared(n)]
+        await asyncio.gather(*map(self._compare, left))
 
-    async def _ask_any(self, path: str, body: dict[str, Any]) -> Any:
-        """The answer of the first worker that has one; waits for it."""
-        while True:
-            for url in self._brain.urls:
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
-                    limit = aiohttp.ClientTimeout(total=10)
-                    async with self._client.post(url + path, json=body, timeout=limit) as reply:
-                        if reply.status < 500:
-                            return orjson.loads(await reply.read())
-            await asyncio.sleep(RETRY_S)
+    async def _compare(self, worker: int) -> None:
+        """Nothing is learned of a worker that does not answer."""
+        brain, url = self._brain, self._brain.urls[worker]
+        run = brain.index.workers[worker].run
+        trials = brain.prompts.trials()
+        alike = {of for of, _ in trials}
+        try:
+            info = await self._json("GET", f"{url}/server_info")
+            if not _is_of_the_model(info):
+                alike.discard(CHAT)
+            for of, trial in trials:
+                answer = await self._json("POST", f"{url}/tokenize", trial)
+                theirs = answer.get("tokens") if isinstance(answer, dict) else None
+                if not brain.prompts.agrees(of, trial, theirs):
+                    alike.discard(of)
+        except (aiohttp.ClientError, TimeoutError):
+            return
+        for of in {of for of, _ in trials} - alike:
+            logger.warning("%s: %s tokenises in another way; text is passed on", of, url)
+        brain.compared(worker, run, frozenset(alike))
+
+    async def _json(self, method: str, url: str, body: Any = None) -> Any:
+        """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where
+        it does not, or has a fault."""
+        limit = aiohttp.ClientTimeout(total=10)
+        async with self._client.request(method, url, json=body, timeout=limit) as reply:
+            if reply.status >= 500:
+                raise aiohttp.ClientError(f"{url}: {reply.status}")
+            with contextlib.suppress(orjson.JSONDecodeError):
+                return orjson.loads(await reply.read())
+        return None
 
     async def _probe_all(self) -> None:
+        """Until the gateway names workers by ids that are not known here: then nothing could be
+        learned from its answers, ever."""
+        try:
+            await _for_ever(lambda: self._probe_due(time.monotonic()), ends=_Strange)
+        except _Strange as strange:
+            logger.warning(
+                "the gateway names a worker as %s, which is no --worker: keys are not verified, and"
+                " requests may go elsewhere than they are meant to",
+                strange,
+            )
+
+    async def _probe_due(self, now: float) -> None:
         """Try for each worker, and again for each that was passed over, whether its key leads
-        there, as soon as the gateway and it are up."""
+        there, as soon as the gateway and it are up; each time in vain twice as long after."""
         doubted = self._brain.doubted
-        while True:
-            for worker in sorted(doubted):
-                if await self._healthy(self._brain.urls[worker]) and await self._probe(worker):
-                    doubted.discard(worker)
-            await asyncio.sleep(RETRY_S)
+        for worker in sorted(doubted):
+            due, wait = self._next.setdefault(worker, (now, RETRY_S))
+            if now < due or not await self._healthy(self._brain.urls[worker]):
+                self._missed.add(worker)
+            elif await self._probe(worker):
+                doubted.discard(worker)
+                del self._next[worker]
+                if worker in self._missed:  # who stood in for it seemed to have its keys
+                    self._missed.discard(worker)
+                    doubted.update(set(range(len(self._brain.urls))) - {worker})
+            else:
+                self._missed.add(worker)
+                self._next[worker] = now + wait, min(2 * wait, MOST_RETRY_S)
 
     async def _healthy(self, url: str) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -272,7 +349,10 @@ class Proxy:
             return True
         for turn in range(PROBES):
             spare = keys.spare(turn)
-            if await self._asked(spare) != worker:
+            by = await self._asked(spare)
+            if by is None:
+                return False
+            if by != worker:
                 continue
             # The gateway knows it. It may have learned that a moment ago: once more.
             by = await self._asked(named[0]) if named else None
@@ -285,15 +365,67 @@ class Proxy:
         return False
 
     async def _asked(self, key: str) -> int | None:
-        """The worker that a key leads to now."""
+        """The worker that a key leads to now; None: no answer. Raises _Strange, with the id."""
         body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             limit = aiohttp.ClientTimeout(total=60)
             async with self._client.post(
                 self._settings.gateway + GENERATE, json=body, headers={KEY: key}, timeout=limit
             ) as reply:
-                return self._brain.number(reply.headers.get(SERVED))
+                by = self._brain.number(reply.headers.get(SERVED))
+                if by is None and reply.status < 400:
+                    raise _Strange(reply.headers.get(SERVED, "(no id)")[:200])
+                return by
         return None
+
+
+async def _for_ever(
+    step: Callable[[], Awaitable[None]], *, ends: type[Exception] | tuple[()] = ()
+) -> None:
+    """A step now and then, whatever becomes of it; the first of faults in a row is logged."""
+    told = False
+    while True:
+        try:
+            await step()
+            told = False
+        except ends:
+            raise
+        except Exception:
+            if not told:
+                logger.exception("the router goes on without what it could not find out")
+            told = True
+        await asyncio.sleep(RETRY_S)
+
+
+async def _aside(body: bytes, read: Callable[[], Reading | None]) -> Reading | None:
+    """In a thread where it takes long."""
+    return await asyncio.to_thread(read) if len(body) > LONG else read()
+
+
+def _is_of_the_model(info: Any) -> bool:
+    """Whether a server's chats are written by a Jinja template. Named templates of SGLang's bring
+    stop strings with them, which it does not add to a request that comes as tokens."""
+    if not isinstance(info, dict) or "chat_template" not in info:
+        return False
+    name = info["chat_template"]
+    return name is None or (isinstance(name, str) and name.endswith(".jinja"))
+
+
+def _passed_on(pairs: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers without those of one connection, and those that it names as its own. Names in small
+    letters, as ASGI wants them."""
+    pairs = [(name.lower(), value) for name, value in pairs]
+    named = b",".join(value for name, value in pairs if name == b"connection").lower().split(b",")
+    own = _OWN | {one.strip() for one in named}
+    return [(name, value) for name, value in pairs if name not in own]
+
+
+def _text(raw: bytes) -> str:
+    """aiohttp writes headers in UTF-8; what is not comes out in it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _as_it_is(url: str) -> Any:

@@ -6,18 +6,16 @@ import logging
 import time
 from collections.abc import Callable
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from kvshare_sglang import wire
-from kvshare_sglang.errors import KVShareError
 from kvshare_sglang.router.index import SILENT_S, Index
 
 logger = logging.getLogger(__name__)
 
 SLICE = 64  # segments of a snapshot that are taken in at a time, then requests have their turn
-ASK_AGAIN_S = 1.0
+ASK_AGAIN_S = 1.2  # a worker answers once a second
 MOST_UNREAD = 4096  # messages; a worker forgets a router that lets more wait
 
 
@@ -29,8 +27,10 @@ async def follow(
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Until cancelled. What cannot be read is logged, the worker is forgotten and asked anew."""
+    """Until cancelled. What cannot be read is logged, the first time in a row, the worker is
+    forgotten and asked anew."""
     context = zmq.asyncio.Context.instance()
+    told = False
     while True:
         sock = context.socket(zmq.DEALER)
         sock.setsockopt(zmq.LINGER, 0)
@@ -41,8 +41,12 @@ async def follow(
             sock.connect(endpoint)
             await _follow(index, worker, sock, clock)
             index.forget(worker)
-        except (KVShareError, msgspec.MsgspecError, TypeError, ValueError, zmq.ZMQError) as error:
-            logger.warning("stream %s cannot be followed: %s", endpoint, error)
+            told = False
+        except Exception as error:  # whatever a worker says: requests go by load meanwhile
+            if not told:
+                kind = type(error).__name__
+                logger.warning("stream %s cannot be followed: %s: %s", endpoint, kind, error)
+            told = True
             index.forget(worker)
             await asyncio.sleep(ASK_AGAIN_S)
         finally:

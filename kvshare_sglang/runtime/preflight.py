@@ -32,7 +32,7 @@ def check(values: Mapping[str, Any], config: KVShareConfig) -> None:
     """
     check_checkpoint(values)
     if config.stream:
-        wire.check_endpoint(config.stream, wire.token_of(config.stream_token))
+        wire.check_endpoint(config.stream, wire.token_of(config.stream_token_file))
         wire.check_free(config.stream)
     if values.get("max_total_tokens") is not None:
         check_pool(values["max_total_tokens"], config)

@@ -5,8 +5,9 @@
     scheduler thread   fuzzy tree --> Feed --queue--> Publisher thread --> ROUTER socket --> routers
                        (a put of immutable arrays)    (table of segments)
 
-The scheduler never waits. What a slow router has not taken is dropped for it alone; where the
-thread itself is behind, changes are dropped and the whole tree is told anew once it is through.
+The scheduler never waits. A router that does not take what it is told is forgotten, and asks anew;
+where the thread itself is behind, changes are dropped and it reads the whole tree with its next
+beat, beside the running scheduler.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import zmq
 
 from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.errors import ConfigError, TreeError
 from kvshare_sglang.radix_fuzzy.segments import Segment
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_QUEUED = 1 << 16  # changes that wait for the thread
-MOST_UNSENT = 1024  # messages that wait for one router
+MOST_UNSENT = 512  # messages that wait for one router
+MOST_UNSENT_BYTES = 64 << 20  # of them, beside a snapshot
+MOST_BYTES = 256 << 20  # that wait for all routers; a snapshot is told only below, or alone
+LONGEST_WORD = 1024  # bytes of a message of a router's; a handshake has some 300
+SNAPSHOT_S = 1.0  # between two snapshots for one router
 MOST_ROUTERS = 16
 MOST_EVENTS = 1024  # in one message
 POLL_S = 0.02
@@ -71,13 +76,13 @@ Change = _Inserted | _Trimmed | _Whole
 
 class Feed:
     """The scheduler's side: a watcher of the tree. ``changes`` holds ``MOST_QUEUED`` at most; what
-    comes when it is full is lost, and once it is empty again the tree is told as a whole."""
+    comes when it is full is ``lost``, as all is that was before: then the thread takes ``whole``.
+    """
 
     def __init__(self, tree: FuzzyTree, *, most: int = MOST_QUEUED) -> None:
         self.changes: queue.SimpleQueue[Change] = queue.SimpleQueue()
-        self._tree, self._most, self._lost = tree, most, False
+        self._tree, self._most, self.lost = tree, most, True
         tree.watcher = self
-        self._put(self._whole())
 
     def inserted(self, segment: Segment) -> None:
         self._put(_as_change(segment))
@@ -88,21 +93,23 @@ class Feed:
     def cleared(self) -> None:
         self._put(_Whole([]))
 
-    def start_anew(self) -> None:
-        """Tell the whole tree with the next change; asked by the thread."""
-        self._lost = True
-
-    def _whole(self) -> _Whole:
-        return _Whole([_as_change(segment) for segment in self._tree.segments()])
+    def whole(self) -> _Whole:
+        """The tree as it is; for the thread. What changes meanwhile comes as a change too, and may
+        be in it already. The tree changes before it tells, its list of segments is copied in one
+        step, and one that goes is empty before what it hung on changes: so parents are read first.
+        """
+        while not self.changes.empty():
+            self.changes.get()
+        self.lost = False
+        told = map(_as_change, self._tree.segments())
+        return _Whole([one for one in told if len(one.tokens)])
 
     def _put(self, change: Change) -> None:
-        if self._lost:
-            if not self.changes.empty():
-                return
-            self._lost = False
-            change = self._whole()  # the change is in it
-        elif self.changes.qsize() >= self._most:
-            self._lost = True
+        """Called when the tree has changed already."""
+        if self.lost:
+            return
+        if self.changes.qsize() >= self._most:
+            self.lost = True
             logger.warning("KVShare: the stream to the routers is behind; it will start anew")
             return
         self.changes.put(change)
@@ -122,12 +129,19 @@ class Table:
         self.segments: dict[int, wire.Insert] = {}
 
     def apply(self, change: Change) -> list[wire.Insert | wire.Trim | wire.Clear]:
-        """What to tell of a change."""
+        """What to tell of a change; nothing where it is in already (see ``Feed.whole``). Raises
+        TreeError where it cannot be: ids are used again, and all must be read anew."""
         match change:
             case _Inserted():
+                if change.id in self.segments:
+                    if self.segments[change.id] != _as_told(change):
+                        raise TreeError(f"segment {change.id} is here, and is another one")
+                    return []
                 return [self._add(change)]
             case _Trimmed(seg_id, stop):
-                old = self.segments[seg_id]
+                old = self.segments.get(seg_id)
+                if old is None or stop >= old.start + len(old.tokens) // 4:
+                    return []
                 if stop > old.start:
                     kept = old.tokens[: 4 * (stop - old.start)]
                     self.segments[seg_id] = msgspec.structs.replace(old, tokens=kept)
@@ -139,11 +153,14 @@ class Table:
                 return [wire.Clear(), *map(self._add, segments)]
 
     def _add(self, one: _Inserted) -> wire.Insert:
-        (extra_key, salt), weights = one.space
-        space = (_text(extra_key), _text(salt), weights)
-        told = wire.Insert(*one._replace(space=space, tokens=one.tokens.tobytes()))
-        self.segments[one.id] = told
+        told = self.segments[one.id] = _as_told(one)
         return told
+
+
+def _as_told(one: _Inserted) -> wire.Insert:
+    (extra_key, salt), weights = one.space
+    space = (_text(extra_key), _text(salt), weights)
+    return wire.Insert(*one._replace(space=space, tokens=one.tokens.tobytes()))
 
 
 def _text(name: Any) -> str | None:
@@ -179,6 +196,22 @@ class Pace:
             self._since = now, load.rows_done
 
 
+@dataclasses.dataclass(slots=True)
+class _Router:
+    """``end``: when it lapses. ``told``: when it got its last snapshot, and of how many bytes.
+    ``sent``: what ZeroMQ may not have written yet, by size."""
+
+    end: float = 0.0
+    told: float = 0.0
+    whole: int = 0
+    sent: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+
+    def unsent(self) -> int:
+        """Bytes that wait for it."""
+        self.sent = [(tracker, size) for tracker, size in self.sent if not tracker.done]
+        return sum(size for _, size in self.sent)
+
+
 class Publisher(threading.Thread):
     """Owns the socket, from ``__init__`` on, which raises ConfigError where it cannot listen."""
 
@@ -188,20 +221,25 @@ class Publisher(threading.Thread):
         super().__init__(name="kvshare-stream", daemon=True)
         self._feed, self._load = feed, load
         told = dataclasses.asdict(config)
-        del told["stream"], told["stream_token"]
+        del told["stream"], told["stream_token_file"]
         self._run = secrets.randbits(63)
         self._head = wire.Snapshot(self._run, 0, secret, page, told, [])
-        self._table: Table | None = None  # None: waits for the whole tree
+        self._table: Table | None = None  # None: the whole tree must be read
         self._number, self._pace, self._next_beat = 0, Pace(), 0.0
-        self._routers: dict[bytes, float] = {}  # and when each lapses
+        self._routers: dict[bytes, _Router] = {}
+        self._owed: dict[bytes, _Router] = {}  # forgotten, while ZeroMQ holds what it did not take
         self._stopped = threading.Event()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, MOST_UNSENT)
+        self._socket.copy_threshold = (
+            0  # else ZeroMQ would copy what is short, and count it nowhere
+        )
+        self._socket.setsockopt(zmq.MAXMSGSIZE, LONGEST_WORD)  # who says more is cut off
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what cannot be sent is lost unseen
         try:
-            wire.guard(self._socket, wire.token_of(config.stream_token), server=True)
+            wire.guard(self._socket, wire.token_of(config.stream_token_file), server=True)
             wire.bind(self._socket, config.stream)
         except ConfigError:
             self._context.destroy()
@@ -214,8 +252,8 @@ class Publisher(threading.Thread):
             except Exception:  # routers route by load meanwhile; requests must not notice
                 logger.exception("KVShare: the stream to the routers failed; it will start anew")
                 self._table = None
-                self._routers.clear()
-                self._feed.start_anew()
+                for who in list(self._routers):
+                    self._forget(who)
                 self._stopped.wait(1)
         self._socket.close()
         self._context.term()
@@ -233,43 +271,75 @@ class Publisher(threading.Thread):
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + wire.BEAT_S
-            self._routers = {who: end for who, end in self._routers.items() if end > now}
+            for who in [who for who, one in self._routers.items() if one.end <= now]:
+                self._forget(who)
+            self._owed = {who: one for who, one in self._owed.items() if one.unsent()}
+            if self._table is None or self._feed.lost:
+                whole = self._feed.whole()
+                self._table = self._table or Table()
+                self._tell(self._table.apply(whole))
             load = self._load()
             self._pace.note(now, load)
             of = load.weights, load.running, load.waiting, load.rows, self._pace.rows_per_s
-            self._send(wire.Beat(self._run, self._number, *of))
+            self._send(wire.encode(wire.Beat(self._run, self._number, *of)))
 
     def _answer(self, who: bytes, what: bytes) -> None:
-        known = who in self._routers
-        if what == wire.SNAPSHOT and self._table and (known or len(self._routers) < MOST_ROUTERS):
-            segments = list(self._table.segments.values())
-            self._routers[who] = 0.0
+        now = time.monotonic()
+        if what == wire.SNAPSHOT and self._may_have_all(who, now):
+            segments = list(self._table.segments.values()) if self._table else []
             whole = msgspec.structs.replace(self._head, number=self._number, segments=segments)
-            self._send(whole, who)
-            known = who in self._routers
-        if known:
-            self._routers[who] = time.monotonic() + wire.LAPSE_S
+            data = wire.encode(whole)
+            if self._held() + len(data) <= max(MOST_BYTES, len(data)):
+                self._routers[who] = _Router(told=now, whole=len(data))
+                self._send(data, who)
+        if one := self._routers.get(who):
+            one.end = now + wire.LAPSE_S
+
+    def _may_have_all(self, who: bytes, now: float) -> bool:
+        """Not who has not taken the last one, nor who has had it a moment ago: it asks again."""
+        if self._table is None or who in self._owed:
+            return False
+        if one := self._routers.get(who):
+            return now - one.told >= SNAPSHOT_S and not one.unsent()
+        return len(self._routers) < MOST_ROUTERS
+
+    def _held(self) -> int:
+        return sum(one.unsent() for one in (*self._routers.values(), *self._owed.values()))
+
+    def _forget(self, who: bytes) -> None:
+        one = self._routers.pop(who)
+        if one.unsent():
+            self._owed[who] = one
 
     def _send_changes(self) -> None:
+        """Before the tree was read there are none; what is told then is in it."""
         events: list[wire.Insert | wire.Trim | wire.Clear] = []
-        for _ in range(self._feed.changes.qsize()):
-            change = self._feed.changes.get()
-            if self._table is None and not isinstance(change, _Whole):
-                continue
-            self._table = self._table or Table()
-            events += self._table.apply(change)
+        if self._table is not None:
+            for _ in range(self._feed.changes.qsize()):
+                events += self._table.apply(self._feed.changes.get())
+        self._tell(events)
+
+    def _tell(self, events: list[wire.Insert | wire.Trim | wire.Clear]) -> None:
         for at in range(0, len(events), MOST_EVENTS):
             self._number += 1
-            self._send(wire.Changes(self._run, self._number, events[at : at + MOST_EVENTS]))
+            changes = wire.Changes(self._run, self._number, events[at : at + MOST_EVENTS])
+            self._send(wire.encode(changes))
 
-    def _send(self, message: wire.Message, who: bytes | None = None) -> None:
+    def _send(self, data: bytes, who: bytes | None = None) -> None:
         """To one router, or to all; one that does not take it is forgotten, and will ask again."""
-        data = wire.encode(message)
-        for one in [who] if who is not None else list(self._routers):
+        for name in [who] if who is not None else list(self._routers):
+            one = self._routers[name]
+            if one.unsent() > one.whole + MOST_UNSENT_BYTES:
+                self._forget(name)
+                continue
             try:
-                self._socket.send_multipart([one, data], zmq.NOBLOCK)
+                # Not copied: all routers share it, and the tracker says when it has gone out.
+                parts = [name, data]
+                tracker = self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False, track=True)
+                if tracker and not tracker.done:
+                    one.sent.append((tracker, len(data)))
             except zmq.ZMQError:  # it is gone, or MOST_UNSENT wait for it
-                del self._routers[one]
+                self._forget(name)
 
 
 # ---- in a server ----------------------------------------------------------------------------

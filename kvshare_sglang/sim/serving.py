@@ -80,7 +80,8 @@ class StepCosts(NamedTuple):
     """Seconds of a prefill step: ``step + row * rows + pair * pairs + copy * copied + request *
     requests``, and of a decode step: ``decode_step + decode_request * requests``. ``pairs`` are
     rows times what each attends to; ``overhead`` is what a request takes outside its steps (tokens
-    in, tokens out), during which others are served."""
+    in, tokens out). Here the overheads of any number of requests pass side by side; a real server
+    tokenises one after the other, which shows only under load."""
 
     step: float = 0.004
     row: float = 0.0004

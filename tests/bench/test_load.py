@@ -214,6 +214,17 @@ def test_ratios_are_to_the_first_in_the_same_repeat():
     assert "0.25 (0.25 to 0.25)" in summary.show(["plain", "ours"], [first, second])
 
 
+def test_what_failed_stands_beside_the_ratios_that_leave_it_out():
+    tokens = {**dict.fromkeys(KINDS, 0), "fresh": 10}
+    good = [Outcome(i, i * 1.0, 0.0, 1.0, 10.0, tokens, 1) for i in range(4)]
+    lost = [*good[:2], *(one._replace(error="lost") for one in good[2:])]
+    runs = [[summary.figures(its)] for its in (good, lost)]
+    _, ratios = summary.show(["plain", "ours"], summary.over_repeats(runs)).split("\n\n")
+    plain, ours = ratios.splitlines()[-2:]
+    assert "0 of 4" in plain
+    assert "2 of 4" in ours
+
+
 @given(OUTCOMES)
 def test_the_queue_holds_who_is_due_and_has_no_token(run):
     times, counts = summary.waiting_over_time(run)

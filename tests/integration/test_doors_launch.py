@@ -1,7 +1,10 @@
 """Every way to start: ``--kvshare`` works there, or one line says why not; none runs without."""
 
+import contextlib
 import dataclasses
 import json
+import logging
+import os
 import site
 import socket
 import subprocess
@@ -97,6 +100,39 @@ def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> N
         assert line.startswith("error: ")
         assert expected in line
         assert "\n" not in line
+
+
+def tell_of_itself(argv: list[str], token: str) -> None:
+    """All that SGLang can say of how it was started: settings, command line, ours; and the log."""
+    logging.basicConfig(level="DEBUG")
+    os.environ["KVSHARE_STREAM_TOKEN"] = token
+    sys.argv = ["sglang.launch_server", *argv]
+    start_each([argv])
+    from sglang.srt.server_args import prepare_server_args
+
+    args = prepare_server_args(argv)
+    print(vars(args), args, sys.argv, getattr(args, "launch_command", ""))
+    with contextlib.suppress(ImportError):  # SGLang 0.5.22 on
+        from sglang.srt.utils.common import build_server_info
+
+        print(json.dumps(build_server_info(args, {}), default=str))
+
+
+def test_the_token_of_the_stream_is_told_nowhere(model: Path, tmp_path: Path) -> None:
+    secret = "the-token-that-nobody-may-see"
+    (tmp_path / "token").write_text(secret)
+    argv = ["--model-path", str(model), "--device", "cpu", "--kvshare"]
+    argv += ["--kvshare-stream", "tcp://0.0.0.0:45991"]
+    for given in ([], ["--kvshare-stream-token-file", str(tmp_path / "token")]):
+        done = forked(tell_of_itself, [*argv, *given], "" if given else secret)
+        assert done.returncode == 0, done.said[-3000:]
+        assert "STARTED" in done.said
+        assert "tcp://0.0.0.0:45991" in done.said
+        assert secret not in done.said
+    # Not by value: who tries is told no, and not what was given.
+    done = forked(start_each, [[*argv, "--kvshare-stream-token", secret]])
+    assert "error: --kvshare-stream-token-file must be" in done.said
+    assert secret not in done.said
 
 
 def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> None:

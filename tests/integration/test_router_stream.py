@@ -25,12 +25,13 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def worker(llama: Path, endpoint: str) -> Iterator[Lab]:
+def worker(llama: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    token = tmp_path_factory.mktemp("token") / "file"
+    token.write_text(TOKEN)
     # A pool so small that text is evicted, and chunks, so that prompts come in pieces.
     settings = {"max_total_tokens": 3000, "chunked_prefill_size": 512}
-    with lab(
-        llama, kvshare=True, kvshare_stream=endpoint, kvshare_stream_token=TOKEN, **settings
-    ) as it:
+    stream = {"kvshare_stream": endpoint, "kvshare_stream_token_file": str(token)}
+    with lab(llama, kvshare=True, **stream, **settings) as it:
         it.flush()  # the event loop has run: what it starts is there
         yield it
 

@@ -19,6 +19,7 @@ class Told:
         self.tree = FuzzyTree(secret=secret)
         self.feed = Feed(self.tree, most=most)
         self.table = Table()
+        self.table.apply(self.feed.whole())
         self.number = 0
 
     def insert(self, space: Any, tokens: Any, **more: Any) -> Any:
@@ -28,11 +29,16 @@ class Told:
     def changes(self) -> list[wire.Changes]:
         """What was told since the last call, one message a change."""
         out = []
+        if self.feed.lost:
+            self._tell(self.feed.whole(), out)
         while not self.feed.changes.empty():
-            self.number += 1
-            events = self.table.apply(self.feed.changes.get())
-            out.append(wire.decode(wire.encode(wire.Changes(1, self.number, events))))
+            self._tell(self.feed.changes.get(), out)
         return out
+
+    def _tell(self, change: Any, out: list[wire.Changes]) -> None:
+        self.number += 1
+        events = self.table.apply(change)
+        out.append(wire.decode(wire.encode(wire.Changes(1, self.number, events))))
 
     def snapshot(self, **config: Any) -> wire.Snapshot:
         segments = list(self.table.segments.values())

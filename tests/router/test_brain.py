@@ -8,7 +8,7 @@ from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, Prompts
+from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_TEXT, Prompts
 
 URLS = ["http://a:1", "http://b:2", "http://c:3"]
 
@@ -95,6 +95,49 @@ def test_a_body_that_cannot_be_read_is_handed_on(path, body):
     assert reading.body is None
 
 
+class Letters:
+    """A tokenizer that remembers how much it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def encode(self, text, add_special_tokens=True):
+        self.given.append(len(text))
+        return list(text.encode())
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(str(message) for message in messages)
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}]
+LONG = "x" * (MOST_TEXT + 1)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "known"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}, CALL]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": LONG}]}, False),
+        (CHAT, {"messages": [{**CALL, "tool_calls": LONG}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": 7}]}, False),
+        (GENERATE, {"text": LONG}, False),
+        (GENERATE, {"text": LONG[1:]}, True),
+        (COMPLETIONS, {"prompt": LONG}, False),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, False),
+    ],
+)
+def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
+    tokenizer = Letters()
+    reading = Prompts(tokenizer).read(path, body, sure=True)
+    assert (reading.tokens is not None) == known
+    assert bool(tokenizer.given) == known
+    if not known:
+        assert reading.body is None
+
+
 @pytest.mark.parametrize(
     "text", ["a:1", "ftp://a:1", "http://a", "http://a:x", "http://:1", "http://a:1/path", ""]
 )
@@ -108,7 +151,10 @@ def test_a_worker_that_is_no_address_is_refused(text):
     [
         (["--worker", "http://a:1"], "--gateway must be given"),
         (["--worker", "x", "--gateway", "http://g:1"], "--worker must be"),
-        (["--worker", "http://a:1=tcp://10.0.0.1:5", "--gateway", "http://g:1"], "without"),
+        (["--worker", "http://a:1=tcp://10.0.0.1:5", "--gateway", "http://g:1"],
+         "without --stream-token-file (or KVSHARE_STREAM_TOKEN)"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--stream-token-file", "s3cret"],
+         "--stream-token-file must be"),
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
@@ -122,6 +168,7 @@ def test_a_bad_start_ends_with_one_line(words, said, capsys, monkeypatch):
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert said in told
+    assert "s3cret" not in told
 
 
 @pytest.mark.parametrize(
@@ -133,6 +180,11 @@ def test_a_bad_start_ends_with_one_line(words, said, capsys, monkeypatch):
         ("tcp://[::1]:5555", "", True),
         ("tcp://0.0.0.0:5555", "", False),
         ("tcp://*:5555", "", False),
+        ("tcp://127.evil.example:5555", "", False),
+        ("tcp://127.1.2.3:5555", "", True),
+        ("tcp://[::]:5555", "", False),
+        ("ipc://@name", "", False),
+        ("ipc://@name", "x" * 16, True),
         ("tcp://10.0.0.1:5555", "", False),
         ("tcp://10.0.0.1:5555", "x" * 16, True),
         ("tcp://10.0.0.1:5555", "short", False),
@@ -152,7 +204,13 @@ def test_a_stream_that_others_can_reach_needs_a_token(endpoint, token, good):
     assert "short" not in str(caught.value)
 
 
-def test_the_token_given_comes_before_that_of_the_environment():
-    assert wire.token_of("a", {wire.TOKEN_ENV: "b"}) == "a"
+def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
+    (tmp_path / "a").write_text(" a\n")
+    (tmp_path / "empty").write_text("\n")
+    assert wire.token_of(str(tmp_path / "a"), {wire.TOKEN_ENV: "b"}) == "a"
     assert wire.token_of("", {wire.TOKEN_ENV: "b"}) == "b"
     assert wire.token_of("", {}) == ""
+    for bad in (str(tmp_path / "empty"), str(tmp_path), "not-a-file-but-the-token", "\0"):
+        with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
+            wire.token_of(bad, {wire.TOKEN_ENV: "b"})
+        assert bad not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -96,11 +97,28 @@ def test_changes_are_followed_and_a_gap_brings_a_new_snapshot(tmp_path, monkeypa
     following(tmp_path, monkeypatch, story)
 
 
-@pytest.mark.parametrize("bad", [b"", b"\x93garbage", wire.encode(["snapshot", 1]), b"\xc0" * 99])
+def bad_snapshot(secret=0, page=1, config=None, **fields):
+    named = dict(zip(insert(1).__struct_fields__, msgspec.structs.astuple(insert(1)), strict=True))
+    segment = ["insert", *({**named, **fields}.values())]
+    return wire.encode(["snapshot", 1, 1, secret, page, config or {}, [segment]])
+
+
+BAD = [
+    *(b"", b"\x93garbage", wire.encode(["snapshot", 1]), b"\xc0" * 99),
+    *(bad_snapshot(tokens=b"abc"), bad_snapshot(start=2**63), bad_snapshot(depth=40_000)),
+    *(bad_snapshot(id=-1, parent=-1), bad_snapshot(page=0), bad_snapshot(context=-1)),
+    *(bad_snapshot(start=-5), bad_snapshot(secret=-(2**63)), bad_snapshot(config={"new": 1})),
+    bad_snapshot(near=2**64 - 1, context=2**64 - 1, start=1),
+]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_read_is_asked_for_again(tmp_path, monkeypatch, bad):
     async def story(worker, held, endpoint):
         worker.segments = [insert(1), insert(2)]
         await worker.say(bad)
+        await worker.change(insert(9), skip=1)  # where it was not bad enough
+        await worker.beat()
         await held(100)
         await worker.stop()
 
@@ -130,3 +148,28 @@ def test_a_configuration_that_is_none_of_ours_is_no_reason_to_stop(tmp_path, mon
         await worker.stop()
 
     following(tmp_path, monkeypatch, story)
+
+
+def test_any_fault_of_the_index_is_logged_once_and_followed_again(tmp_path, monkeypatch, caplog):
+    class Odd(Exception):
+        pass
+
+    real, left = Index.hear, [3]
+
+    def hear(self, *args):
+        if left[0]:
+            left[0] -= 1
+            raise Odd("planned")
+        return real(self, *args)
+
+    async def story(worker, held, endpoint):
+        monkeypatch.setattr(Index, "hear", hear)
+        worker.segments = [insert(1), insert(2)]
+        await worker.change(insert(3))
+        while left[0]:
+            await asyncio.sleep(0.01)
+        await held(100)
+        await worker.stop()
+
+    following(tmp_path, monkeypatch, story)
+    assert caplog.text.count("planned") == 1

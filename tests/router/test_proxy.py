@@ -4,18 +4,20 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 
 import aiohttp
 import numpy as np
 import pytest
 import uvicorn
 from aiohttp import web
+from multidict import CIMultiDict
 
 from kvshare_sglang import wire
 from kvshare_sglang.router import server
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, GENERATE, Prompts
+from kvshare_sglang.router.prompts import CHAT, GENERATE, OPTION_PATHS, Prompts
 from kvshare_sglang.router.ring import Ring
 from kvshare_sglang.router.server import Settings, make_app
 
@@ -37,7 +39,7 @@ class Gateway:
         self.seen, self.answer, self.same_tokens = [], self._echo, same_tokens
         self.ended = asyncio.Event()
         self.urls, self.spelling = [], ""  # of the URLs on its ring
-        self.down = set()
+        self.down, self.template, self.probes = set(), None, 0
 
     async def handle(self, request):
         body = await request.read()
@@ -45,10 +47,13 @@ class Gateway:
             asked = json.loads(body)
             text = asked.get("prompt") or Bytes().apply_chat_template(asked["messages"])
             return web.json_response({"tokens": list(text.encode())[not self.same_tokens :]})
+        if request.path == "/server_info":
+            return web.json_response({"chat_template": self.template})
         if request.path == "/health":
             return web.Response()
         key = request.headers.get("x-smg-routing-key")
         if body == PROBE:
+            self.probes += 1
             return web.Response(headers=self.served(key))
         self.seen.append((request, body))
         return await self.answer(request)
@@ -65,7 +70,7 @@ PROBE = json.dumps({"input_ids": [1], "sampling_params": {"max_new_tokens": 1}})
 
 
 @contextlib.asynccontextmanager
-async def running(gateway, prompts=None):
+async def running(gateway, prompts=None, *, host="127.0.0.1"):
     """The gateway, twice (two workers), and a router before it; the router's URL and its brain."""
     runner = web.AppRunner(_app(gateway), handler_cancellation=True)
     await runner.setup()
@@ -75,7 +80,7 @@ async def running(gateway, prompts=None):
         await web.SockSite(runner, sock).start()
     gateway.urls = urls[:2]
     brain = Brain(urls[:2], prompts or Prompts(Bytes()), Metrics())
-    app = make_app(brain, Settings(urls[0], ("", "")))
+    app = make_app(brain, Settings(urls[0].replace("127.0.0.1", host), ("", "")))
     it = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     task = asyncio.create_task(it.serve(sockets=[socks[2]]))
     try:
@@ -126,11 +131,8 @@ def test_text_becomes_tokens_where_the_workers_tokenise_alike_and_only_there():
     async def run(same):
         gateway = Gateway(same_tokens=same)
         async with running(gateway) as (client, url, brain):
-            if same:
-                await until(lambda: brain.prompts.sure == {GENERATE, CHAT})
-            else:
-                await asyncio.sleep(0.3)
-                assert not brain.prompts.sure
+            await until(lambda: all(map(brain.is_compared, (0, 1))))
+            assert brain.sure() == ({GENERATE, CHAT} if same else set())
             turn = {"role": "user", "content": "hi"}
             bodies = [
                 (GENERATE, {"text": "hello", "stream": True}),
@@ -153,6 +155,226 @@ def test_text_becomes_tokens_where_the_workers_tokenise_alike_and_only_there():
 
     asyncio.run(run(True))
     asyncio.run(run(False))
+
+
+async def asked(url, lines):
+    """What comes back to a request of these lines: status line, headers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    writer.write(b"\r\n".join([*lines, b"connection: close", b"", b""]))
+    answer = await reader.read()
+    writer.close()
+    status, *pairs = answer.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    return status, pairs
+
+
+def test_headers_pass_as_they_are_both_ways_and_a_cookie_stays_its_clients():
+    async def run():
+        gateway = Gateway()
+        came = [("set-cookie", "a=tenant-a"), ("set-cookie", "b=2"), ("x-long", "y" * 9000)]
+        came.append(("x-text", "gr\u00fc\u00dfe \u4e2d"))
+
+        async def cookies(request):
+            return web.Response(body=b"", headers=CIMultiDict([*came, ("date", "d")]))
+
+        gateway.answer = cookies
+        # A cookie jar keeps nothing of a host that is a number.
+        async with running(gateway, host="localhost") as (_, url, _):
+            sent = [b"x-twice: 1", b"x-twice: 2", "x-text: \u4e2d".encode(), b"cookie: mine=1"]
+            for pairs in (sent, [b"x-other: 1"]):
+                _, got = await asked(url, [b"GET /x HTTP/1.1", b"host: me", *pairs])
+                got = [pair for pair in got if not pair.startswith((b"content-type", b"server"))]
+                told = [f"{name}: {value}".encode() for name, value in [*came, ("date", "d")]]
+                assert [one for one in got if one in told] == told
+                assert sum(one.startswith(b"set-cookie") for one in got) == 2
+                request, _ = gateway.seen[-1]
+                arrived = [name.lower() + b": " + value for name, value in request.raw_headers]
+                assert [one for one in arrived if not one.startswith(b"host:")] == pairs
+
+    asyncio.run(run())
+
+
+def test_a_target_that_is_no_path_goes_nowhere():
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (_, url, _):
+            # The last would make the gateway's address a user's name before another address.
+            there = gateway.urls[1].removeprefix("http://").encode()
+            for target in (b"@%b/x", b"x@%b/", b"%%2Fx@%b/"):
+                line = b"GET " + target % there + b" HTTP/1.1"
+                status, _ = await asked(url, [line, b"host: me"])
+                assert status.split()[1] in (b"400", b"404")
+            assert not gateway.seen
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("template", ["chatml", "/a/file.json", 7])
+def test_a_chat_stays_text_where_a_named_template_brings_stop_strings(template):
+    """Tokens alike are not enough: what SGLang adds to a request of such a template is lost."""
+
+    async def run():
+        gateway = Gateway()
+        gateway.template = template
+        async with running(gateway) as (client, url, brain):
+            await until(lambda: all(map(brain.is_compared, (0, 1))))
+            assert brain.sure() == {GENERATE}
+            body = {"messages": [{"role": "user", "content": "hi"}]}
+            async with client.post(url + CHAT, json=body):
+                pass
+            assert json.loads(gateway.seen[-1][1]) == body
+
+    asyncio.run(run())
+
+
+def test_no_tokens_are_handed_on_before_every_worker_was_asked_in_its_newest_life(monkeypatch):
+    monkeypatch.setattr(server, "RETRY_S", 0.02)
+
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (_, _, brain):
+            await until(lambda: brain.sure() == {GENERATE, CHAT})
+            gateway.same_tokens = False
+            brain.index.begin(1, wire.Snapshot(7, 1, 0, 1, {}, []))
+            assert not brain.sure()  # at once
+            await until(lambda: brain.is_compared(1))
+            assert not brain.sure()
+            gateway.same_tokens = True
+            brain.index.forget(1)
+            brain.index.begin(1, wire.Snapshot(7, 9, 0, 1, {}, []))  # the same life
+            await asyncio.sleep(0.1)
+            assert not brain.sure()
+            brain.index.begin(1, wire.Snapshot(8, 1, 0, 1, {}, []))
+            await until(lambda: brain.sure() == {GENERATE, CHAT})
+
+    asyncio.run(run())
+
+
+def test_while_a_long_text_is_tokenised_others_are_served():
+    async def run():
+        gateway, begun, go_on = Gateway(), threading.Event(), threading.Event()
+
+        class Slow(Bytes):
+            def encode(self, text, add_special_tokens=True):
+                if len(text) > 20_000:
+                    begun.set()
+                    assert go_on.wait(15)
+                return super().encode(text)
+
+        async with running(gateway, Prompts(Slow())) as (client, url, _):
+            long = {"text": "x" * 30_000}
+            first = asyncio.create_task(client.post(url + GENERATE, json=long))
+            picked = asyncio.create_task(client.post(url + "/pick", json=long))
+            await until(begun.is_set)
+            async with client.post(url + GENERATE, json={"text": "short"}) as reply:
+                assert reply.status == 418
+            assert not first.done()
+            assert not picked.done()
+            go_on.set()
+            (await first).close()
+            (await picked).close()
+
+    asyncio.run(run())
+
+
+def test_options_of_a_header_are_moved_whoever_chooses_the_worker():
+    async def run():
+        gateway = Gateway()
+        own = {"x-kvshare": "exact", "x-smg-routing-key": "mine"}
+        async with running(gateway) as (client, url, _):
+            for path in OPTION_PATHS:
+                body = {"input_ids": [1]}
+                for headers in (own, {"x-kvshare": "exact"}):
+                    async with client.post(url + path, json=body, headers=headers):
+                        pass
+                    request, got = gateway.seen[-1]
+                    params = {"custom_params": {"kvshare": "exact"}}
+                    if path == GENERATE:
+                        params = {"sampling_params": params}
+                    assert json.loads(got) == {**body, **params}
+                    if headers is own:
+                        assert request.headers.getall("x-smg-routing-key") == ["mine"]
+            async with client.post(url + "/v1/other", json=body, headers=own):
+                pass
+            assert json.loads(gateway.seen[-1][1]) == body
+
+    asyncio.run(run())
+
+
+def test_what_can_be_read_and_not_written_goes_on_as_it_came():
+    async def run():
+        gateway = Gateway()
+        deep = b'{"input_ids":[1],"a":' + b"[" * 300 + b"]" * 300 + b"}"
+        async with running(gateway) as (client, url, brain):
+            async with client.post(url + GENERATE, data=deep, headers={"x-kvshare": "exact"}) as it:
+                assert it.status == 418
+            assert gateway.seen[-1][1] == deep
+            assert b'decisions_total{by="fault"} 1.0' in brain.metrics.page()
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_too_long_is_refused_at_pick_too(monkeypatch):
+    monkeypatch.setattr(server, "MOST_BODY", 100)
+
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (client, url, _):
+            for path in ("/pick", GENERATE, "/x"):
+                async with client.post(url + path, data=b"x" * 101) as reply:
+                    assert reply.status == 413
+            assert not gateway.seen
+
+    asyncio.run(run())
+
+
+def test_a_gateway_that_names_workers_otherwise_is_asked_once(monkeypatch, caplog):
+    monkeypatch.setattr(server, "RETRY_S", 0.01)
+
+    async def run():
+        gateway = Gateway()
+        gateway.served = lambda key: {"x-smg-routed-worker-id": "http://elsewhere:1"}
+        async with running(gateway):
+            await until(lambda: "http://elsewhere:1" in caplog.text)
+            await asyncio.sleep(0.2)
+            assert gateway.probes == 1
+        assert caplog.text.count("http://elsewhere:1") == 1
+
+    asyncio.run(run())
+
+
+def test_a_key_that_leads_nowhere_is_tried_ever_more_rarely():
+    brain = Brain(["http://a:1", "http://b:1"], Prompts(), Metrics())
+    proxy = server.Proxy(brain, Settings("", ()))
+    times = {0: [], 1: []}
+
+    async def healthy(url):
+        return True
+
+    async def probe(worker):
+        times[worker].append(now)
+        return worker == 1
+
+    proxy._healthy, proxy._probe = healthy, probe
+    for now in range(0, 3600, 2):
+        asyncio.run(proxy._probe_due(now))
+    assert times[1] == [0]
+    gaps = np.diff(times[0])
+    assert gaps[:5].tolist() == [2, 4, 8, 16, 32]
+    assert gaps.max() <= server.MOST_RETRY_S + 2
+    assert gaps.min() >= 2
+
+
+def test_a_task_that_fails_goes_on_and_says_so_once_for_faults_in_a_row(monkeypatch, caplog):
+    monkeypatch.setattr(server, "RETRY_S", 0)
+    fates = iter([ValueError("planned"), KeyError("more"), None, OSError("again"), EOFError()])
+
+    async def step():
+        if fate := next(fates):
+            raise fate
+
+    with pytest.raises(EOFError):
+        asyncio.run(server._for_ever(step, ends=EOFError))
+    assert [record.exc_info[0] for record in caplog.records] == [ValueError, OSError]
 
 
 def test_the_key_leads_to_the_worker_that_was_picked():

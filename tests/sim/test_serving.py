@@ -1,5 +1,8 @@
 """Simulated servers obey the laws of queues, and hold what the real index would find."""
 
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -294,6 +297,48 @@ def test_costs_are_found_again_in_what_they_made(true, seed):
     assert got == pytest.approx(true, rel=1e-4, abs=1e-6)
     assert left < 1e-6
     assert (costs.decode_step, costs.decode_request) == pytest.approx((0.25, 0.25))
+
+
+class KnownServer:
+    """Answers as a server of known costs would: alone, or in a burst, in the order they come."""
+
+    TRUE = np.array([0.02, 0.03, 0.0004, 2e-8, 4e-5, 0.004])
+    spec = SimpleNamespace(name="known")
+
+    def __init__(self, most):
+        self.most, self.came, self.lock = most, 0, threading.Lock()
+
+    def flush(self):
+        self.came = 0
+
+    def ask(self, ids):
+        with self.lock:
+            self.came += 1
+            burst = self.came if len(ids) == calibrate.SHORT else 1
+        moved = len(ids) - 48 in calibrate.LENGTHS
+        copied = len(ids) * 4 // 5 if moved else 0
+        run = len(ids) - copied
+        steps = calibrate.steps_of(burst, most=self.most)
+        pairs = run * (len(ids) - run / 2)
+        done = np.array([1, steps, burst * run, burst * pairs, copied, burst])
+        return SimpleNamespace(ttft_s=done @ self.TRUE, kvshare={"copied_tokens": copied})
+
+
+@pytest.mark.parametrize("most", [8, 64])
+def test_what_is_measured_tells_the_costs_apart_also_where_times_are_noisy(most):
+    server = KnownServer(most)
+    samples = calibrate.measure(server, vocab=99, chunk=2048, most=most, reuse=True, repeats=1)
+    costs, _ = calibrate.fit(samples, {1: 0.1})
+    got = (costs.overhead, costs.step, costs.row, costs.pair, costs.copy, costs.request)
+    assert got == pytest.approx(server.TRUE, rel=1e-6)
+    # The variance of least squares, sigma**2 / (A'A): relative to each cost, at 3% of noise.
+    done = np.array([[1.0, *one[1:]] for one in samples]) * server.TRUE
+    done /= done.sum(axis=1, keepdims=True)
+    deviation = 0.03 * np.sqrt(np.diag(np.linalg.inv(done.T @ done)))
+    overhead, step, *_, request = deviation
+    assert overhead < 0.3
+    assert step < 0.25
+    assert request < 0.6
 
 
 @given(st.integers(0, 200))

@@ -133,9 +133,15 @@ def show(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     ]
     head = ["seconds to the first token", "mean", "p50", "p99", "longest", "requests/s",
             "tokens/s", "behind s", "failed", *KINDS]  # fmt: skip
+    # A failed request is in no time: a configuration must not look fast by what it lost.
     ratios = [
-        [name, *(times(row, part) for part in COMPARED)]
+        [
+            name,
+            *(times(row, part) for part in COMPARED),
+            f"{row['failed']:g} of {row['requests']:g}",
+        ]
         for name, row in zip(names, rows, strict=True)
     ]
-    second = [f"times {names[0]}'s", "mean", "p50", "p99", "longest", "requests/s", "tokens/s"]
+    second = [f"times {names[0]}'s", "mean", "p50", "p99", "longest", "requests/s", "tokens/s",
+              "failed"]  # fmt: skip
     return f"{common.table(head, plain)}\n\n{common.table(second, ratios)}"

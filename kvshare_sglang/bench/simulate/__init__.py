@@ -202,10 +202,12 @@ def calibrated(args: argparse.Namespace, one: Configuration, model: models.Model
 def measured(
     args: argparse.Namespace, server: Any, model: models.Model, *, reuse: bool
 ) -> dict[str, Any]:
+    most = args.max_running or 8
     samples = calibrate.measure(
-        server, vocab=model.vocab_size, chunk=args.chunk, reuse=reuse, repeats=args.samples
-    )
-    decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=args.max_running or 8)
+        server, vocab=model.vocab_size, chunk=args.chunk, most=most, reuse=reuse,
+        repeats=args.samples,
+    )  # fmt: skip
+    decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=most)
     costs, left = calibrate.fit(samples, decode)
     return {
         "costs": costs._asdict(), "error": left, "decode_s": decode,

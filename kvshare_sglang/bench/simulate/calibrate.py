@@ -17,7 +17,7 @@ from kvshare_sglang.bench.server import Answer, Server
 from kvshare_sglang.sim.serving import StepCosts
 
 LENGTHS = (32, 128, 384, 768, 1280, 1792)
-BURSTS = (4, 8)
+BURSTS = (2, 4, 8, 16)  # one size alone cannot tell a step, a request and the overhead apart
 SHORT = 96  # tokens of each prompt of a burst
 DECODED = 24
 
@@ -33,9 +33,11 @@ class Sample(NamedTuple):
     requests: int
 
 
-def measure(server: Server, *, vocab: int, chunk: int, reuse: bool, repeats: int) -> list[Sample]:
+def measure(
+    server: Server, *, vocab: int, chunk: int, most: int, reuse: bool, repeats: int
+) -> list[Sample]:
     """Prompts alone, new and (with ``reuse``) moved, then several at once: a sample for each, of
-    ``repeats`` the one with the median time."""
+    ``repeats`` the one with the median time. ``most``: requests that the server runs together."""
     rng = np.random.default_rng(0)
     lengths = [n for n in LENGTHS if n <= chunk]
     found: list[list[Sample]] = []
@@ -66,10 +68,20 @@ def measure(server: Server, *, vocab: int, chunk: int, reuse: bool, repeats: int
                 many = [text(SHORT) for _ in range(burst)]
                 with ThreadPoolExecutor(burst) as pool:
                     answers = list(pool.map(server.ask, many))
-                # The first to come is served alone, the others meanwhile wait and go together.
-                samples.append(_sample(answers, [SHORT] * burst, reuse=reuse, steps=2))
+                steps = steps_of(burst, most=min(most, max(chunk // SHORT, 1)))
+                samples.append(_sample(answers, [SHORT] * burst, reuse=reuse, steps=steps))
                 bar.update()
     return [sorted(alike)[(len(alike) - 1) // 2] for alike in zip(*found, strict=True)]
+
+
+def steps_of(burst: int, *, most: int) -> int:
+    """Prefill steps of requests that come at once: the first to come is served alone, the others
+    wait meanwhile and go together, ``most`` in a step.
+
+    >>> [steps_of(n, most=8) for n in (1, 2, 9, 10, 16)]
+    [1, 2, 2, 3, 3]
+    """
+    return 1 + -(-(burst - 1) // most)
 
 
 def _sample(
