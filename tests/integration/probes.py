@@ -157,7 +157,8 @@ def break_order(child: Any) -> None:
 def note_prefill(child: Any) -> None:
     """Remember whose text others may wait for at this moment of a script."""
     queue = child.cache.queue
-    books = {req.rid for req in queue._started}, {req.rid for req in queue._waiting.computing}
+    computing = {req.rid for req, text in queue._waiting._computing.items() if len(text)}
+    books = {req.rid for req in queue._started}, computing
     child.noted = [*getattr(child, "noted", ()), books]
 
 

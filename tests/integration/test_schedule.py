@@ -146,7 +146,7 @@ def test_a_twin_that_is_retracted_and_aborted_frees_those_that_wait_for_it(
 ) -> None:
     """Both before the next round, so that it is neither done nor seen waiting. Whoever comes after
     it on a server that is idle has no one to wait for, also if its release were not told."""
-    document = texts.passage(1300)
+    document = texts.passage(3000)
     if not told:
         it.ask("probes:forget_no_twin", True)
     script = [
