@@ -181,12 +181,14 @@ def resume(child: Any) -> None:
 
 
 def forget_no_twin(child: Any, on: bool) -> None:
-    """No one is told that a request in prefill was released."""
+    """No one is told that a request in prefill was released; when it ends, it is made good."""
     queue = child.cache.queue
     if on:
         queue.released = lambda req: None
     else:
         del queue.released
+        for req in list(queue._started):
+            queue.released(req)
 
 
 def find_nothing(child: Any, on: bool) -> None:

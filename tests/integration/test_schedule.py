@@ -169,8 +169,7 @@ def test_a_twin_that_is_retracted_and_aborted_frees_those_that_wait_for_it(
     assert before == ({"A"}, {"A"})
     assert after == ((set(), set()) if told else before)
     assert answers["B"]["finish"]["type"] == "length"
-    if told:
-        assert_nothing_is_kept(it)
+    assert_nothing_is_kept(it)
 
 
 def test_text_that_is_cached_is_waited_for_no_more_whoever_waited_as_it_came(

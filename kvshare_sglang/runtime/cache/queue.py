@@ -41,7 +41,6 @@ PERSISTENT = 8  # rounds in a row that fail before the order stays SGLang's
 
 NOTHING: frozenset[int] = frozenset()
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 _Method = Callable[Concatenate["WaitingQueue", P], R]
@@ -302,8 +301,8 @@ class WaitingQueue:
         self._shares.wait(least)
         first = self._shares.order(least, of, room=self._room)
         held = [i for mine in found.values() for i in mine.held]
-        for tenant in places.keys() - found.keys():  # their turn is beyond this batch
-            for i in places[tenant]:
+        for i, req in enumerate(keys):
+            if self._tenants[req] not in found:  # its turn is beyond this batch
                 (held if waits[i] else first).append(i)
         return Order(first, held, [i for mine in found.values() for i in mine.later])
 
