@@ -128,6 +128,12 @@ class KVShareConfig:
         0.0, "share of the KV pool that finished turns may keep for the turns that follow, each for"
         " the time that was learned or that its request asks for (0: none)", 0, 0.9,
     )  # fmt: skip
+    ttl_longest: float = _option(
+        300.0,
+        "seconds that a request may ask its turn to be kept for; more is cut to that",
+        0,
+        3600,
+    )
     stream: str = _option(
         "", "where routers are told what is cached: tcp://HOST:PORT or ipc://PATH (empty: nowhere)"
     )

@@ -67,7 +67,11 @@ class Queue:
 
     def decide(self) -> Order:
         waiting, keys = self.waiting, self.waiting.keys
-        twins = Twins(64, 0.1, BUDGET, lambda i: self.text[keys[i]], waiting.tokens_each)
+
+        def text(i: int) -> frozenset[int]:
+            return self.text[keys[i]]
+
+        twins = Twins(64, 0.1, BUDGET, text, text, waiting.tokens_each)
         return order(waiting.queue(bound=BOUND), bound=BOUND, room=ROOM, twins=twins)
 
     def round(self) -> None:

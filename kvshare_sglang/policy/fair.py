@@ -7,7 +7,7 @@ and the largest request: a hot cache makes a tenant's requests cheap, not its sh
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 Next = tuple[int, int]  # a request of a tenant's, and its cost in rows, at least 1
 
@@ -33,21 +33,31 @@ class Shares:
         if self._ring and self._ring[0] != turn:
             self._saved[self._ring[0]] += self._quantum
 
-    def order(self, waiting: Mapping[Hashable, Sequence[Next]], *, room: int) -> list[int]:
-        """Items of all tenants in the order of turns, each tenant's as they stand; what comes when
-        ``room`` rows are placed is for a later batch, and goes as it stands too. Changes nothing.
-        O(items, and the tenants for each placed one that is not of the tenant before it)."""
+    def order(
+        self,
+        least: Mapping[Hashable, int],
+        of: Callable[[Hashable], Sequence[Next]],
+        *,
+        room: int,
+    ) -> list[int]:
+        """Items in the order of turns until ``room`` rows are placed, each tenant's as ``of`` has
+        them. ``least``: no item of a tenant costs less. Only those are asked whose turn comes
+        before the room is filled; what these have beyond it goes last. Changes nothing. O(items of
+        those, and the tenants for each placed one that is not of the tenant before it)."""
         later = self._copy()
-        later.wait(tenant for tenant in self._ring if waiting.get(tenant))
-        left = {tenant: deque(waiting[tenant]) for tenant in later._ring}
-        costs = {tenant: mine[0][1] for tenant, mine in left.items()}
+        later.wait(tenant for tenant in self._ring if tenant in least)
+        costs = dict(least)
+        left: dict[Hashable, deque[Next]] = {}
         out: list[int] = []
         while later._ring and room > 0:
             tenant = later._next(costs)
-            item, cost = left[tenant].popleft()
-            later._saved[tenant] -= cost
-            room -= cost
-            out.append(item)
+            if tenant not in left:
+                left[tenant] = deque(of(tenant))
+            else:
+                item, cost = left[tenant].popleft()
+                later._saved[tenant] -= cost
+                room -= cost
+                out.append(item)
             if left[tenant]:
                 costs[tenant] = left[tenant][0][1]
             else:

@@ -7,7 +7,7 @@ are left to their sources.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_sglang.plan import Range, ReusePlan
+from kvshare_sglang.plan import Range, ReusePlan, Rows
 
 
 class Stretch(NamedTuple):
@@ -35,6 +35,16 @@ def fresh_stretches(plan: ReusePlan, length: int, *, max_depth: int) -> list[Str
         if 0 < depth <= max_depth:
             out.append(Stretch(start, stop, depth))
     return out
+
+
+def future_sources(plan: ReusePlan, *, max_depth: int, watched: bool) -> Rows:
+    """New rows of a prompt that others may reuse once they are computed. ``watched``: decoding may
+    refresh its copies, so that nothing behind the exact part is kept before the answer is done."""
+    exact = plan.fresh_rows.clip(0, plan.exact_len)
+    if watched:
+        return exact
+    stretches = fresh_stretches(plan, plan.prompt_len, max_depth=max_depth)
+    return exact | Rows((stretch.start, stretch.stop) for stretch in stretches)
 
 
 def page_borders(start: int, chunks: Sequence[Range], *, page: int) -> tuple[int, list[int]]:

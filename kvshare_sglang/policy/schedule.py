@@ -31,7 +31,7 @@ class Queue(NamedTuple):
     ``cost``: what each will cost, at least 1, see ``cost_of``. ``tokens``: of its prompt. ``age``:
     rows let in since it came. ``overtaken``: rows of later ones let in before it. ``shared``: new
     tokens of it that requests in prefill are computing. ``patience``: rows that may yet be let in
-    while it waits for them; below 1 it waits no more.
+    while it waits for them; below 1 it waits no more, or never would.
     """
 
     cost: Ints
@@ -49,21 +49,25 @@ class Queue(NamedTuple):
 class Twins(NamedTuple):
     """What waiting for text that another request computes is worth. ``min_reuse`` tokens and
     ``min_share`` of its cost are the least that it must save; of each token ``care`` rows run all
-    the same. ``text(i)``: hashes of new text of request i, each of about ``each[i]`` tokens."""
+    the same. ``text(i)``: hashes of new text of request i, each of about ``each[i]`` tokens;
+    ``gives(i)``: those of them that others may reuse once it has computed them."""
 
     min_reuse: int
     min_share: float
     care: float
     text: Callable[[int], frozenset[int]]
+    gives: Callable[[int], frozenset[int]]
     each: npt.NDArray[np.float64]
 
 
 class Order(NamedTuple):
     """``first``: who may be let in, in this order; ``held``: who waits for text that is being
-    computed, or will be by one of the first, and who may not go before one that does."""
+    computed, or will be by one of the first; ``later``: who may not go before one of these, or has
+    yet to be compared."""
 
     first: list[int]
     held: list[int]
+    later: list[int]
 
 
 def cost_of(*, rows: int, copied: int, tokens: int) -> int:
@@ -101,12 +105,13 @@ def order(queue: Queue, *, bound: int, room: int = 0, twins: Twins | None = None
     # what is placed beyond them came later, and overtakes it.
     before = np.concatenate([[0], np.cumsum(queue.cost)]).tolist()
     need = _worth_waiting_for(queue, twins)
-    waits = (queue.shared >= need).tolist()
+    waits = waits_for_prefill(queue, twins).tolist()
     could = np.isfinite(need).tolist()
     in_batch: set[int] = set()
     placed = [False] * num
     first: list[int] = []
     held: set[int] = set()
+    later: set[int] = set()
     total = oldest = checks = 0
 
     def place(i: int) -> None:
@@ -114,35 +119,46 @@ def order(queue: Queue, *, bound: int, room: int = 0, twins: Twins | None = None
         placed[i] = True
         first.append(i)
         if twins is not None and total < room:
-            in_batch.update(twins.text(i))
+            in_batch.update(twins.gives(i))
         total += cost[i]
 
-    def is_held(i: int) -> bool:
-        """Whether those in prefill compute enough of its text, with those placed in the batch."""
+    def stays(i: int) -> bool:
+        """Whether it goes in a later round: those in prefill compute enough of its text, with those
+        placed in the batch, or this was not found out."""
         nonlocal checks
-        if i in held or waits[i]:
+        if i in held or i in later:
+            return True
+        if waits[i]:
             held.add(i)
         elif twins is not None and total < room and could[i] and in_batch:
             checks += 1
-            same = len(twins.text(i) & in_batch) if checks <= CHECKS else np.inf
-            if queue.shared[i] + same * twins.each[i] >= need[i]:
+            if checks > CHECKS:
+                later.add(i)
+            elif queue.shared[i] + len(twins.text(i) & in_batch) * twins.each[i] >= need[i]:
                 held.add(i)
-        return i in held
+        return i in held or i in later
 
     for i in preference(queue).tolist():
         while not placed[i]:
             while placed[oldest]:
                 oldest += 1
             ahead = overtaken[oldest] + total - before[oldest]
-            if is_held(i):
+            if stays(i):
                 break
             if i == oldest or ahead + cost[i] <= bound:
                 place(i)
-            elif is_held(oldest):
-                held.add(i)  # it may not pass one that waits, so it waits as well
+            elif stays(oldest):
+                later.add(i)  # it may not pass one that waits
+                break
             else:
                 place(oldest)
-    return Order(first, sorted(held))
+    return Order(first, sorted(held), sorted(later))
+
+
+def waits_for_prefill(queue: Queue, twins: Twins | None) -> npt.NDArray[np.bool_]:
+    """Who waits for those in prefill, whatever this batch will compute. bool [n]."""
+    waits: npt.NDArray[np.bool_] = queue.shared >= _worth_waiting_for(queue, twins)
+    return waits
 
 
 def _worth_waiting_for(queue: Queue, twins: Twins | None) -> npt.NDArray[np.float64]:

@@ -31,10 +31,11 @@ def sample(hashes: Words) -> Words:
 
 
 # Of each request, int64 [n], beside those of ``Queue``: ``arrived`` by the clock; ``waited``: rows
-# let in while it waited for a twin; ``number``: its own in the map; ``held``: its hashes there.
+# let in while it waited for a twin; ``number``: its own in the map; ``held``: its hashes there, of
+# which ``computed`` are in prefill.
 _COLUMNS = (
     *("cost", "tokens", "arrived", "overtaken", "waited"),
-    *("number", "held", "known", "dirty", "twins"),
+    *("number", "held", "computed", "known", "dirty", "twins"),
 )
 
 
@@ -99,6 +100,7 @@ class Waiting:
         self._map = Inverted()
         self._next_number = 0
         self._computing: dict[Hashable, Words] = {}
+        self._in_prefill = np.empty(0, np.uint64)  # the hashes of all of them, ascending
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -174,6 +176,7 @@ class Waiting:
         """The sample of its text, once. Amortised O(log n) a hash."""
         place = self._place[key]
         self._columns["held"][place] = len(hashes)
+        self._columns["computed"][place] = np.isin(hashes, self._in_prefill).sum()
         self._map.add(int(self._columns["number"][place]), hashes)
 
     def looked_up(self, key: Hashable, *, cost: int, twins: bool) -> None:
@@ -190,7 +193,8 @@ class Waiting:
         """All is looked up anew: texts have other hashes from now on."""
         self._map = Inverted()
         self._computing.clear()
-        for name, value in (("held", 0), ("known", 0), ("dirty", 1)):
+        self._in_prefill = np.empty(0, np.uint64)
+        for name, value in (("held", 0), ("computed", 0), ("known", 0), ("dirty", 1)):
             self._columns[name][:] = value
 
     @property
@@ -202,8 +206,10 @@ class Waiting:
         """Text of this sample came to the tree, or went: who holds some of it is dirty, and nobody
         computes it any more. O(hashes log n), and O(1) for each that a waiting prompt holds."""
         self._columns["dirty"][self._held(hashes) > 0] = 1
-        for key, mine in self._computing.items():
-            self._computing[key] = mine[~np.isin(mine, hashes)]
+        if np.isin(self._in_prefill, hashes).any():
+            for key, mine in self._computing.items():
+                self._computing[key] = mine[~np.isin(mine, hashes)]
+            self._count_computed()
 
     def all_changed(self) -> None:
         self._columns["dirty"][:] = 1
@@ -220,12 +226,27 @@ class Waiting:
     # ---- what is being computed ---------------------------------------------------------
 
     def computes(self, key: Hashable, hashes: Words) -> None:
-        """A request went to prefill with new text of this sample."""
+        """A request went to prefill with new text of this sample, that others may reuse."""
         self._computing[key] = hashes
+        self._count_computed()
 
     def computed(self, key: Hashable) -> Words:
         """Its prompt is through, or it will compute none of it. The sample that is left of it."""
-        return self._computing.pop(key, np.empty(0, np.uint64))
+        mine = self._computing.pop(key, np.empty(0, np.uint64))
+        if len(mine):
+            self._count_computed()
+        return mine
+
+    def _count_computed(self) -> None:
+        """Count anew what each prompt holds of the text in prefill. As ``changed``, for the hashes
+        that came or went alone: each round asks, and a hot text is in every prompt."""
+        before = self._in_prefill
+        texts = [np.empty(0, np.uint64), *self._computing.values()]
+        self._in_prefill = now = np.unique(np.concatenate(texts))
+        for sign, a, b in ((1, now, before), (-1, before, now)):
+            other = np.setdiff1d(a, b, assume_unique=True)
+            if len(other):
+                self._columns["computed"] += sign * self._held(other)
 
     @property
     def computing(self) -> Sequence[Hashable]:
@@ -244,23 +265,17 @@ class Waiting:
         return each
 
     def tokens_of(self, hashes: Words) -> Ints:
-        """About how many tokens of each waiting prompt are text of this sample; none where it could
-        not reuse what another computes. int64 [n]."""
-        tokens = (self._held(hashes) * self.tokens_each).astype(np.int64)
-        return np.where(self._columns["twins"] > 0, tokens, 0)
+        """About how many tokens of each waiting prompt are text of this sample. int64 [n]."""
+        return (self._held(hashes) * self.tokens_each).astype(np.int64)
 
     # ---- the view that decides ----------------------------------------------------------
 
     def queue(self, *, bound: int) -> Queue:
-        """All that wait, for ``schedule.order``."""
+        """All that wait, for ``schedule.order``. Who could not reuse what another computes has no
+        patience. O(n)."""
         cost, tokens, arrived, overtaken = (
             self._columns[name] for name in ("cost", "tokens", "arrived", "overtaken")
         )
-        every = [mine for mine in self._computing.values() if len(mine)]
-        shared = (
-            self.tokens_of(np.unique(np.concatenate(every)))
-            if every
-            else np.zeros(len(self._keys), np.int64)
-        )
-        patience = bound - self._columns["waited"]
+        shared = (self._columns["computed"] * self.tokens_each).astype(np.int64)
+        patience = np.where(self._columns["twins"] > 0, bound - self._columns["waited"], 0)
         return Queue(cost, tokens, self.clock - arrived, overtaken, shared, patience)

@@ -269,6 +269,7 @@ USED = (
     Used(_RADIX, "eviction_strategy", "written: by frequency", True),
     Used(_ADDER, "rem_chunk_tokens", "written: rows are charged", True),
     Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
+    Used(_ADDER, "rem_total_tokens", "read: how many finished turns are given back"),
     Used(f"{_SRT}.managers.schedule_batch.ScheduleBatch", "prepare_for_extend", "called: a twin"),
     Used(f"{_SRT}.managers.scheduler.Scheduler", "is_fully_idle", "called: may a twin run"),
     Used(

@@ -186,12 +186,13 @@ def hook_check_server_args(
 def check_engine_keywords() -> None:
     """Raise StartError where ``Engine`` was given options of ours beside ``server_args``: SGLang
     drops them unread, before plug-ins are loaded, so that only its frame still knows of them."""
-    from sglang.srt.entrypoints.engine import Engine
-
+    engine = getattr(sys.modules.get("sglang.srt.entrypoints.engine"), "Engine", None)
+    if engine is None:  # no one can be in it, and its import takes seconds
+        return
     frame = sys._getframe()
     while (caller := frame.f_back) is not None:
         frame = caller
-        if frame.f_code is Engine.__init__.__code__:
+        if frame.f_code is engine.__init__.__code__:
             given = frame.f_locals["kwargs"]
             ours = [name for name in given if name.partition("_")[0] == "kvshare"]
             if ours and "server_args" in given:

@@ -33,7 +33,7 @@ class Report:
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
         self.twins: Counter[str] = Counter()  # agree, differ, or why there was none
-        self.waits = self.most_overtaken = 0
+        self.waits = self.most_overtaken = self.schedule_faults = 0
         self.pins: Counter[str] = Counter()
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
 
@@ -102,6 +102,12 @@ class Report:
             self.most_overtaken = rows
             if self._metrics is not None:
                 self._metrics.overtaken.set(rows)
+
+    def schedule_failed(self) -> None:
+        """A fault of ours in ordering the queue."""
+        self.schedule_faults += 1
+        if self._metrics is not None:
+            self._metrics.schedule_faults.inc()
 
     def pin(self, event: str, tokens: int) -> None:
         """Of a finished turn: taken, returned, expired, given_back, or no_room for it; ``tokens``
@@ -193,6 +199,11 @@ class _Metrics:
             "The most rows of later requests that went to prefill before a waiting one.",
             list(labels),
             multiprocess_mode="max",
+        ).labels(**labels)
+        self.schedule_faults = PromCounter(
+            "sglang:kvshare_schedule_faults",
+            "Faults of KVShare in ordering the queue; each leaves a round to SGLang.",
+            list(labels),
         ).labels(**labels)
         self.pins = counter(
             "pins", "Finished turns that were kept for the next, by what became of them.", "event"

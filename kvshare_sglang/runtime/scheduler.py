@@ -84,9 +84,19 @@ def hook_add_one_req(
         return _add_one_req(original, cache, adder, req, *args, **kw)
     cache.pins.expire()
     result = _add_one_req(original, cache, adder, req, *args, **kw)
-    while _runs_nothing(adder) and result == versions.no_memory() and cache.pins.give_back():
+    while (
+        _runs_nothing(adder)
+        and result == versions.no_memory()
+        and cache.pins.give_back(_short_of(adder, req))
+    ):
         result = _add_one_req(original, cache, adder, req, *args, **kw)
     return result
+
+
+def _short_of(adder: "PrefillAdder", req: "Req") -> int:
+    """Tokens that the prompt alone lacks, at least 1: what its answer needs, SGLang says."""
+    tokens = len(req.full_untruncated_fill_ids) - versions.prefix_len(req)
+    return max(1, tokens - int(adder.rem_total_tokens))
 
 
 def _runs_nothing(adder: "PrefillAdder") -> bool:
@@ -107,7 +117,7 @@ def _add_one_req(
     """The sources are locked before SGLang counts what it may evict, so that what it admits fits.
     Where a request does not fit with its sources locked, it is tried again without reuse."""
     state = plan_request(cache, req)
-    if charging.must_wait(adder, req, state) or _is_for_later(cache, req, state):
+    if charging.must_wait(adder, req, state) or _is_for_later(cache, adder, req, state):
         req.kvshare = state
         return versions.full_batch()
     holds = state.chooses
@@ -124,7 +134,7 @@ def _add_one_req(
     if holds and not _admitted(adder, req):
         cache.let_go(req, state)
         without = _without(cache, state, Decline.NO_ROOM)
-        if not _is_for_later(cache, req, without):
+        if not _is_for_later(cache, adder, req, without):
             result = original(adder, req, *args, **kw)
         state = without if _admitted(adder, req) else state
     if _admitted(adder, req):
@@ -141,8 +151,11 @@ def _add_one_req(
     return result
 
 
-def _is_for_later(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> bool:
-    return cache.queue is not None and cache.queue.must_wait(req, state)
+def _is_for_later(
+    cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req", state: RequestReuse
+) -> bool:
+    queue = cache.queue
+    return queue is not None and queue.must_wait(req, state, alone=_runs_nothing(adder))
 
 
 def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> RequestReuse:

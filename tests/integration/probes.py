@@ -1,5 +1,6 @@
 """What tests do inside the scheduler's process: read its state, force plans, plant faults."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -125,13 +126,16 @@ def prefill_order(child: Any) -> list[str]:
 
 
 def queue_state(child: Any) -> dict[str, int]:
-    """What an idle scheduler still holds of requests that waited, and what it counted."""
+    """What an idle scheduler still holds of requests that waited, and what it counted. What was in
+    prefill is over without a next round; who left the queue is forgotten in it."""
     queue, report = child.cache.queue, child.cache.report
     if queue is None:
         return {"kept": -1, "waits": report.waits, "overtaken": report.most_overtaken}
-    kept = (queue._held, queue._text, queue._new, queue._tenants, queue._waiting)
+    in_prefill = len(queue._started) + len(queue._waiting.computing)
+    queue._follow([])
+    kept = (queue._held, queue._later, queue._hoped, queue._text, queue._new, queue._tenants)
     return {
-        "kept": sum(map(len, kept)),
+        "kept": in_prefill + sum(map(len, kept)) + len(queue._waiting),
         "waits": report.waits,
         "overtaken": report.most_overtaken,
     }
@@ -148,6 +152,97 @@ def break_order(child: Any) -> None:
         return original()
 
     queue._order = order
+
+
+def note_prefill(child: Any) -> None:
+    """Remember whose text others may wait for at this moment of a script."""
+    queue = child.cache.queue
+    computing = {req.rid for req, text in queue._waiting._computing.items() if len(text)}
+    books = {req.rid for req in queue._started}, computing
+    child.noted = [*getattr(child, "noted", ()), books]
+
+
+def noted_prefill(child: Any) -> list[tuple[set[str], set[str]]]:
+    noted, child.noted = child.noted, []
+    return list(noted)
+
+
+def pause(child: Any) -> None:
+    """What /pause_generation with mode retract does: what runs is retracted and waits."""
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+    child.scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+
+
+def resume(child: Any) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    child.scheduler.continue_generation(ContinueGenerationReqInput())
+
+
+def forget_no_twin(child: Any, on: bool) -> None:
+    """No one is told that a request in prefill was released; when it ends, it is made good."""
+    queue = child.cache.queue
+    if on:
+        queue.released = lambda req: None
+    else:
+        del queue.released
+        for req in list(queue._started):
+            queue.released(req)
+
+
+def find_nothing(child: Any, on: bool) -> None:
+    """Lookups find no cached text, though it is there."""
+    tree = child.cache.fuzzy
+    if on:
+        tree.match = lambda *args, **kw: ()
+    else:
+        del tree.match
+
+
+def break_waiting(child: Any, name: str) -> None:
+    """A method of the book of waiting requests raises, until ``mend_waiting``."""
+    from kvshare_sglang.policy.waiting import Waiting
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("a planted fault")
+
+    child.mend = functools.partial(setattr, Waiting, name, getattr(Waiting, name))
+    setattr(Waiting, name, broken)
+
+
+def mend_waiting(child: Any) -> dict[str, Any]:
+    """Whether the order was off by then, and faults so far. It is on again, and knows nothing."""
+    child.mend()
+    queue = child.cache.queue
+    off, queue.off = queue.off, False
+    queue._in_a_row = 0
+    return {"off": off, "faults": child.cache.report.schedule_faults}
+
+
+def queue_faults(child: Any) -> int:
+    return int(child.cache.report.schedule_faults)
+
+
+def count_give_backs(child: Any) -> None:
+    """Count how often pins were asked to be given back."""
+    it = child.cache.pins
+    original, child.num_yields = it.give_back, 0
+
+    def counted(tokens: int) -> bool:
+        child.num_yields += 1
+        return bool(original(tokens))
+
+    it.give_back = counted
+
+
+def break_learned(child: Any, on: bool) -> None:
+    """What is learned of gaps between turns raises."""
+    learned = child.cache.pins.learned
+    if on:
+        learned.gap = None
+    else:
+        del learned.gap
 
 
 def pins(child: Any) -> dict[str, Any]:

@@ -92,6 +92,33 @@ def test_what_runs_comes_first(it: Lab, texts: Texts) -> None:
     assert events(it, "given_back") == [given + 2]
 
 
+def test_many_small_turns_are_given_back_at_once(it: Lab, texts: Texts) -> None:
+    given, taken = events(it, "given_back", "taken")
+    for _ in range(8):
+        turn(it, texts.passage(100), 250, new=2)
+    assert events(it, "taken") == [taken + 8]
+    it.ask("probes:count_give_backs")
+    assert it.one(texts.passage(1950), new=8, kvshare={"ttl": 0})["finish"]["type"] == "length"
+    assert events(it, "given_back") == [given + 8]
+    assert it.ask("probes:yields") <= 2
+
+
+def test_no_request_keeps_a_turn_for_longer_than_the_server_lets_it(it: Lab, texts: Texts) -> None:
+    turn(it, texts.passage(200), 3600)
+    it.ask("probes:pass_time", 299.0)
+    assert it.ask("probes:pins")["num"] == 1
+    it.ask("probes:pass_time", 2.0)
+    assert it.ask("probes:pins")["num"] == 0
+
+
+def test_a_fault_in_seeing_a_return_fails_no_request(it: Lab, texts: Texts) -> None:
+    text = turn(it, texts.passage(200), 60)
+    it.ask("probes:break_learned", True)
+    assert it.one([*text, 5, 6], kvshare={"ttl": 0})["finish"]["type"] == "length"
+    it.ask("probes:break_learned", False)
+    assert it.ask("probes:pins")["num"] == it.ask("probes:check")["protected"] == 0
+
+
 def test_pins_hold_no_more_than_their_share(it: Lab, texts: Texts) -> None:
     (refused,) = events(it, "no_room")
     system = texts.passage(320)

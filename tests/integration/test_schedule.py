@@ -10,6 +10,7 @@ from conftest import Texts
 from lab import Lab, computed, lab, request
 from test_life import assert_clean
 
+PERSISTENT = 8  # as in runtime/cache/queue.py, which a process with SGLang alone can import
 BOUND = 700
 OURS = {
     "kvshare": True,
@@ -81,10 +82,54 @@ def test_texts_of_other_namespaces_are_no_twins(it: Lab, texts: Texts) -> None:
     assert it.ask("probes:queue_state")["waits"] == waits
 
 
-def test_requests_that_must_not_reuse_wait_for_nobody(it: Lab, texts: Texts) -> None:
-    document = texts.passage(300)
-    script = [[request(f"r{i}", [9, 2 + i, *document], kvshare="exact") for i in range(3)]]
+@pytest.mark.parametrize("asked", ["exact", {"budget": 1.0}])
+def test_requests_that_must_not_reuse_wait_for_nobody(it: Lab, texts: Texts, asked: Any) -> None:
+    document = texts.passage(150)
+    waits = it.ask("probes:queue_state")["waits"]
+    script = [[request(f"r{i}", [9, 2 + i, *document], kvshare=asked) for i in range(3)]]
     assert all(answer["kvshare"]["copied_tokens"] == 0 for answer in it.play(script).values())
+    assert it.ask("probes:queue_state")["waits"] == waits
+
+
+def test_nobody_waits_for_text_that_is_too_deep_to_be_a_source(it: Lab, texts: Texts) -> None:
+    """What is computed after text that was computed after reused text is never reused."""
+    first, second, third = (texts.passage(300) for _ in range(3))
+    it.one(first, new=2)
+    it.one([*texts.passage(9), *first, *second], new=2)
+    waits = it.ask("probes:queue_state")["waits"]
+    answers = it.play(
+        [[request(f"r{i}", [*texts.passage(9), *second, *third, 5, 7 + i]) for i in range(4)]]
+    )
+    assert all(answer["kvshare"]["source_depth"] == 1 for answer in answers.values())
+    assert rows_of(answers)[-1] >= 300  # each computed the third, so no wait would have helped
+    assert it.ask("probes:queue_state")["waits"] == waits
+
+
+def test_nobody_waits_for_text_that_is_kept_back_while_decoding_watches_it(
+    llama: Path, texts: Texts
+) -> None:
+    watching = {"kvshare_select": "trace", "kvshare_refresh_every": 4}
+    with lab(llama, **{**OURS, **watching, "kvshare_schedule_bound": 20000}) as it:
+        old, document = texts.passage(300), texts.passage(150)
+        it.one(old, new=2)
+        script = [request(f"r{i}", [*texts.passage(12), *old, *document, 7 + i]) for i in range(3)]
+        assert rows_of(it.play([script]))[-1] >= 150
+        assert it.ask("probes:queue_state")["waits"] == 0
+        assert_nothing_is_kept(it)
+
+
+def test_who_waited_for_a_twin_in_vain_waits_for_no_other(it: Lab, texts: Texts) -> None:
+    """Whatever the reason: here lookups do not find what the twin left."""
+    document, num = texts.passage(120), 6
+    it.ask("probes:find_nothing", True)
+    waits = it.ask("probes:queue_state")["waits"]
+    answers = it.play([[request(f"r{i}", [*texts.passage(9), *document]) for i in range(num)]])
+    it.ask("probes:find_nothing", False)
+    assert all(answer["finish"]["type"] == "length" for answer in answers.values())
+    assert it.ask("probes:queue_state")["waits"] >= waits + num - 1
+    # The first alone, then all others, as many as a batch takes; not one after another.
+    assert len(it.ask("probes:layer_rows")) <= 4
+    assert_nothing_is_kept(it)
 
 
 def test_a_twin_that_is_aborted_frees_those_that_wait_for_it(it: Lab, texts: Texts) -> None:
@@ -92,6 +137,56 @@ def test_a_twin_that_is_aborted_frees_those_that_wait_for_it(it: Lab, texts: Tex
     twins = [request(f"r{i}", [*texts.passage(9), *document], new=2) for i in range(3)]
     answers = it.play([twins, ("polls", 1), ("abort", "r0"), ("abort", "r1")])
     assert answers["r2"]["finish"]["type"] == "length"
+    assert_nothing_is_kept(it)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told of it", "not told of it"])
+def test_a_twin_that_is_retracted_and_aborted_frees_those_that_wait_for_it(
+    it: Lab, texts: Texts, told: bool
+) -> None:
+    """Both before the next round, so that it is neither done nor seen waiting. Whoever comes after
+    it on a server that is idle has no one to wait for, also if its release were not told."""
+    document = texts.passage(3000)
+    if not told:
+        it.ask("probes:forget_no_twin", True)
+    script = [
+        request("A", document, new=4),
+        ("polls", 1),
+        ("call", "probes:note_prefill"),
+        ("call", "probes:pause"),
+        ("abort", "A"),
+        ("call", "probes:resume"),
+        ("polls", 2),
+        ("call", "probes:note_prefill"),
+        request("B", document, new=2),
+        ("polls", 60),
+        ("abort", "B"),  # so that a server that hangs ends the test
+    ]
+    answers = it.play(script)
+    before, after = it.ask("probes:noted_prefill")
+    if not told:
+        it.ask("probes:forget_no_twin", False)
+    assert before == ({"A"}, {"A"})
+    assert after == ((set(), set()) if told else before)
+    assert answers["B"]["finish"]["type"] == "length"
+    assert_nothing_is_kept(it)
+
+
+def test_text_that_is_cached_is_waited_for_no_more_whoever_waited_as_it_came(
+    it: Lab, texts: Texts
+) -> None:
+    """The first chunk of a long prompt is in the tree when another that begins so comes; nobody
+    waited as it was inserted."""
+    start = texts.passage(400)
+    waits = it.ask("probes:queue_state")["waits"]
+    script = [
+        request("long", [*start, *texts.passage(3000)], new=2),
+        ("polls", 2),
+        request("short", [*start, *texts.passage(150)], new=2),
+    ]
+    answers = it.play(script)
+    assert answers["short"]["cached"] >= 384  # in whole pages
+    assert it.ask("probes:queue_state")["waits"] == waits
     assert_nothing_is_kept(it)
 
 
@@ -168,6 +263,26 @@ def test_a_fault_in_ordering_fails_no_request(narrow: Lab, texts: Texts) -> None
     narrow.ask("probes:break_order")
     answers = narrow.play([request("first", texts.passage(100)), *long_and_short(texts)])
     assert all(answer["finish"]["type"] == "length" for answer in answers.values())
+    assert_nothing_is_kept(narrow)
+
+
+@pytest.mark.parametrize("name", ["queue", "place_of", "let_in", "computes", "changed"])
+def test_a_fault_that_stays_fails_no_request_and_ends_in_sglangs_order(
+    narrow: Lab, texts: Texts, name: str
+) -> None:
+    """In making the order, in asking who must wait, as one is let in, and as the tree changes."""
+    before = narrow.ask("probes:queue_faults")
+    narrow.ask("probes:break_waiting", name)
+    sizes = [100, *(40 + 30 * (i % 5) for i in range(14))]
+    requests = [request(f"r{i}", texts.passage(size), new=1) for i, size in enumerate(sizes)]
+    answers = narrow.play([requests[0], requests[1:]])
+    found = narrow.ask("probes:mend_waiting")
+    assert all(answer["finish"]["type"] == "length" for answer in answers.values())
+    assert found["faults"] > before
+    if name == "queue":
+        assert found["off"]
+        assert found["faults"] <= before + PERSISTENT
+        assert narrow.ask("probes:prefill_order") == [one["rid"] for one in requests]
     assert_nothing_is_kept(narrow)
 
 

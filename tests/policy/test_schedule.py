@@ -30,7 +30,8 @@ def queue(
 
 def twins(text: Callable[[int], set[int]], num: int, *, care: float = 0.0) -> Twins:
     """Each hash stands for ten tokens."""
-    return Twins(64, 0.1, care, lambda i: frozenset(text(i)), np.full(num, 10.0))
+    mine = [frozenset(text(i)) for i in range(num)]
+    return Twins(64, 0.1, care, mine.__getitem__, mine.__getitem__, np.full(num, 10.0))
 
 
 def own(i: int) -> set[int]:
@@ -118,7 +119,7 @@ def test_under_a_flood_of_short_requests_the_bound_lets_the_long_one_in() -> Non
 def test_without_the_bound_a_long_request_starves() -> None:
     """By hit rate or by cost alone, as cache-aware schedulers order; a ratio lets it in, but as
     late as the arrivals like."""
-    by_cost = flood(lambda view: Order(np.argsort(view.cost, kind="stable").tolist(), []))
+    by_cost = flood(lambda view: Order(np.argsort(view.cost, kind="stable").tolist(), [], []))
     assert 0 not in by_cost.let_in
     assert by_cost.overtaken(0) > 10_000
 
@@ -129,11 +130,12 @@ def test_a_bound_of_nothing_is_first_come_first_served() -> None:
 
 
 @given(st.lists(st.integers(1, 1000), max_size=30), st.integers(0, 3000))
-def test_every_request_is_either_first_or_held(costs, bound) -> None:
+def test_every_request_is_either_first_or_held_or_later(costs, bound) -> None:
     shared = [cost if cost % 3 == 0 else 0 for cost in costs]
     alone = twins(own, len(costs))
     found = order(queue(costs, shared=shared), bound=bound, room=500, twins=alone)
-    assert sorted([*found.first, *found.held]) == list(range(len(costs)))
+    every = [*found.first, *found.held, *found.later]
+    assert sorted(every) == list(range(len(costs)))
 
 
 def test_what_may_still_go_before_the_oldest_is_filled_and_not_passed() -> None:
@@ -185,7 +187,17 @@ def document(i: int) -> set[int]:
 
 def test_of_eight_with_the_same_new_text_one_goes_and_seven_wait() -> None:
     found = order(queue([320] * 8), bound=10**6, room=4096, twins=twins(document, 8))
-    assert found == Order([0], [1, 2, 3, 4, 5, 6, 7])
+    assert found == Order([0], [1, 2, 3, 4, 5, 6, 7], [])
+
+
+def test_nobody_waits_for_what_a_request_of_the_batch_will_not_give() -> None:
+    """All have the same new text; what the first computes no one may reuse."""
+    text = twins(document, 4)
+    gives = [frozenset(), frozenset(document(1)), frozenset(), frozenset()]
+    found = order(
+        queue([320] * 4), bound=10**6, room=4096, twins=text._replace(gives=gives.__getitem__)
+    )
+    assert found == Order([0, 1], [2, 3], [])
 
 
 def test_who_waited_long_enough_waits_no_more() -> None:
@@ -195,13 +207,13 @@ def test_who_waited_long_enough_waits_no_more() -> None:
 
 def test_text_that_prefill_computes_already_is_waited_for() -> None:
     view = queue([300, 300, 300], shared=[0, 280, 30])
-    assert order(view, bound=10**6, room=4096, twins=twins(own, 3)) == Order([0, 2], [1])
+    assert order(view, bound=10**6, room=4096, twins=twins(own, 3)) == Order([0, 2], [1], [])
 
 
 def test_text_that_prefill_and_the_batch_compute_counts_together() -> None:
     view = queue([300, 300], shared=[0, 40])
     text = twins(lambda i: {1, 2, 3}, 2)
-    assert order(view, bound=10**6, room=4096, twins=text) == Order([0], [1])
+    assert order(view, bound=10**6, room=4096, twins=text) == Order([0], [1], [])
     assert order(view, bound=10**6, room=300, twins=text).held == []
 
 
@@ -237,14 +249,14 @@ def test_texts_that_are_too_many_to_compare_wait_for_the_next_round() -> None:
     num = schedule.CHECKS + 10
     found = order(queue([100] * num), bound=10**6, room=10**6, twins=twins(own, num))
     assert found.first == list(range(schedule.CHECKS + 1))
-    assert len(found.held) == 9
+    assert (len(found.held), len(found.later)) == (0, 9)  # no one says that they wait for twins
 
 
 def test_nobody_passes_one_that_waits_once_its_bound_is_reached() -> None:
     """It does not wait much longer itself: rows that are let in meanwhile end its patience."""
     alone = twins(own, 3)
     waiting = queue([300, 60, 60], shared=[290, 0, 0])
-    assert order(waiting, bound=120, room=4096, twins=alone) == Order([1, 2], [0])
-    assert order(waiting, bound=60, room=4096, twins=alone) == Order([1], [0, 2])
+    assert order(waiting, bound=120, room=4096, twins=alone) == Order([1, 2], [0], [])
+    assert order(waiting, bound=60, room=4096, twins=alone) == Order([1], [0], [2])
     later = queue([300, 60], shared=[290, 0], overtaken=[60, 0], patience=[0, 60])
-    assert order(later, bound=60, room=4096, twins=alone) == Order([0, 1], [])
+    assert order(later, bound=60, room=4096, twins=alone) == Order([0, 1], [], [])

@@ -48,16 +48,17 @@ class Book(RuleBasedStateMachine):
         self.plain: dict[int, dict] = {}
         self.computing: dict[int, set[int]] = {}
 
-    @rule(tokens=st.integers(1, 5000), text=st.none() | words)
-    def come(self, tokens: int, text: list[int] | None) -> None:
+    @rule(tokens=st.integers(1, 5000), text=st.none() | words, twins=st.booleans())
+    def come(self, tokens: int, text: list[int] | None, twins: bool) -> None:
         key, self.next = self.next, self.next + 1
         self.it.come([(key, tokens)])
         self.plain[key] = {"cost": tokens, "tokens": tokens, "arrived": self.clock, "over": 0}
         self.plain[key] |= {"text": set(), "dirty": True, "known": False, "waited": 0}
+        self.plain[key]["twins"] = twins and text is not None
         if text is not None:
             self.plain[key]["text"] = set(text)
             self.it.note_text(key, array(text))
-            self.it.looked_up(key, cost=1 + tokens // 2, twins=True)
+            self.it.looked_up(key, cost=1 + tokens // 2, twins=twins)
             self.plain[key] |= {"cost": 1 + tokens // 2, "dirty": False, "known": True}
 
     def pick(self, index: int) -> int:
@@ -123,7 +124,9 @@ class Book(RuleBasedStateMachine):
         assert queue.tokens.tolist() == [one["tokens"] for one in mine]
         assert queue.age.tolist() == [self.clock - one["arrived"] for one in mine]
         assert queue.overtaken.tolist() == [one["over"] for one in mine]
-        assert queue.patience.tolist() == [1000 - one["waited"] for one in mine]
+        # Who could not reuse what others compute waits for no one.
+        patience = [(1000 - one["waited"]) * one["twins"] for one in mine]
+        assert queue.patience.tolist() == patience
         computed = set().union(*self.computing.values())
         for one, tokens in zip(mine, queue.shared.tolist(), strict=True):
             share = len(one["text"] & computed) / max(len(one["text"]), 1)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,3 +222,11 @@ def test_a_file_of_options_that_is_not_read_is_an_error_if_it_asks_for_us(tmp_pa
         launch.check_config_file(str(file))
     with pytest.raises(SystemExit, match="error: SGLang does not read"):
         launch.hook_from_cli_args(SimpleNamespace, ServerArgs, SimpleNamespace(config=str(file)))
+
+
+def test_a_start_without_an_engine_does_not_import_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is inside ``Engine`` has imported its module."""
+    name = "sglang.srt.entrypoints.engine"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    launch.check_engine_keywords()
+    assert name not in sys.modules

@@ -75,17 +75,15 @@ class Pins:
 
     def came(self, req: "Req") -> None:
         """A request goes to prefill and holds its prefix hit: what it goes on from is back."""
-        if not self._turns:
+        if not self._turns or req.last_node is None:
             return
-        node = req.last_node
-        while node is not None and node is not self._cache.root_node:
-            turn = self._turns.pop(node.id, None)
-            if turn is not None:
-                self.learned.gap(self.clock() - turn.ended)
-                if turn.last is not None:
-                    self._cache.report.pin("returned", self.tokens)
-                    self._unlock(turn)
-            node = node.parent
+        try:
+            for node in self._path(req.last_node):
+                turn = self._turns.pop(node.id, None)
+                if turn is not None:
+                    self._is_back(turn)
+        except Exception:
+            logger.exception("KVShare could not see which turn request %s goes on from", req.rid)
 
     # ---- what ends them ------------------------------------------------------------------
 
@@ -103,13 +101,17 @@ class Pins:
         ends = (turn.ended + HORIZON for turn in self._turns.values() if turn.last is None)
         self._next = min([*ends, *(turn.until for turn in self._pinned())], default=math.inf)
 
-    def give_back(self) -> bool:
-        """Memory is short: unpin the turn that would be kept the shortest from now on; False if
-        there is none. It is still watched."""
-        pinned = list(self._pinned())
-        if pinned:
+    def give_back(self, tokens: int) -> bool:
+        """Memory is short: unpin those turns that would be kept the shortest from now on, until so
+        many tokens more can be evicted; False if there is none. They are still watched. O(turns log
+        turns)."""
+        pinned = sorted(self._pinned(), key=lambda turn: turn.until)
+        enough = self._cache.evictable_size() + tokens
+        for turn in pinned:
             self._cache.report.pin("given_back", self.tokens)
-            self._unlock(min(pinned, key=lambda turn: turn.until))
+            self._unlock(turn)
+            if self._cache.evictable_size() >= enough:
+                break
         return bool(pinned)
 
     def removed(self, node: "TreeNode") -> None:
@@ -161,10 +163,12 @@ class Pins:
         return (turn for turn in self._turns.values() if turn.last is not None)
 
     def _asked(self, req: "Req") -> float | None:
+        """Seconds that the request asks for, as far as the server lets it; None: it does not."""
         try:
-            return parse_options(req.sampling_params.custom_params).ttl
+            asked = parse_options(req.sampling_params.custom_params).ttl
         except ConfigError:
             return None  # admission has said so
+        return None if asked is None else min(asked, self._cache.config.ttl_longest)
 
     def _path(self, node: "TreeNode") -> Iterator["TreeNode"]:
         while node is not self._cache.root_node:
@@ -197,6 +201,12 @@ class Pins:
         self._cache.dec_lock_ref(turn.last)
         turn.last = None
         self._cache.report.pinned(self.tokens)
+
+    def _is_back(self, turn: Turn) -> None:
+        if turn.last is not None:
+            self._cache.report.pin("returned", self.tokens)
+            self._unlock(turn)
+        self.learned.gap(self.clock() - turn.ended)
 
     def _is_over(self, turn: Turn) -> None:
         """It is not watched any more: nobody came."""

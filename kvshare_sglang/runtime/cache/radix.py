@@ -139,7 +139,7 @@ class FuzzyRadixCache(RadixCache):
         sources: SGLang is about to allocate, and raises when it falls short."""
         result = super().evict(params)
         while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
-            (self.pins is not None and self.pins.give_back()) or self.sources.give_back()
+            (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
         ):
             more = super().evict(dataclasses.replace(params, num_tokens=short))
             result.num_tokens_evicted += more.num_tokens_evicted
@@ -204,6 +204,8 @@ class FuzzyRadixCache(RadixCache):
 
     def release(self, req: "Req") -> None:
         """Forget a request that finished, was aborted or retracted, or is planned anew."""
+        if self.queue is not None:
+            self.queue.released(req)
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is not None:
             self.let_go(req, state)
