@@ -19,6 +19,8 @@ _ABOVE = Path(__file__).resolve().parents[2]
 # The checkout; the working directory where the package was installed without one.
 ROOT = _ABOVE if (_ABOVE / "setup.py").is_file() else Path.cwd()
 _LOAD = os.getloadavg()[0]
+# What a record of the plug-in counts prompt tokens by, as ``exact_tokens``; they add up to it.
+KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
 
 
 class ScriptError(Exception):

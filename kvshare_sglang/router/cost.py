@@ -13,13 +13,13 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import Run
 from kvshare_sglang.policy.admit import pays
 from kvshare_sglang.policy.options import RequestOptions
+from kvshare_sglang.policy.schedule import COPY
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.policy.select.window import Window
 
 AFFINITY = 4.0  # rows that run count so often as rows that wait before them
-COPY = 0.01  # rows: what copying one token costs (see policy.admit.MOST_CHUNKS)
 DECODING = 16  # rows: what one request that decodes adds, a row in each step beside the prefill
 SLACK = 0.1  # of the prompt: cheaper by less than this is no reason to pile text on one worker
 

@@ -75,8 +75,8 @@ class DeviceTrace:
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         count = min(count, self._num_open)
         self._shares.pop(0)
-        mass = mass.masked_fill(~self._open, 0.0)
         if width := 2 * self._stretch:  # as ``spread``
+            mass = mass.masked_fill(~self._open, 0.0)
             mass = max_pool1d(mass[None], width + 1, stride=1, padding=width // 2)[0]
         # Attention is never negative.
         order = torch.sort(mass.masked_fill(~self._open, -1.0), descending=True, stable=True)

@@ -14,7 +14,7 @@ import pytest
 
 from kvshare_sglang.bench import __main__ as bench
 from kvshare_sglang.bench import conversation, tasks
-from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.common import KINDS, Progress, ScriptError
 from kvshare_sglang.bench.conversation import histories, load, memory, questions, rows
 from kvshare_sglang.bench.conversation.histories import FRONT, USER, Text, prompt
 from kvshare_sglang.bench.quality.cases import Encoder, NoPrompt, Prompt
@@ -376,7 +376,7 @@ def test_the_bench_runs_on_real_servers(tmp_path):
     found = json.loads(out.read_text())
     assert found["rows"][0]["name"] == "again, moved"
     for turns in found["turns"].values():
-        assert all(sum(turn[kind] for kind in rows.KINDS) == turn["tokens"] for turn in turns)
+        assert all(sum(turn[kind] for kind in KINDS) == turn["tokens"] for turn in turns)
         assert turns[2]["copied"] > 150
         assert turns[-1]["stock"] == 1
     assert found["memory"]["leaked"] == 0

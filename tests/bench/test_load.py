@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sglang.bench import __main__ as bench
-from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.common import KINDS, ScriptError
 from kvshare_sglang.bench.load import aiperf, report, serving, summary, targets, trace
-from kvshare_sglang.bench.load.outcomes import KINDS, Outcome, outcomes
+from kvshare_sglang.bench.load.outcomes import Outcome, outcomes
 from kvshare_sglang.bench.load.trace import Arrival, Prompt, Timed
 
 TIMES = st.lists(st.floats(0, 1000, allow_nan=False), min_size=2, max_size=20).map(sorted)

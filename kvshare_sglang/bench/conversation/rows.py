@@ -5,11 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvshare_sglang.bench import common
-from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.common import KINDS, Progress, ScriptError
 from kvshare_sglang.bench.conversation.histories import ANSWER, History, prompt
 from kvshare_sglang.bench.server import Answer, Server
-
-KINDS = ("exact", "copied", "recomputed", "fresh", "blended")
 
 # By case: what is bounded, by how much, and in which words.
 TARGETS: dict[str, list[tuple[str, float, str]]] = {

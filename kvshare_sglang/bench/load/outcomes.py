@@ -4,10 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.common import KINDS, ScriptError
 from kvshare_sglang.bench.load.trace import Timed
-
-KINDS = ("exact", "blended", "copied", "recomputed", "fresh")  # of prompt tokens
 
 
 class Outcome(NamedTuple):

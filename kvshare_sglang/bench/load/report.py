@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kvshare_sglang.bench.common import KINDS
 from kvshare_sglang.bench.load import summary
-from kvshare_sglang.bench.load.outcomes import KINDS, Outcome
+from kvshare_sglang.bench.load.outcomes import Outcome
 
 _COLOURS = ("#9aa3ad", "#3b6ea5", "#e07b39", "#5b8f57", "#8e5ea2", "#b8a02e", "#c0504d", "#2e9ca6")
 _BY_KIND = dict(zip(KINDS, ("#8fb08c", "#c6d9b7", "#3b6ea5", "#e07b39", "#f2c49b"), strict=True))

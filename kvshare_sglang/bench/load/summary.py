@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from kvshare_sglang.bench import common
-from kvshare_sglang.bench.load.outcomes import KINDS, Outcome
+from kvshare_sglang.bench.common import KINDS
+from kvshare_sglang.bench.load.outcomes import Outcome
 
 # Figures that are compared with the first configuration: more is better for the last two.
 COMPARED = ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "longest_wait_s", "requests_per_s",

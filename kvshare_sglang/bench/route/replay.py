@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 import psutil
 
-from kvshare_sglang.bench.common import Progress
+from kvshare_sglang.bench.common import KINDS, Progress
 from kvshare_sglang.bench.route.stack import Stack
 
-KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
 REPEATS = 60  # requests by each way, for what the router adds
 
 

@@ -22,7 +22,6 @@ from kvshare_sglang.sim.serving import Choose, Job, Order, Work, Worker
 MOST_MATCHED = 128  # requests that wait; with more, SGLang goes by arrival
 NEAR = 8  # requests at the head of an order whose cost is looked up again
 EXACTLY = 3  # workers that are asked what they would do, where there are more than four
-COPY = 0.01  # rows: what copying a token costs
 
 
 # ---- orders --------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def cheapest() -> Choose:
 
     def best(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
         def cost(i: int) -> tuple[float, int]:
-            rows = works[i].rows + COPY * works[i].copied + _rows_before(workers[i])
+            rows = works[i].rows + schedule.COPY * works[i].copied + _rows_before(workers[i])
             return rows, workers[i].cache.held  # like costs: new text goes where there is least
 
         return min(works, key=cost)

@@ -86,7 +86,7 @@ def run_served(
     texts, chosen = folder(args), args.served or ["ours"]
     spec = ServerSpec(
         "ours", args.model, args.device, threads=args.threads,
-        args=("--kvshare", "--enable-cache-report", *args.server_arg),
+        args=("--kvshare", *args.server_arg),
     )  # fmt: skip
     with serve(spec) as (server,), common.Progress(len(cells) * args.n, unit=" prompts") as bar:
         for task, case in cells:
