@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvshare_sglang.kernels import rope_shift, row_scores
@@ -58,6 +59,34 @@ class Attention(NamedTuple):
             shape=self.shape,
             programs=self.programs,
         )
+
+    def fixed_plan(
+        self, size: int, room: int, positions: torch.Tensor, owners: torch.Tensor
+    ) -> Any:
+        """For batches of that size, to be recorded; see ``gpu.rows.fixed_plan``."""
+        from kvshare_sglang.kernels.gpu import rows as kernel
+
+        return kernel.fixed_plan(
+            size,
+            room,
+            positions,
+            owners,
+            group=self.heads // self.kv_heads,
+            kv_heads=self.kv_heads,
+            shape=self.shape,
+            programs=self.programs,
+        )
+
+    def fixed_tiles(self, rows: Sequence[tuple[int, int]], *, size: int, room: int) -> np.ndarray:
+        """What such a plan's tiles must hold; see ``gpu.rows.fixed_tiles``."""
+        from kvshare_sglang.kernels.gpu import rows as kernel
+
+        group, block_m = self.heads // self.kv_heads, self.shape.block_m
+        return kernel.fixed_tiles(rows, size=size, room=room, group=group, block_m=block_m)
+
+    @property
+    def tile_rows(self) -> int:
+        return int(self.shape.block_m * self.kv_heads // self.heads)
 
     def run(self, plan: Any, q: torch.Tensor, *buffers: torch.Tensor, **scales: float) -> Any:
         """For a layer; see ``gpu.rows.run``."""

@@ -42,6 +42,7 @@ from kvshare_sglang.radix_fuzzy.segments import (
 
 _POSITION_BITS = np.uint64(32)
 _POSITION_MASK = np.uint64(2**32 - 1)
+MOST_UNINDEXED = 1024  # segments
 
 
 class Pin(NamedTuple):
@@ -76,11 +77,13 @@ class FuzzyTree:
 
     Insert, trim and clear keep it in step with the cache it describes in amortised O(1) a token.
     A namespace is any hashable with a stable ``repr``; nothing ever crosses namespaces. ``secret``
-    seeds the hashes: who does not know it cannot make texts whose grams collide.
+    seeds the hashes: who does not know it cannot make texts whose grams collide. ``later``: what is
+    inserted is put in the index when it is next looked at, or by ``settle``: a cache inserts while
+    answers wait.
     """
 
-    def __init__(self, *, secret: int = 0) -> None:
-        self._secret = secret
+    def __init__(self, *, secret: int = 0, later: bool = False) -> None:
+        self._secret, self._later = secret, later
         # Told the kept hashes of text that is inserted or trimmed, None when all is cleared: a
         # prompt that keeps none of them matches what it did before.
         self.listener: Callable[[Hashes | None], None] | None = None
@@ -93,6 +96,7 @@ class FuzzyTree:
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
         self._index = FingerprintIndex(self._alive, better=self._shallower, dropped=self._reuse_ids)
+        self._unindexed: list[tuple[Segment, int]] = []  # and the seed of its namespace
         self._segments: dict[int, Segment] = {}
         self._namespaces: dict[object, Space] = {}
         self._free_spaces: list[int] = []
@@ -124,6 +128,7 @@ class FuzzyTree:
     @property
     def nbytes(self) -> int:
         """Bytes of the index and of the segments' tokens."""
+        self.settle()
         return self._index.nbytes + 4 * self._num_tokens
 
     @property
@@ -198,10 +203,20 @@ class FuzzyTree:
         self._stops[seg.id] = seg.stop
         self._depths[seg.id] = depth
         self._spaces[seg.id] = space.id
-        self._index_segment(seg, space.seed)
+        self._unindexed.append((seg, space.seed))
+        # A listener is told at once; and what was evicted meanwhile is not kept for long.
+        if not self._later or self.listener is not None or len(self._unindexed) >= MOST_UNINDEXED:
+            self.settle()
         if self.watcher is not None:
             self.watcher.inserted(seg)
         return seg
+
+    def settle(self) -> None:
+        """Put in the index what is not in it yet. O(its tokens), amortised."""
+        waiting, self._unindexed = self._unindexed, []
+        for seg, seed in waiting:
+            if self._segments.get(seg.id) is seg:  # not gone again
+                self._index_segment(seg, seed)
 
     def new_chunks(
         self, namespace: object, tokens: Tokens, *, depth: int, bounds: Bounds = BOUNDS
@@ -308,13 +323,14 @@ class FuzzyTree:
         its gram is, or was until it was evicted, in more places than the index keeps; in text that
         is made of short finds, only longer ones are (see ``matching.anchors``). Gaps between two
         runs of one cached text are aligned by edit distance. Sources deeper than ``max_depth`` do
-        not count. Changes nothing. Valid until the next trim or clear. O(n) plus
+        not count. Changes nothing that can be seen. Valid until the next trim or clear. O(n) plus
         the way up the path for each fingerprint hit that no run covers, and O(gap^2) for short
         gaps.
         """
         space = self._namespaces.get(namespace)
         if space is None:
             return ()
+        self.settle()
         # Spans that begin before ``start`` count for what they hold after it.
         first = max(start - SPAN + 1, 0)
         marks = winnow(prompt[first:], seed=space.seed)
@@ -403,6 +419,7 @@ class FuzzyTree:
 
     def check(self) -> None:
         """Restate the invariants; AssertionError on the first that does not hold. O(all)."""
+        self.settle()
         assert self._num_tokens == sum(len(s.tokens) for s in self._segments.values())
         for key, seg in self._segments.items():
             # A segment is known by its id, is never empty, and the arrays agree with it.

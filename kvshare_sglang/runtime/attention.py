@@ -6,7 +6,7 @@ own, so that all else of it stays what it is, on every version.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class BackendReuse:
     ``batch``: of the forward pass that runs now, None between passes. Partial batches are attended
     by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
     itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
+    ``recorded``: traced passes that can be replayed, if any.
     """
 
     runner: "ModelRunner"
@@ -49,6 +50,7 @@ class BackendReuse:
     batch: BatchReuse | None = None
     plan: Any = None
     cuts_layers: bool = False
+    recorded: Any = None
 
     @property
     def own(self) -> bool:
@@ -190,20 +192,27 @@ def _observe(
     observer = batch.observer if batch else None
     if observer is None or layer.layer_id != observer.layer:
         return None
+    keys = keys_of(backend, layer, fb.req_pool_indices)
+    q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+    found = observer.observe(LayerView(layer, q, k, v, keys, layer.scaling))
+    if isinstance(found, Stop):
+        raise StopForward
+    return None if found is None else _narrow(backend, fb, batch, found)
+
+
+def keys_of(
+    backend: Any, layer: "RadixAttention", owners: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
+    """``keys(i, n)`` of a ``LayerView``; ``owners``: the requests' rows of the page table."""
     buffer = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
     table = backend.req_to_token_pool.req_to_token
-    owners = fb.req_pool_indices
 
     def keys(i: int, n: int) -> torch.Tensor:
         # index_select: on CPU four times as fast as indexing. A slice, not a number, of what is on
         # the device: for a number the host would wait.
         return buffer.index_select(0, table[owners[i : i + 1], :n][0])
 
-    q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-    found = observer.observe(LayerView(layer, q, k, v, keys, layer.scaling))
-    if isinstance(found, Stop):
-        raise StopForward
-    return None if found is None else _narrow(backend, fb, batch, found)
+    return keys
 
 
 def _narrow(

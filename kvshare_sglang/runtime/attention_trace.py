@@ -143,7 +143,9 @@ class TraceStage:
             )
             for trace, job in zip(traces, self.jobs, strict=True)
         ]
-        trace_on_device.follow(there, self.jobs, fb, forward, layer=self._layer(runner))
+        recorded = runner.attn_backend.kvshare.recorded
+        layer = self._layer(runner)
+        trace_on_device.follow(there, self.jobs, fb, forward, layer=layer, recorded=recorded)
         return [trace.chosen() for trace in there]
 
     def _run_chosen_on_device(
@@ -222,7 +224,8 @@ def follow(
             )
             for i, mine in zip(live, rows, strict=True)
         ]
-        mass = torch.cat(attention_of(fb, made, asking, forward, layer=layer))
+        recorded = runner.attn_backend.kvshare.recorded
+        mass = torch.cat(attention_of(fb, made, asking, forward, layer=layer, recorded=recorded))
         cuts = np.cumsum([one.length for one in asking])[:-1]
         for i, mine in zip(live, np.split(mass.cpu().numpy(), cuts), strict=True):
             traces[i].feed(mine)

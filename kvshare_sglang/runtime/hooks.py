@@ -130,6 +130,12 @@ WRAPPED = (
         "run exact twins",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.on_idle",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_on_idle",
+        "index what answers left, once they are sent",
+    ),
+    HookPoint(
         f"{_SRT}.managers.scheduler.Scheduler.set_internal_state",
         "AROUND",
         "kvshare_sglang.runtime.shadow:hook_set_internal_state",

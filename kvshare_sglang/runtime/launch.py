@@ -276,7 +276,8 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
 
     Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
     """
-    from kvshare_sglang.runtime import attention, copying, preflight, support
+    from kvshare_sglang.policy.select.attention_trace import AttentionTrace, probe_layer
+    from kvshare_sglang.runtime import attention, copying, preflight, support, trace_graphs
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
     from kvshare_sglang.runtime.scheduler import accepts_blended
@@ -300,8 +301,11 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
         )
     attention.choose_kernel(runner, config)
     copying.warm_up(runner)
-    logger.info("KVShare is on: %s", config)
     layers = len(runner.model.model.layers)
+    if isinstance(choosing.asked, AttentionTrace) and choosing.unserved is None:
+        state = runner.attn_backend.kvshare
+        state.recorded = trace_graphs.record(runner, probe_layer(layers, config.probe_at))
+    logger.info("KVShare is on: %s", config)
     text, is_warning = calibration.told(config, layers=layers, model=server_args.model_path)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
     report = Report(prometheus_labels=prometheus_labels(server_args))

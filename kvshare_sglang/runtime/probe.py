@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,16 @@ class Asking(NamedTuple):
     length: int
 
 
+class Recorded(Protocol):
+    """Passes up to one layer that can be replayed."""
+
+    def take(self, parts: Sequence[Part]) -> bool: ...
+
+    def attention_of(
+        self, fb: "ForwardBatch", parts: Sequence[Part], asking: Sequence[Asking]
+    ) -> list[torch.Tensor]: ...
+
+
 def attention_of(
     fb: "ForwardBatch",
     parts: Sequence[Part],
@@ -29,13 +39,34 @@ def attention_of(
     forward: Callable[[Any], Any],
     *,
     layer: int,
+    recorded: Recorded | None = None,
 ) -> list[torch.Tensor]:
-    """Run ``parts`` of the batch up to ``layer``. By part, what each position gets there from those
-    that are ``asking``: fp32 [length], on the device. Raises what failed."""
+    """Run ``parts`` of the batch up to ``layer``, by a recording where there is one. By part, what
+    each position gets there from those that are ``asking``: fp32 [length], on the device. Raises
+    what failed."""
+    if recorded is not None and recorded.take(parts):
+        return recorded.attention_of(fb, parts, asking)
     observer = MassObserver(layer, [part.rows.num for part in parts], asking)
     with contextlib.suppress(StopForward):
         forward(sub_batch(fb, parts, observer))
     return observer.found()
+
+
+def mass_of(view: LayerView, counts: Sequence[int], asking: Sequence[Asking]) -> list[torch.Tensor]:
+    """By request, of which the layer shows ``counts`` rows each, one after the other: what each
+    position gets from the rows that are ``asking``, fp32 [length]."""
+    found, base = [], 0
+    for i, (count, one) in enumerate(zip(counts, asking, strict=True)):
+        mass = attention_mass(
+            view.q[one.places + base],
+            one.positions,
+            view.keys(i, one.length),
+            scaling=view.scaling,
+            strongest_head=True,
+        )
+        found.append(mass)
+        base += count
+    return found
 
 
 class MassObserver:
@@ -51,18 +82,7 @@ class MassObserver:
 
     def observe(self, view: LayerView) -> Stop:
         try:
-            base = 0
-            for i, (count, one) in enumerate(zip(self._counts, self._asking, strict=True)):
-                self._mass.append(
-                    attention_mass(
-                        view.q[one.places + base],
-                        one.positions,
-                        view.keys(i, one.length),
-                        scaling=view.scaling,
-                        strongest_head=True,
-                    )
-                )
-                base += count
+            self._mass = mass_of(view, self._counts, self._asking)
         except Exception as error:
             self._failed = error
         return STOP

@@ -138,15 +138,18 @@ class RequestReuse:
 
     def ran(self, chunk: Range, rows: Rows, plan: ReusePlan | None) -> int:
         """``rows`` of a prefill chunk ran, and of the prompt before it; the other rows of the chunk
-        were copied by ``plan``. Returns how many."""
+        were copied by ``plan``, without which all ran. Returns how many."""
+        record = self.record
+        if plan is None:
+            record["fresh_tokens"] += chunk.num
+            return 0
         here, before = rows.clip(*chunk), rows.clip(0, chunk.start)
         copied = chunk.num - here.num
-        found = plan.reused_rows.clip(*chunk).num if plan else 0
-        record = self.record
+        found = plan.reused_rows.clip(*chunk).num
         record["copied_tokens"] += copied
         record["recomputed_tokens"] += found - copied
         record["fresh_tokens"] += chunk.num - found
-        if before and plan:
+        if before:
             record["repaired_tokens"] = record.get("repaired_tokens", 0) + before.num
             blended = before.clip(0, plan.prefix_len).num
             copied_before = before.num - (before - plan.reused_rows).num

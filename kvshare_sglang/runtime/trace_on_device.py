@@ -22,7 +22,7 @@ from kvshare_sglang.runtime.batch import (
     on_device,
     to_device,
 )
-from kvshare_sglang.runtime.probe import Asking, attention_of
+from kvshare_sglang.runtime.probe import Asking, Recorded, attention_of
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -101,12 +101,13 @@ def follow(
     forward: Callable[[Any], Any],
     *,
     layer: int,
+    recorded: Recorded | None,
 ) -> None:
     """Take the traces to their ends."""
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
         parts = [_part(fb, jobs[i], traces[i].rows) for i in live]
         asking = [traces[i].asking for i in live]
-        found = attention_of(fb, parts, asking, forward, layer=layer)
+        found = attention_of(fb, parts, asking, forward, layer=layer, recorded=recorded)
         for i, mass in zip(live, found, strict=True):
             traces[i].feed(mass)
 

@@ -6,6 +6,8 @@
 leaves, a request holds a lock object, and it keeps the length of its prefix, not the slots.
 """
 
+import contextlib
+import inspect
 import os
 from importlib import metadata
 from typing import Any
@@ -104,6 +106,19 @@ def set_num_tokens(fb: Any, num: int) -> None:
     on_device = getattr(fb, f"{prefix}num_token_non_padded", None)
     if on_device is not None:
         on_device.fill_(num)
+
+
+def run_model(runner: Any, fb: Any) -> Any:
+    """The model's own forward pass over a batch whose attention is planned; nothing of SGLang's
+    runners around it, so that a CUDA graph can record it."""
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+    takes = inspect.signature(forward_context).parameters
+    of_batch = {"forward_batch": fb} if "forward_batch" in takes else {}
+    eager = runner.eager_runner
+    models = eager.model_context() if hasattr(eager, "model_context") else contextlib.nullcontext()
+    with models, forward_context(ForwardContext(attn_backend=runner.attn_backend), **of_batch):
+        return runner.model.forward(fb.input_ids, fb.positions, fb)
 
 
 def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from strategies import NAMESPACES, fresh, random_tokens, texts
 from kvshare_sglang.errors import TreeError
 from kvshare_sglang.plan import Join, Run, check_runs
 from kvshare_sglang.radix_fuzzy import segments
+from kvshare_sglang.radix_fuzzy import tree as tree_module
 from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
@@ -257,6 +258,47 @@ class TreeMachine(RuleBasedStateMachine):
 
 TreeMachine.TestCase.settings = settings(stateful_step_count=25)
 test_any_history_agrees_with_the_model = TreeMachine.TestCase
+
+
+class LaterMachine(TreeMachine):
+    """The same laws where the index is filled only when something is looked up."""
+
+    @initialize()
+    def start(self):
+        self.tree = FuzzyTree(later=True)
+        self.forget()
+
+    @rule()
+    def settle(self):
+        self.tree.settle()
+
+    @invariant()
+    def the_tree_holds_its_own_invariants(self):
+        """Only at the end: a check fills the index."""
+
+    def snapshot(self):
+        return super().snapshot()[:-1]  # a lookup fills the index
+
+    def teardown(self):
+        self.tree.check()
+
+
+LaterMachine.TestCase.settings = settings(stateful_step_count=25)
+test_any_history_agrees_with_the_model_later = LaterMachine.TestCase
+
+
+def test_an_index_filled_later_waits_for_a_lookup_and_is_not_kept_waiting_for_ever(monkeypatch):
+    monkeypatch.setattr(tree_module, "MOST_UNINDEXED", 3)
+    tree, text = FuzzyTree(later=True), np.arange(1, 200, dtype=np.int32)
+    tree.insert("n", text)
+    assert not tree._index.items()[0].size
+    assert [run.length for run in tree.match("n", text)] == [199]
+    assert tree._index.items()[0].size
+    before = tree._index.items()[0].size
+    for i in range(3):  # the third is one too many
+        assert tree._index.items()[0].size == before
+        tree.insert("n", text + 1000 * (i + 1))
+    assert tree._index.items()[0].size > before
 
 
 # ---- scenarios --------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def stages(
     """Groups of stages, one after the other; those of a group run side by side.
 
     Alone on the machine: whatever is timed. ``backends``: the first is the one that is timed most.
-    ``ttft``: "short" is one length alone, "deep" all lengths by trace alone, each for a visit of a
-    few minutes.
+    ``ttft``: "short" is 8k alone, "deep" 8k to 32k, trace and window each beside plain: each
+    for a visit of a few minutes.
     """
     first = backends[0]
     pages = PAGES if device != "cpu" else PAGES[:1]
@@ -68,7 +68,7 @@ def stages(
     elif ttft == "short":  # with few tokens the KV of three servers is small
         arms = ["plain-window-trace-short"]
     elif ttft == "deep":
-        arms = ["plain-trace-deep"]
+        arms = ["plain-trace-deep", "plain-window-deep"]
 
     def laws(step: str, limit_s: float) -> list[Stage]:
         return [Stage(step, limit_s, b, page) for b in backends for page in pages]

@@ -1,11 +1,13 @@
-"""Where the time of one partial prefill goes: kernels, and the gaps between them."""
+"""Where the time of one partial prefill goes: kernels, the gaps between them, and the host."""
 
 from typing import Any
 
 import numpy as np
 
 from kvshare_sglang.bench import models
-from kvshare_sglang.bench.ttft.cases import moved_case
+from kvshare_sglang.bench.ttft.cases import moved_case, random_tokens
+
+MISSES = 20
 
 
 def run(device: str, backend: str, select: str) -> dict[str, Any]:
@@ -41,4 +43,37 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
                 it.ask("gpu_probes:start_profile")
             told = it.one(prompt, new=1)["kvshare"]
         figures = it.ask("gpu_probes:stop_profile")
+        it.ask("gpu_probes:compare_passes")
+        _again(it, case.sources, prompt)
+        figures["replayed passes off"] = it.ask("gpu_probes:passes_off")
+        it.ask("gpu_probes:compare_no_more")
+        figures["host"] = [_of_host(it, case.sources, prompt), _of_misses(it, vocab)]
     return {"ok": told["declined"] is None, "kvshare": told, "figures": figures}
+
+
+def _of_host(it: Any, sources: list[Any], prompt: list[int]) -> dict[str, Any]:
+    """The same prompt again, as the host saw it."""
+    _again(it, sources, None)
+    it.ask("gpu_probes:start_host_profile")
+    it.one(prompt, new=1)
+    return {"what": "the prompt", "functions": it.ask("gpu_probes:stop_host_profile")}
+
+
+def _again(it: Any, sources: list[Any], prompt: list[int] | None) -> None:
+    """An empty cache, the sources, and the prompt."""
+    it.flush()
+    for source in sources:
+        it.one(source.tolist(), new=1, kvshare="exact")
+    if prompt:
+        it.one(prompt, new=1)
+
+
+def _of_misses(it: Any, vocab: int) -> dict[str, Any]:
+    """Prompts with nothing to reuse, as the host saw them."""
+    rng = np.random.default_rng(9)
+    it.one(random_tokens(rng, 384, vocab).tolist(), new=1)
+    it.ask("gpu_probes:start_host_profile")
+    for _ in range(MISSES):
+        it.one(random_tokens(rng, 384, vocab).tolist(), new=1)
+    functions = it.ask("gpu_probes:stop_host_profile", MISSES)
+    return {"what": "prompts of 384 tokens with nothing to reuse", "functions": functions}

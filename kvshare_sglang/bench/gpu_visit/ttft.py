@@ -14,7 +14,7 @@ from kvshare_sglang.bench.gpu_visit.plan import TWO_SERVERS_GIB, gpu_gib
 SIZES = (8192, 32768, 16384, 4096)
 # Of SGLang's own list, those that the prompts and their partial batches need: each takes time at
 # start. Longer batches run eagerly, as by default.
-GRAPHS = (*range(64, 1025, 64), *range(1280, 2561, 256), 4096, 8192)
+GRAPHS = (*range(64, 1025, 64), *range(1280, 4097, 256), *range(4608, 8193, 512))
 FIGURES = ("prompts", "arm", "ttft_p50_s", "ttft_plain_p50_s", "ratio_plain", "iqr", "ceiling",
            "computed_share", "merged_tokens")  # fmt: skip
 
@@ -29,7 +29,7 @@ def run(
         need = f"two servers of an 8B model need {TWO_SERVERS_GIB} GiB of GPU memory"
         return {"ok": False, "error": f"{need}, here are {gib:.0f}"}
     numbers.unlink(missing_ok=True)
-    options = on_cpu() if device == "cpu" else on_gpu(backend, extent)
+    options = on_cpu() if device == "cpu" else on_gpu(backend, arms, extent)
     words = ["--json", str(numbers), "--arms", ",".join(arms), *options]
     command = [sys.executable, "-m", "kvshare_sglang.bench", "ttft", *words]
     bench = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -64,10 +64,11 @@ def on_cpu() -> list[str]:
     ]
 
 
-def on_gpu(backend: str, extent: str) -> list[str]:
+def on_gpu(backend: str, arms: list[str], extent: str) -> list[str]:
     """The shape of an 8B model. Chunks are as large as the prompts: longer ones are never traced,
     and plain gets the same, so that one set of servers does for everything."""
-    short, whole = extent == "short", extent not in ("short", "deep")
+    short, deep = extent == "short", extent == "deep"
+    full, traced = not (short or deep), "trace" in arms
     sizes = {"short": SIZES[:1], "deep": SIZES[:3]}.get(extent, SIZES)
     longest = max(sizes)
     server = (
@@ -79,10 +80,12 @@ def on_gpu(backend: str, extent: str) -> list[str]:
         " --cuda-graph-max-bs-decode 8 --cuda-graph-bs-prefill " + " ".join(map(str, GRAPHS))
     )
     return [
-        *("--device", "cuda", "--model", "llama-8b", "--dummy-weights", "--budget", "0.05"),
-        *("--sizes", ",".join(map(str, sizes)), "--reused", "0.98,0.9" if whole else "0.98"),
+        *("--device", "cuda", "--model", "llama-8b", "--dummy-weights"),
+        *("--budget", "0.05,0.15" if deep and traced else "0.05"),
+        *("--sizes", ",".join(map(str, sizes))),
+        *("--reused", "0.98,0.9" if full or (deep and traced) else "0.98"),
         *("--repeats", "2" if short else "3"),
-        *("--miss-pairs", "16" if whole else "0", "--tpot", "2" if whole else "0"),
+        *(("--miss-pairs", "16", "--tpot", "2") if full or traced else ("--miss-pairs", "0")),
         *("--chunk", str(longest), "--plain-chunk", str(longest)),
         *("--threads", "4", "--plain-threads", "4"),
         *("--max-total-tokens", str(int(2.3 * longest))),

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reused", type=listed(float), default="0.9",
         help="shares of a prompt that are elsewhere in the cache")  # fmt: skip
     add("--repeats", type=int, default=9, help="fresh prompts for each size")
-    add("--budget", type=float, default=0.12, help="--kvshare-budget of the servers")
+    add("--budget", type=listed(float), default="0.12",
+        help="shares of the reused rows that run again; each in prompts of its own")  # fmt: skip
     add("--select", choices=("trace", "window"), default="trace",
         help="--kvshare-select of the arm kvshare")  # fmt: skip
     add("--model", default="bench-100m", help="directory, shape file, a shape here, or smollm2")
@@ -81,6 +82,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if not all(0 < share < 1 for share in args.reused):
         raise ScriptError(f"--reused must be in (0, 1), got {args.reused}")
+    if not all(0 <= budget <= 1 for budget in args.budget):
+        raise ScriptError(f"--budget must be in [0, 1], got {args.budget}")
     if args.repeats < 1:
         raise ScriptError(f"--repeats must be at least 1, got {args.repeats}")
 
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         return finish(args, result)
     check(args)
     model = models.open_model(args.model, dummy=args.dummy_weights)
-    config = KVShareConfig(budget=args.budget, select=args.select)
+    config = KVShareConfig(budget=args.budget[0], select=args.select)
     bench = Bench(model, config, Setting(args.chunk, args.threads), args)
     common.warn_if_busy()
     miss = {"lookup_ms_p50_8k": lookup_ms(), "ttft_ratio_p50": None, "ci95": None}

@@ -51,12 +51,13 @@ class Bench(NamedTuple):
     def vocab(self) -> int:
         return min(self.model.vocab_size, 4096)
 
-    def config_of(self, arm: str) -> KVShareConfig | None:
-        """Of an arm that reuses; None of the others."""
+    def config_of(self, arm: str, budget: float | None = None) -> KVShareConfig | None:
+        """Of an arm that reuses, where its requests ask for a budget; None of the others."""
         if arm in ("plain", "twin", "allrows"):
             return None
         select = self.config.select if arm == "kvshare" else arm
-        return dataclasses.replace(self.config, select=select)
+        budget = self.config.budget if budget is None else budget
+        return dataclasses.replace(self.config, select=select, budget=budget)
 
 
 def server_spec(bench: Bench, name: str, setting: Setting) -> ServerSpec:
@@ -65,7 +66,13 @@ def server_spec(bench: Bench, name: str, setting: Setting) -> ServerSpec:
     env: dict[str, str] = {}
     if name not in ("plain", "twin"):
         select = (bench.config_of(name) or bench.config).select
-        flags = ("--kvshare", "--kvshare-budget", str(args.budget), "--kvshare-select", select)
+        flags = (
+            "--kvshare",
+            "--kvshare-budget",
+            str(bench.config.budget),
+            "--kvshare-select",
+            select,
+        )
     if name == "allrows":
         env = {"KVSHARE_MEASURE_ALL_ROWS": "1"}
     if args.dummy_weights:
@@ -95,21 +102,24 @@ def prime(servers: Sequence[Server], sources: Sequence[Tokens]) -> None:
         list(pool.map(one, servers))
 
 
-def measure(bench: Bench, servers: Sequence[Server], case: Case, *, turn: int) -> Sample:
+def measure(
+    bench: Bench, servers: Sequence[Server], case: Case, *, turn: int, budget: float
+) -> Sample:
     """One case in all arms; ``turn`` rotates their order."""
     prime(servers, case.sources)
     first = turn % len(servers)
-    answers = {
-        server.spec.name: server.ask(case.prompt.tolist())
-        for server in [*servers[first:], *servers[:first]]
-    }
+    answers = {}
+    for server in [*servers[first:], *servers[:first]]:
+        arm = server.spec.name
+        asked = {"budget": budget} if bench.config_of(arm) else None
+        answers[arm] = server.ask(case.prompt.tolist(), kvshare=asked)
     mirror = Mirror()
     for tokens in case.sources:
         mirror.add(tokens)
     work = {}
     for server in servers:
         name = server.spec.name
-        if config := bench.config_of(name):
+        if config := bench.config_of(name, budget):
             choice = choice_of(mirror, case.prompt, config)
             work[name] = work_of(
                 bench.model.config, choice, answers[name].kvshare, server.spec, config

@@ -1,5 +1,6 @@
 """The run: groups of prompts, the servers that they go to, and what was found so far."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,27 +22,29 @@ class Group(NamedTuple):
 
     cases: Callable[[], Iterator[Case]]
     tokens: int
+    budget: float
     plain: Setting
 
 
 def groups_of(bench: Bench, plain: dict[int, Setting]) -> dict[str, Group]:
-    """All sizes with all shares, then the request file; by the name they have in the result."""
+    """All sizes, shares and budgets, then the request file; by their names in the result."""
     args = bench.args
     rng = np.random.default_rng(args.seed)
     groups = {}
-    for size in args.sizes:
-        for share in args.reused:
-            name = str(size) if len(args.reused) == 1 else f"{size}, {share:.0%} cached"
-            groups[name] = Group(
-                partial(moved_cases, bench, rng, size, share),
-                size,
-                plain[size],
-            )
+    for size, share, budget in itertools.product(args.sizes, args.reused, args.budget):
+        name = str(size)
+        if len(args.reused) > 1:
+            name += f", {share:.0%} cached"
+        if len(args.budget) > 1:
+            name += f", {budget:.0%} again"
+        cases = partial(moved_cases, bench, rng, size, share)
+        groups[name] = Group(cases, size, budget, plain[size])
     if args.requests:
         limit = {"repeats": args.repeats, "max_tokens": args.max_total_tokens}
         groups[args.requests.name] = Group(
             lambda: request_cases(args.requests, bench.model, history=args.history, **limit),
             4096,
+            bench.config.budget,
             plain[max(args.sizes)],
         )
     return groups
@@ -102,11 +105,14 @@ def measure_groups(
         bar.say("warming up")
         rng = np.random.default_rng(bench.args.seed + 1)
         size, share = min(bench.args.sizes), bench.args.reused[0]
-        measure(bench, servers, moved_case(rng, size, bench.vocab, reused=share), turn=0)
+        case = moved_case(rng, size, bench.vocab, reused=share)
+        measure(bench, servers, case, turn=0, budget=bench.config.budget)
         for name, group in groups.items():
             for turn, case in enumerate(group.cases()):
                 bar.say(f"{name[:16]}, repeat {turn + 1} of {repeats}")
-                found.samples[name].append(measure(bench, servers, case, turn=turn))
+                found.samples[name].append(
+                    measure(bench, servers, case, turn=turn, budget=group.budget)
+                )
                 bar.update(group.tokens)
             save()
         bar.say(f"timed {len(servers)} arms")

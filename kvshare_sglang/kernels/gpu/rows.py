@@ -125,6 +125,48 @@ def plan(
     return Plan(launches, positions, owners)
 
 
+def fixed_plan(
+    size: int,
+    room: int,
+    positions: torch.Tensor,
+    owners: torch.Tensor,
+    *,
+    group: int,
+    kv_heads: int,
+    shape: Shape,
+    programs: int,
+) -> Plan:
+    """A plan that a CUDA graph can record: ``size`` rows in at most ``room`` tiles, which are
+    written into it before each replay (``fixed_tiles``), and so are ``positions`` [size] and
+    ``owners``. Prompts are taken to be long."""
+    tiles = torch.zeros((3, room), dtype=torch.int32, device=positions.device)
+    num, splits = max(1, size * group // shape.block_m) * kv_heads, FEWEST_SPLITS
+    while splits < MOST_SPLITS and num * splits < programs:
+        splits *= 2
+    return Plan([Launch(0, size, tiles, splits)], positions, owners)
+
+
+def fixed_tiles(
+    rows: Sequence[tuple[int, int]], *, size: int, room: int, group: int, block_m: int
+) -> np.ndarray:
+    """Tiles of ``rows``, as for ``cut``, and of as many more, for which request 0 stands in, as
+    make ``size``; the rest of ``room`` holds no rows. int32 [3, room].
+
+    >>> fixed_tiles([(2, 10), (1, 5)], size=6, room=5, group=4, block_m=8).tolist()
+    [[0, 2, 5, 3, 0], [2, 1, 1, 2, 0], [0, 1, 0, 0, 0]]
+    """
+    padding = size - sum(count for count, _ in rows)
+    if padding < 0:
+        raise ValueError(f"there must be at most {size} rows, got {size - padding}")
+    tiles, seen = cut([*rows, (padding, 1)] if padding else rows, group=group, block_m=block_m)
+    if tiles.shape[1] > room:
+        raise ValueError(f"there must be at most {room} tiles, got {tiles.shape[1]}")
+    tiles[2][tiles[2] == len(rows)] = 0
+    out = np.zeros((3, room), np.int32)
+    out[:, : tiles.shape[1]] = tiles[:, np.argsort(-seen, kind="stable")]
+    return out
+
+
 @triton.jit
 def _scores(x, k_base, slot, d, k_stride, scale):
     key = tl.load(k_base + slot[None, :] * k_stride + d[:, None])
@@ -187,7 +229,8 @@ def _attend(
     row = (first + r).to(tl.int64)
     at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
     lo = tl.load(positions + first).to(tl.int32)  # keys up to here are seen by all rows
-    hi = tl.load(positions + first + count - 1).to(tl.int32) + 1
+    hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
+    hi = tl.where(count > 0, hi, 0)  # a tile of no rows sees no keys
 
     d = tl.arange(0, DIM)
     head = kv_head * GROUP + g

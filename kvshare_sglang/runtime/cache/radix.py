@@ -63,7 +63,7 @@ class FuzzyRadixCache(RadixCache):
         self.shadow = shadow
         self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
         self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
-        self.fuzzy = FuzzyTree(secret=secrets.randbits(64))
+        self.fuzzy = FuzzyTree(secret=secrets.randbits(64), later=True)
         self.usage = Usage(params.token_to_kv_pool_allocator.size)
         self.sync = IndexSync(self.fuzzy)
         self.sources = Sources(self, self.usage)

@@ -351,6 +351,8 @@ def check_choice(case: Case, model: Path) -> Checks:
     for select in ("trace", "dhd"):
         with server(case, model, kvshare=True, kvshare_select=select, **watch) as it:
             it.ask("probes:force_plans")
+            if case.kernel and select == "trace":
+                it.ask("gpu_probes:compare_passes")
             full_off, part_off, refreshed = [], [], 0
             for i, length in enumerate(lengths):
                 prompt = texts.passage(length)
@@ -389,6 +391,11 @@ def check_choice(case: Case, model: Path) -> Checks:
             there = Counter(it.ask("gpu_probes:prefill_ways"))["traces on the device"]
             wanted = case.kernel and select == "trace"
             checks.equal(f"{select}: traced on the device", there > 0, wanted)
+            if wanted:
+                off = it.ask("gpu_probes:passes_off")
+                checks.at_least("passes replayed", len(off), 6)
+                checks.facts["replayed passes off"] = off
+                checks.at_most("replayed passes off", max(off), 1e-4 if not case.on_gpu else 0.05)
     return checks
 
 

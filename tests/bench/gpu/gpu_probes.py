@@ -63,6 +63,44 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if hasattr(value, "cpu") else value
 
 
+def compare_passes(child: Any) -> None:
+    """Run each traced pass that is replayed once more, layer by layer, and note how far apart their
+    attention is. Without a GPU nothing is recorded by itself: record some sizes now."""
+    from kvshare_sglang.policy.select.attention_trace import probe_layer
+    from kvshare_sglang.runtime import attention_trace, probe, trace_graphs, trace_on_device
+
+    state, layers = child.runner.attn_backend.kvshare, child.runner.model.model.layers
+    cache = child.scheduler.tree_cache
+    if child.runner.device == "cpu":
+        layer = probe_layer(len(layers), cache.config.probe_at)
+        state.recorded = trace_graphs.TraceGraphs(child.runner, layer, (16, 40))
+    child.passes_off = []
+
+    def both(*args: Any, recorded: Any, **kw: Any) -> Any:
+        found = probe.attention_of(*args, recorded=recorded, **kw)
+        if recorded is not None and recorded.take(args[1]):
+            plain = probe.attention_of(*args, recorded=None, **kw)
+            child.passes_off += [
+                float((a - b).abs().max() / b.abs().max())
+                for a, b in zip(found, plain, strict=True)
+            ]
+        return found
+
+    attention_trace.attention_of = trace_on_device.attention_of = both
+
+
+def compare_no_more(child: Any) -> None:
+    """Undo ``compare_passes``."""
+    from kvshare_sglang.runtime import attention_trace, probe, trace_on_device
+
+    attention_trace.attention_of = trace_on_device.attention_of = probe.attention_of
+
+
+def passes_off(child: Any) -> list[float]:
+    """By request of each pass that was replayed: the largest difference over the largest value."""
+    return list(child.passes_off)
+
+
 def has_kernel(child: Any) -> bool:
     """Whether partial batches are attended by our own kernel."""
     from kvshare_sglang.runtime import attention
@@ -102,9 +140,55 @@ def stop_profile(child: Any) -> dict[str, Any]:
     return summed_up([span for span in spans if not span[0].startswith("scheduler.")])
 
 
+def start_host_profile(child: Any) -> None:
+    """Note what Python does from now on in the scheduler's thread."""
+    import cProfile
+
+    child.host_profile = cProfile.Profile()
+    child.host_profile.enable()
+
+
+def stop_host_profile(child: Any, requests: int = 1, most: int = 60) -> list[dict[str, Any]]:
+    """The functions that took longest, what they called included: ms and calls by request. The
+    profiler makes small functions look two to three times as slow as they are."""
+    child.host_profile.disable()
+    child.host_profile.create_stats()
+    rows = []
+    for (file, line, name), (_, calls, own, whole, _) in child.host_profile.stats.items():
+        at = "/".join(file.split("/")[-2:]) + f":{line} {name}"
+        rows.append((whole, own, calls, at))
+    return [
+        {
+            "function": at,
+            "ms": round(1e3 * whole / requests, 3),
+            "own_ms": round(1e3 * own / requests, 3),
+            "calls": round(calls / requests, 2),
+        }
+        for whole, own, calls, at in sorted(rows, reverse=True)[:most]
+    ]
+
+
+def parts_of(spans: list[tuple[str, float, float]], ends: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The timeline of (name, start, end) in us, cut after each kernel of ``ends``: how long each
+    part took, and how much of it was busy, in ms."""
+    out: list[dict[str, Any]] = []
+    first = reach = None
+    busy = 0.0
+    for name, start, end in sorted(spans, key=lambda span: span[1]):
+        first = start if first is None else first
+        busy += max(0.0, end - max(start, start if reach is None else reach))
+        reach = end if reach is None else max(reach, end)
+        if name.startswith(ends):
+            out.append({"up_to": name[:40], "ms": (reach - first) / 1e3, "busy_ms": busy / 1e3})
+            first, busy = reach, 0.0
+    if first is not None and reach is not None:
+        out.append({"up_to": "the end", "ms": (reach - first) / 1e3, "busy_ms": busy / 1e3})
+    return [{k: round(v, 3) if k != "up_to" else v for k, v in part.items()} for part in out]
+
+
 def summed_up(spans: list[tuple[str, float, float]], *, most: int = 15) -> dict[str, Any]:
     """Of (name, start, end) in us: in ms the whole span, what is busy in it, the longest kernels,
-    and the longest gaps with what is before and behind them."""
+    the longest gaps with what is before and behind them, and the parts of a trace."""
     total: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     busy, gaps, reach, last = 0.0, [], None, ""
@@ -126,6 +210,7 @@ def summed_up(spans: list[tuple[str, float, float]], *, most: int = 15) -> dict[
             {"ms": round(gap / 1e3, 3), "after": before[:80], "before": behind[:80]}
             for gap, before, behind in sorted(gaps, reverse=True)[:most]
         ],
+        "parts": parts_of(spans, ("_copy", "_mass")),
         "kernels": sum(calls.values()),
         "longest": [
             {"name": name[:120], "ms": round(us / 1e3, 3), "calls": calls[name]}
