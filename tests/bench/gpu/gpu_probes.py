@@ -67,11 +67,17 @@ def compare_passes(child: Any) -> None:
     """Run each traced pass that is replayed once more, layer by layer, and note how far apart their
     attention is. Without a GPU nothing is recorded by itself: record some sizes now."""
     from kvshare_sglang.policy.select.attention_trace import probe_layer
-    from kvshare_sglang.runtime import attention_trace, probe, trace_graphs, trace_on_device
+    from kvshare_sglang.runtime import (
+        attention,
+        attention_trace,
+        probe,
+        trace_graphs,
+        trace_on_device,
+    )
 
     state, layers = child.runner.attn_backend.kvshare, child.runner.model.model.layers
     cache = child.scheduler.tree_cache
-    if child.runner.device == "cpu":
+    if child.runner.device == "cpu" and attention.has_kernel(child.runner):
         layer = probe_layer(len(layers), cache.config.probe_at)
         state.recorded = trace_graphs.TraceGraphs(child.runner, layer, (16, 40))
     child.passes_off = []
