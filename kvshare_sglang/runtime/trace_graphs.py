@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+SIZES = (*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256))
 MOST_REQUESTS = 8  # of one pass
 
 

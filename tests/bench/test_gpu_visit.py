@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu_probes import summed_up
+from gpu_probes import parts_of, summed_up
 
 from kvshare_sglang.bench.gpu_visit import __main__ as gpu_visit
 from kvshare_sglang.bench.gpu_visit import env as visit_env
@@ -199,6 +199,14 @@ def test_a_profile_counts_what_overlaps_once():
     assert (found["span_ms"], found["busy_ms"], found["gaps_ms"]) == (0.26, 0.21, 0.05)
     assert found["kernels"] == 4
     assert found["longest"] == [{"name": "b", "ms": 0.21, "calls": 2}]
+
+
+def test_a_profile_is_told_in_parts():
+    spans = [("x", 100.0, 200.0), ("_mass", 250.0, 300.0), ("y", 340.0, 360.0), ("x", 350.0, 370.0)]
+    assert parts_of(spans, ("_copy", "_mass")) == [
+        {"up_to": "_mass", "ms": 0.2, "busy_ms": 0.15},
+        {"up_to": "the end", "ms": 0.07, "busy_ms": 0.03},
+    ]
 
 
 # ---- the run -------------------------------------------------------------------------------------
