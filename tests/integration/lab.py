@@ -50,7 +50,8 @@ class Lab:
 
     def __init__(self, model: Path, **server_args: Any) -> None:
         settings = {**BASE, **server_args, "model_path": str(model)}
-        # SGLang reads some variables while it is imported.
+        # ``env`` is there before SGLang is imported, which takes seconds; ``late_env`` before it
+        # starts.
         context = multiprocessing.get_context("spawn") if "env" in settings else imported()
         self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
@@ -186,7 +187,7 @@ def imported() -> Any:
 
 def _child_main(pipe: Any, settings: dict[str, Any]) -> None:
     os.environ.update(_environment())
-    os.environ.update(settings.pop("env", {}))
+    os.environ.update({**settings.pop("env", {}), **settings.pop("late_env", {})})
     try:
         child = Child(settings)
         pipe.send((True, None))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from lab import computed
-from server import Server, forked, script, serve
+from server import Server, forked, script, serve, unmeasured
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
 
@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
 
 NAMED = ("--served-model-name", "x")
+OPTIONS = "kvshare: true\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
 
 # As many first tokens may a text share with what other tests asked of the same server: a chat
 # template's, and by chance a few more. All that reuses here begins with a number of its own.
@@ -31,8 +32,9 @@ SHARED = 16
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Started as ``sglang serve``, by a file of options."""
     folder = tmp_path_factory.mktemp("doors")
-    with serve(model, folder, "--kvshare", "--enable-cache-report", *NAMED) as it:
+    with serve(model, folder, "--enable-cache-report", *NAMED, options=OPTIONS) as it:
         begin(it)
         yield it
 
@@ -145,6 +147,11 @@ def fresh(door: Door, stream: bool, what: str) -> str:
     what reused before may be the prefix of what begins alike."""
     asked = f"{what} {door.path} {stream}"
     return f"{random.Random(asked).randrange(10**6)} {asked}\n" + CODE
+
+
+def test_sglang_serve_takes_its_options_from_a_file(server: Server) -> None:
+    # An eviction policy of SGLang's was named, if only its default: it stays.
+    assert unmeasured(seam=8, eviction="sglang") in server.log.read_text()
 
 
 @every_door
