@@ -6,6 +6,7 @@ the scheduler has been idle, so its own leak checks have run.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-IMPORTED = ["sglang.srt.entrypoints.engine", "sglang.srt.models.registry"]
+IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.models.registry"]
 
 
 class LabError(AssertionError):
@@ -186,10 +187,14 @@ def imported() -> Any:
 
 
 def _child_main(pipe: Any, settings: dict[str, Any]) -> None:
+    # SGLang collects garbage at its start and with each flush: half a second for all that it
+    # imported, which is none.
+    gc.freeze()
     os.environ.update(_environment())
     os.environ.update({**settings.pop("env", {}), **settings.pop("late_env", {})})
     try:
         child = Child(settings)
+        gc.freeze()
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
