@@ -63,7 +63,8 @@ stage() { # TITLE COMMAND...
 run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci "$@"; }
 
 # Two workers, each on one thread; who has nothing left takes half of what the other has.
-side_by_side=(-n 2 --dist worksteal)
+side_by_side=()
+_env_has_gpu || side_by_side=(-n 2 --dist worksteal)
 
 real_weights() { # the chat model that a few tests need; without it they are skipped and counted
     echo "SmolLM2-135M-Instruct for tests with real weights (93 MB, fetched once into .cache/models)"
