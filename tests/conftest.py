@@ -30,21 +30,21 @@ def _why_not(marker: str) -> str | None:
     return None
 
 
-# The files that take long, longest first, most of it starts of servers: two workers that take whole
-# files end together.
+# The files that take 20 to 300 seconds, longest first: two workers that take whole files end
+# together.
 LONG = (
+    "test_gpu_path.py",
     "test_doors_launch.py",
     "test_server.py",
-    "test_gpu_path.py",
     "test_doors_requests.py",
     "test_visit.py",
-    "test_exact_stays_exact.py",
-    "test_life.py",
     "test_reader.py",
+    "test_life.py",
     "test_conversation.py",
+    "test_exact_stays_exact.py",
     "test_partial_prefill.py",
-    "test_check.py",
     "test_conversations.py",
+    "test_check.py",
     "test_refresh.py",
     "test_driver.py",
 )
