@@ -62,6 +62,10 @@ stage() { # TITLE COMMAND...
 
 run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci "$@"; }
 
+# Two workers, each on one thread; who has nothing left takes half of what the other has.
+side_by_side=()
+_env_has_gpu || side_by_side=(-n 2 --dist worksteal)
+
 real_weights() { # the chat model that a few tests need; without it they are skipped and counted
     echo "SmolLM2-135M-Instruct for tests with real weights (93 MB, fetched once into .cache/models)"
     python -m kvshare_sglang.bench.smollm2 ||
@@ -86,12 +90,12 @@ stage "format (ruff)" ruff format --check .
 stage "lint (ruff)" ruff check .
 stage "types (mypy)" mypy
 stage "layers" run_pytest tests/test_layers.py
-stage "pure tests and doctests" run_pytest tests \
+stage "pure tests and doctests" run_pytest "${side_by_side[@]}" tests \
     --ignore=tests/test_layers.py --ignore=tests/kernels --ignore=tests/integration \
     --ignore=tests/bench/gpu -m "not sglang" \
     --doctest-modules kvshare_sglang/{errors,config,plan,sim/useful,bench/common,bench/convert}.py \
     kvshare_sglang/{radix_fuzzy,policy}
-stage "kernels against their references" run_pytest tests/kernels
+stage "kernels against their references" run_pytest "${side_by_side[@]}" tests/kernels
 ((num_stages > 6)) && stage "the real SGLang" integration
 
 finish "PASS: $num_stages stages in $SECONDS s"

@@ -30,19 +30,23 @@ def _why_not(marker: str) -> str | None:
     return None
 
 
-# The files that take minutes, longest first: two workers that take whole files end together.
+# The files that take 20 to 300 seconds, longest first: two workers that take whole files end
+# together.
 LONG = (
     "test_gpu_path.py",
     "test_doors_launch.py",
     "test_server.py",
     "test_doors_requests.py",
-    "test_exact_stays_exact.py",
     "test_visit.py",
-    "test_life.py",
     "test_reader.py",
+    "test_life.py",
     "test_conversation.py",
+    "test_exact_stays_exact.py",
     "test_partial_prefill.py",
     "test_conversations.py",
+    "test_check.py",
+    "test_refresh.py",
+    "test_driver.py",
 )
 
 

@@ -28,13 +28,14 @@ def group_lives(process: "subprocess.Popen[bytes]") -> bool:
     return True
 
 
-def stop_group(process: "subprocess.Popen[bytes]") -> None:
-    """End ``process`` and the group that it leads; safe to call again."""
+def stop_group(*processes: "subprocess.Popen[bytes]") -> None:
+    """End these, side by side, and the groups that they lead; safe to call again."""
     for sig, wait_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sig)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sig)
         deadline = time.monotonic() + wait_s
-        while group_lives(process) and time.monotonic() < deadline:
+        while any(map(group_lives, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

@@ -240,7 +240,8 @@ def serve(*specs: ServerSpec) -> Iterator[list[Server]]:
         finally:
             with signals_ignored():
                 for server in servers:
-                    server.stop()
+                    server.client.close()
+                stop_group(*(server.process for server in servers))
             if not failed:
                 shutil.rmtree(log_dir, ignore_errors=True)
             elif servers:

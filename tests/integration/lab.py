@@ -6,6 +6,7 @@ the scheduler has been idle, so its own leak checks have run.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-IMPORTED = ["sglang.srt.entrypoints.engine", "sglang.srt.models.registry"]
+IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.models.registry"]
 
 
 class LabError(AssertionError):
@@ -50,7 +51,8 @@ class Lab:
 
     def __init__(self, model: Path, **server_args: Any) -> None:
         settings = {**BASE, **server_args, "model_path": str(model)}
-        # SGLang reads some variables while it is imported.
+        # ``env`` is there before SGLang is imported, which takes seconds; ``late_env`` before it
+        # starts.
         context = multiprocessing.get_context("spawn") if "env" in settings else imported()
         self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
@@ -185,10 +187,14 @@ def imported() -> Any:
 
 
 def _child_main(pipe: Any, settings: dict[str, Any]) -> None:
+    # SGLang collects garbage at its start and with each flush: half a second for all that it
+    # imported, which is none.
+    gc.freeze()
     os.environ.update(_environment())
-    os.environ.update(settings.pop("env", {}))
+    os.environ.update({**settings.pop("env", {}), **settings.pop("late_env", {})})
     try:
         child = Child(settings)
+        gc.freeze()
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

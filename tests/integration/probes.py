@@ -404,6 +404,14 @@ def yield_once_between(child: Any, low: int, high: int) -> None:
     scheduler.get_next_batch_to_run = get_next
 
 
+def retract_every(child: Any, forwards: int) -> None:
+    """As SGLANG_TEST_RETRACT does, which counts only while SGLang is imported."""
+    from sglang.srt.managers import scheduler
+
+    assert scheduler.TEST_RETRACT is False
+    scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, forwards
+
+
 def update_weights(child: Any, path: str, flush: bool = True) -> bool:
     """What /update_weights_from_disk does in the scheduler."""
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput

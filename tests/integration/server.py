@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,26 @@ from lab import imported
 
 from kvshare_sglang.bench import server as bench
 from kvshare_sglang.bench.processes import free_port
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.runtime import calibration
 
-SPEC = bench.ServerSpec(
-    "server", Path(), threads=1, max_total_tokens=16384, mem_fraction=0.3, overlap=True
-)
+SGLANG = Path(sys.executable).with_name("sglang")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec(bench.ServerSpec):
+    """With ``options``, a file of them, it is ``sglang serve`` that starts."""
+
+    options: Path | None = None
+
+    def command(self, port: int) -> list[str]:
+        if self.options is None:
+            return super().command(port)
+        where = (str(self.model), "--port", str(port), "--config", str(self.options))
+        return [str(SGLANG), "serve", *where, *self.flags()]
+
+
+SPEC = Spec("server", Path(), threads=1, max_total_tokens=16384, mem_fraction=0.3, overlap=True)
 ARGS = SPEC.flags()
 
 
@@ -53,20 +70,39 @@ class Server(bench.Server):
     def post(self, path: str, body: dict[str, Any] | None = None, **kw: Any) -> requests.Response:
         return requests.post(self.url + path, json=body, timeout=120, **kw)
 
+    def stop(self) -> None:
+        """All its processes at once: it has nothing to save, and takes seconds to end by itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        super().stop()
+
 
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *args: str, sglang: Path | None = None) -> Iterator[Server]:
-    """A server for the length of a ``with`` block, or ScriptError with the end of its log."""
+def serve(
+    model: Path, folder: Path, *args: str, sglang: Path | None = None, options: str = ""
+) -> Iterator[Server]:
+    """A server for the length of a ``with`` block, or ScriptError with the end of its log.
+    ``options``: what stands in a file for ``sglang serve``."""
     port = free_port()
     spec = dataclasses.replace(
         SPEC, name=f"server-{port}", model=model, port=port, args=args, env=environment(sglang)
     )
+    if options:
+        spec = dataclasses.replace(spec, options=folder / "options.yaml")
+        (folder / "options.yaml").write_text(options)
     server = Server(spec, folder)
     try:
         bench.wait_ready([server])
         yield server
     finally:
         server.stop()
+
+
+def unmeasured(**given: Any) -> str:
+    """What the log says of a server's config: nobody measured the answers of a random model."""
+    config = calibration.settled(KVShareConfig(**given), given=given, model="random")
+    assert config.calibration == calibration.NONE
+    return str(config)
 
 
 class Done(NamedTuple):

@@ -9,21 +9,16 @@ import site
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Texts
 from lab import lab, request
-from server import SPEC, Server, environment, forked, main
+from server import SGLANG, SPEC, environment, forked, main, unmeasured
 
-from kvshare_sglang.bench import server as bench
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.runtime import calibration
 
 ROOT = Path(__file__).resolve().parents[2]
-SGLANG = Path(sys.executable).with_name("sglang")
 
 
 def run(
@@ -143,52 +138,6 @@ def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> N
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: --model-path {tmp_path / 'misspelt'}:")
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def unmeasured(**given: Any) -> str:
-    """What the log says of a server's config: nobody measured the answers of a random model."""
-    config = calibration.settled(KVShareConfig(**given), given=given, model="random")
-    assert config.calibration == calibration.NONE
-    return str(config)
-
-
-@dataclasses.dataclass(frozen=True)
-class ServeSpec(bench.ServerSpec):
-    """``sglang serve`` with our options in a file; the model it wants on the command line."""
-
-    options: Path = Path()
-
-    def command(self, port: int) -> list[str]:
-        flags = self.flags()
-        self.options.write_text(
-            "host: 127.0.0.1\nkvshare: true\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
-        )
-        return [
-            *(str(SGLANG), "serve", str(self.model), "--port", str(port)),
-            *("--config", str(self.options), *flags),
-        ]
-
-
-@pytest.fixture
-def served(model: Path, tmp_path: Path) -> Iterator[Server]:
-    spec = {field.name: getattr(SPEC, field.name) for field in dataclasses.fields(SPEC)}
-    spec.update(name="serve", model=model, env=environment())
-    server = Server(ServeSpec(**spec, options=tmp_path / "options.yaml"), tmp_path)
-    try:
-        bench.wait_ready([server])
-        yield server
-    finally:
-        server.stop()
-
-
-def test_sglang_serve_with_a_file_of_options_reuses(served: Server, texts: Texts) -> None:
-    a = texts.passage(300)
-    served.generate(a)
-    answer = served.generate([*texts.passage(6), *a])
-    assert answer["meta_info"]["kvshare"][0]["copied_tokens"] > 150
-    log = served.log.read_text()
-    # An eviction policy of SGLang's was named, if only its default: it stays.
-    assert unmeasured(seam=8, eviction="sglang") in log
 
 
 def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
@@ -352,7 +301,7 @@ def test_positions_past_the_table_of_the_checkpoint_are_served(
         "kvshare": True,
         "dtype": "bfloat16",  # here SGLang keeps the table in less than fp32
         "context_length": context,
-        "env": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
+        "late_env": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
     }
     with lab(short, **settings) as it:
         it.one(a)

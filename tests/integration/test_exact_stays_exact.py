@@ -215,9 +215,7 @@ POLICIES = {
         "priority_scheduling_preemption_threshold": 0,
         "max_running_requests": 3,
     },
-    "retraction at random": {
-        "env": {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "17"}
-    },
+    "retraction at random": {},
 }
 
 
@@ -235,7 +233,9 @@ def test_exact_answers_under_every_order_of_service(
     }
     corpus, rng = Corpus(texts), texts.rng
     with lab(llama, kvshare=True, **tight, **POLICIES[policy]) as it:
-        reused = 0
+        if policy == "retraction at random":
+            it.ask("probes:retract_every", 17)
+        reused = retracted = 0
         for round_ in range(2):
             for source in corpus.sources:
                 it.one(source, new=1)
@@ -259,7 +259,9 @@ def test_exact_answers_under_every_order_of_service(
                 alone = plain_lab.one(corpus.prompts[which], new=new)
                 assert answers[rid]["output"] == alone["output"], rid
             reused += sum(a["kvshare"]["copied_tokens"] > 0 for a in answers.values())
+            retracted += sum(a["retractions"] for a in answers.values())
             state = it.ask("probes:check")
             assert state["protected"] == state["pins"] == 0
         assert reused > 0
+        assert retracted > 0 or policy != "retraction at random"
         assert it.ask("probes:plain_keys_of_depth") <= {0}

@@ -106,8 +106,8 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
 def test_retracted_requests_give_the_answers_of_calm_ones(llama: Path, texts: Texts) -> None:
     a, b = texts.passage(150), texts.passage(130)
     prompts = [texts.passage(7) + b + a, a[20:] + b[10:], b + texts.passage(20) + a[:100]]
-    often = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
-    with lab(llama, kvshare=True, env=often) as it:
+    with lab(llama, kvshare=True) as it:
+        it.ask("probes:retract_every", 20)
         it.one(a + b)
         exact = [it.one(p, new=120, kvshare="exact", extra_key="e")["output"] for p in prompts]
         it.flush()

@@ -177,6 +177,6 @@ def test_partial_requests_beside_lora_requests(llama: Path, models: Path, texts:
 def test_a_pool_with_heads_before_tokens_is_refused(llama: Path) -> None:
     with (
         pytest.raises(LabError, match=r"heads before tokens.*SGLANG_USE_HND_KVCACHE"),
-        lab(llama, kvshare=True, env={"SGLANG_USE_HND_KVCACHE": "1"}),
+        lab(llama, kvshare=True, late_env={"SGLANG_USE_HND_KVCACHE": "1"}),
     ):
         pass

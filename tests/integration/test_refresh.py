@@ -96,9 +96,10 @@ def test_refresh_in_batches_touches_nobody_else(eager_lab: Lab, texts: Texts) ->
 
 
 def test_refreshed_requests_survive_retraction(llama: Path, texts: Texts) -> None:
-    settings = {**EAGER, "kvshare_refresh_rows": 8, "env": {"SGLANG_TEST_RETRACT": "1"}}
+    settings = {**EAGER, "kvshare_refresh_rows": 8}
     pairs = [moved(texts, n) for n in (90, 140, 110)]
     with lab(llama, kvshare=True, kvshare_select="trace", **settings) as it:
+        it.ask("probes:retract_every", 3)
         it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
         answers = it.play(
             [[request(f"d{i}", prompt, new=40) for i, (_, prompt) in enumerate(pairs)]]

@@ -49,6 +49,11 @@ class Case(NamedTuple):
         does, but slow."""
         return self.backend == "triton" and not self.on_gpu
 
+    @property
+    def unread(self) -> int:
+        """Tokens of an answer that nobody looks at: interpreted, each takes half a second."""
+        return 2 if self.interpreted else 8
+
 
 class Checks:
     """Named numbers with their limits; what failed can be told at the end."""
@@ -263,20 +268,22 @@ def check_partial(case: Case, model: Path) -> Checks:
         wanted = [reference.run(prompt) for prompt in prompts]
         script: list[Any] = []
         for i, prompt in enumerate(prompts):
-            script += [request(f"f{i}", prompt, extra_key="full", keep="kv"), ("idle",)]
+            full = request(f"f{i}", prompt, extra_key="full", keep="kv", new=case.unread)
+            script += [full, ("idle",)]
             # The tree keeps whole pages in one piece, so the donors continue past the prompt's end.
             donor = request(f"d{i}", prompt + texts.passage(32), extra_key="donor", new=1)
             script += [donor, ("idle",)]
-        full = it.play(script)
+        done = it.play(script)
         full_off, part_off, full_kv, part_kv = [], [], [], []
         copied = 0
         for i, prompt in enumerate(prompts):
             logits, kv = wanted[i]
-            full_off.append(rms(full[f"f{i}"]["logits"] - logits[-1]) / rms(logits[-1]))
-            full_kv.append(kv_gap(full[f"f{i}"]["kv"], kv))
+            full_off.append(rms(done[f"f{i}"]["logits"] - logits[-1]) / rms(logits[-1]))
+            full_kv.append(kv_gap(done[f"f{i}"]["kv"], kv))
             for turn in range(turns):
                 rows = texts.rows(len(prompt))
-                part = it.one(prompt, forced=rows, extra_key=f"t{i}{turn}", keep="kv")
+                key = f"t{i}{turn}"
+                part = it.one(prompt, forced=rows, extra_key=key, keep="kv", new=case.unread)
                 part_off.append(rms(part["logits"] - logits[-1]) / rms(logits[-1]))
                 part_kv.append(kv_gap(part["kv"], kv))
                 copied += part["kvshare"]["copied_tokens"] > 0
@@ -296,7 +303,7 @@ def check_partial(case: Case, model: Path) -> Checks:
         prompt, (logits, _) = prompts[-1], wanted[-1]
         it.one(prompt[:130], new=1, kvshare="exact", extra_key="hit")
         rows = texts.rows(len(prompt), start=160)
-        hit = it.one(prompt, forced=rows, extra_key="hit")
+        hit = it.one(prompt, forced=rows, extra_key="hit", new=case.unread)
         checks.at_least("tokens of the prefix hit", hit["kvshare"]["exact_tokens"], 112)
         off = rms(hit["logits"] - logits[-1]) / rms(logits[-1])
         checks.at_most("logits: after a prefix hit, over full", off / base, 3 * FACTOR)
@@ -328,11 +335,11 @@ def check_partial(case: Case, model: Path) -> Checks:
 
         # Budget 1: every reused row is computed again.
         it.flush()
-        a, b = texts.passage(300), texts.passage(200)
-        it.one(a + b)
+        a, b = (texts.passage(n) for n in ((120, 100) if case.interpreted else (300, 200)))
+        it.one(a + b, new=case.unread)
         prompt = b + a + texts.passage(30)
         logits, _ = reference.run(prompt)
-        whole = it.one(prompt, kvshare={"budget": 1.0})
+        whole = it.one(prompt, kvshare={"budget": 1.0}, new=case.unread)
         off = rms(whole["logits"] - logits[-1]) / rms(logits[-1])
         checks.equal("budget 1: tokens copied", whole["kvshare"]["copied_tokens"], 0)
         checks.at_most("logits: budget 1 over full", off / base, 3 * FACTOR)
@@ -359,7 +366,7 @@ def check_choice(case: Case, model: Path) -> Checks:
                 logits, _ = reference.run(prompt)
                 donor = prompt + texts.passage(32)
                 it.one(donor, extra_key="donor", new=1, kvshare="exact")
-                full = it.one(prompt, extra_key=f"full{i}", kvshare="exact")
+                full = it.one(prompt, extra_key=f"full{i}", kvshare="exact", new=case.unread)
                 rows = [(0, 20), (length - 5, length)]
                 part = it.one(prompt, forced=rows, extra_key=f"part{i}", new=12)
                 told = part["kvshare"]
@@ -423,8 +430,8 @@ def check_exact(case: Case, model: Path) -> Checks:
             same_bits += all((x == y).all() for x, y in zip(first["kv"], alone["kv"], strict=True))
             ours.flush()
             for source in sources:
-                ours.one(source)
-            fuzzy = ours.one(prompt, new=12, keep="kv")
+                ours.one(source, new=case.unread)
+            fuzzy = ours.one(prompt, new=case.unread, keep="kv")
             checks.at_least("tokens reused", fuzzy["kvshare"]["copied_tokens"], 100)
             moved.append(layer0_gap(fuzzy["kv"], kv))
             again = ours.one(prompt, new=12, kvshare="exact", keep="kv")
@@ -433,7 +440,7 @@ def check_exact(case: Case, model: Path) -> Checks:
             seen["alone"].append(kv_gap(alone["kv"], kv))
             ours.flush()
             for source in sources:
-                ours.one(source)
+                ours.one(source, new=case.unread)
             together = ours.play(
                 [
                     [
