@@ -61,7 +61,7 @@ RUNTIME_ORDER = (
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync", "shadow"),
     ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
-    ("cache.queue", "cache.pins", "trace_graphs"),
+    ("cache.queue", "cache.pins", "trace_graphs", "carry"),
     ("cache.retain", "repair"),
     ("cache.radix",),
     ("support", "stream"),

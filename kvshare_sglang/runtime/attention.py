@@ -23,6 +23,7 @@ from kvshare_sglang.runtime.batch import (
     StopForward,
     cut_tokens,
     on_host,
+    put_tokens,
     runs_as_rows,
 )
 
@@ -42,7 +43,8 @@ class BackendReuse:
     ``batch``: of the forward pass that runs now, None between passes. Partial batches are attended
     by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
     itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
-    ``recorded``: traced passes that can be replayed, if any.
+    ``recorded``: traced passes that can be replayed, if any. ``entered``: the layer that is looked
+    at as it is entered.
     """
 
     runner: "ModelRunner"
@@ -50,6 +52,7 @@ class BackendReuse:
     batch: BatchReuse | None = None
     plan: Any = None
     cuts_layers: bool = False
+    entered: int | None = None
     recorded: Any = None
 
     @property
@@ -242,6 +245,55 @@ def _blocks(
     positions = [torch.from_numpy(np.asarray(one.positions)) for one in rows]
     group = attn.tp_q_head_num // attn.tp_k_head_num
     return partial_attn.plan(list(zip(positions, slots, strict=True)), group=group)
+
+
+def watch_entry(runner: "ModelRunner", layer: int) -> None:
+    """Let batches keep what enters a layer, and rows join there; once for a server.
+
+    Decoder layers norm what comes in together with the residual, and hand positions to their
+    attention by name, as in SGLang's Llama, Qwen2, Qwen3 and Mistral.
+    """
+    state: BackendReuse = runner.attn_backend.kvshare
+    if state.entered is not None:
+        return
+    state.entered = layer
+    batches: list[Any] = [None]  # that the layer was called with
+
+    def note_batch(module: Any, args: tuple[Any, ...]) -> None:
+        batches[0] = args[2]
+
+    def enter(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        batch = state.batch
+        if batch is None or len(args) < 2 or args[1] is None:
+            return None
+        hidden, residual, *rest = args
+        if batch.entry is not None:
+            batch.entry.hidden, batch.entry.residual = hidden.clone(), residual.clone()
+        if (wider := batch.wider) is None:
+            return None
+        wider.hidden[wider.places], wider.residual[wider.places] = hidden, residual
+        fb, batch.rows, batch.wider = batches[0], wider.rows, None
+        put_tokens(fb, wider.tokens)
+        runner.attn_backend.init_forward_metadata(fb)
+        return (wider.hidden, wider.residual, *rest)
+
+    def with_positions(module: Any, args: Any, kw: dict[str, Any]) -> tuple[Any, Any] | None:
+        if state.batch is None or "positions" not in kw:
+            return None
+        return args, {**kw, "positions": kw["forward_batch"].positions}
+
+    def of_batch(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if state.batch is None:
+            return None
+        _, hidden, fb, *rest = args
+        return (fb.positions, hidden, fb, *rest)
+
+    layers = runner.model.model.layers
+    layers[layer].register_forward_pre_hook(note_batch)
+    layers[layer].input_layernorm.register_forward_pre_hook(enter)
+    layers[layer].self_attn.register_forward_pre_hook(with_positions, with_kwargs=True)
+    for later in layers[layer + 1 :]:
+        later.register_forward_pre_hook(of_batch)
 
 
 def _cut_layers(layers: Any, state: BackendReuse) -> None:

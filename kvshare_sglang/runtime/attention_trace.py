@@ -17,11 +17,12 @@ import torch
 from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
-from kvshare_sglang.runtime import repair, trace_on_device
+from kvshare_sglang.runtime import attention, carry, repair, trace_on_device
 from kvshare_sglang.runtime.batch import (
     BatchedRequest,
     BatchReuse,
     DeviceRows,
+    Entry,
     Part,
     cut_tokens,
     few_enough,
@@ -106,7 +107,10 @@ class TraceStage:
         """Take the traces to their ends. Raises NoSlots."""
         rows = list(self.rows)
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
-        follow(traces, parts, fb, runner, forward, layer=self._layer(runner))
+        layer = self._layer(runner)
+        firsts = follow(
+            traces, parts, fb, runner, forward, layer=layer, keep=carry.serves(runner, layer)
+        )
         for job, trace in zip(self.jobs, traces, strict=True):
             rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
         rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
@@ -115,12 +119,16 @@ class TraceStage:
             before = rows[job.number].clip(0, job.chunk.start)
             if before:
                 earlier.append(make(before))
-        return _Chosen(rows, earlier, self._plans(rows))
+        kept = {}
+        for job, trace, first in zip(self.jobs, traces, firsts, strict=False):
+            if carried := trace.carried():
+                kept[job.number] = (carried, first)
+        return _Chosen(rows, earlier, self._plans(rows), kept)
 
     def _run_chosen(
         self, chosen: "_Chosen", fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
     ) -> Any:
-        rows, earlier, plans = chosen
+        rows, earlier, plans, kept = chosen
         self._settle(plans)
         self.on_done(rows)
         here = list(rows)
@@ -131,8 +139,7 @@ class TraceStage:
         for part in earlier:
             assert isinstance(part.rows, Rows)
             here[part.number] = part.rows | here[part.number]
-        fb.kvshare = BatchReuse(rows=here)
-        return forward(fb)
+        return carry.run(fb, here, kept, runner, forward, layer=self._layer(runner))
 
     def _choose_on_device(
         self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
@@ -188,12 +195,13 @@ class TraceStage:
 
 
 class _Chosen(NamedTuple):
-    """``rows`` by request, those before the batch included, which ``earlier`` holds; and by job
-    what is copied then."""
+    """``rows`` by request, those before the batch included, which ``earlier`` holds; by job what is
+    copied then; and by request what is ``kept`` of the first pass."""
 
     rows: list[Rows]
     earlier: list[Part]
     plans: list[ReusePlan]
+    kept: dict[int, tuple[Rows, carry.First]]
 
 
 def _ran(job: BatchedRequest) -> Rows:
@@ -209,8 +217,13 @@ def follow(
     forward: Forward,
     *,
     layer: int,
-) -> None:
-    """Take the traces to their ends. ``parts[i]`` makes the tokens of trace ``i``'s request."""
+    keep: bool = False,
+) -> list[carry.First]:
+    """Take the traces to their ends. ``parts[i]`` makes the tokens of trace ``i``'s request. By
+    trace, what its first pass gave, if that is to be kept."""
+    firsts: list[carry.First] = []
+    if keep:
+        attention.watch_entry(runner, layer)
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
         rows = few_enough([traces[i].rows for i in live], runner)
         check_few(rows, [traces[i] for i in live])
@@ -225,10 +238,16 @@ def follow(
             for i, mine in zip(live, rows, strict=True)
         ]
         recorded = runner.attn_backend.kvshare.recorded
-        mass = torch.cat(attention_of(fb, made, asking, forward, layer=layer, recorded=recorded))
+        entry = Entry(layer) if keep and len(live) == len(traces) and not firsts else None
+        mass = torch.cat(
+            attention_of(fb, made, asking, forward, layer=layer, recorded=recorded, entry=entry)
+        )
+        if entry is not None:
+            firsts = carry.firsts_of(entry, rows)
         cuts = np.cumsum([one.length for one in asking])[:-1]
         for i, mine in zip(live, np.split(mass.cpu().numpy(), cuts), strict=True):
             traces[i].feed(mine)
+    return firsts
 
 
 def check_few(rows: Sequence[Rows], traces: Sequence[Trace]) -> None:

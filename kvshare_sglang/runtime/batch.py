@@ -71,16 +71,41 @@ class Stage(Protocol):
     ) -> Any: ...
 
 
+@dataclass
+class Entry:
+    """Keeps what enters ``layer``: ``hidden`` and ``residual`` [rows, size], of all rows."""
+
+    layer: int
+    hidden: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+
+class Wider(NamedTuple):
+    """From ``layer`` on a batch runs ``rows``, whose ``tokens`` are fields of a ForwardBatch. What
+    enters the layer, ``hidden`` and ``residual`` [rows, size], is there but for the rows that the
+    batch has run so far, which belong at ``places``."""
+
+    layer: int
+    rows: Sequence[Rows]
+    tokens: dict[str, Any]
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    places: torch.Tensor
+
+
 @dataclass(slots=True)
 class BatchReuse:
     """``rows``: what runs, by request, ascending, the last token included; None where SGLang's
     own batch runs. ``observer``: sees one layer. ``stage``: passes before or after. ``kept``: of
-    the batch's tokens, those that an observer let go on."""
+    the batch's tokens, those that an observer let go on. ``entry``: keeps what enters a layer.
+    ``wider``: rows that join in a layer; then it is None."""
 
     rows: Sequence["Rows | DeviceRows"] | None = None
     observer: LayerObserver | None = None
     stage: Stage | None = None
     kept: torch.Tensor | None = None
+    entry: "Entry | None" = None
+    wider: "Wider | None" = None
 
 
 class BatchedRequest(NamedTuple):
@@ -193,6 +218,23 @@ def keep_tokens(
     if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
         # Its segments were laid out for all tokens when the batch was built.
         runner.lora_manager.prepare_lora_batch(fb)
+
+
+_OF_TOKENS = (
+    "input_ids", "positions", "out_cache_loc", "extend_seq_lens", "extend_seq_lens_cpu",
+    "extend_start_loc", "extend_num_tokens", "extend_logprob_start_lens_cpu",
+)  # fmt: skip
+
+
+def tokens_of(fb: "ForwardBatch") -> dict[str, Any]:
+    """What ``keep_tokens`` changes, to be put back."""
+    return {name: getattr(fb, name) for name in _OF_TOKENS}
+
+
+def put_tokens(fb: "ForwardBatch", tokens: dict[str, Any]) -> None:
+    for name, value in tokens.items():
+        setattr(fb, name, value)
+    versions.set_num_tokens(fb, fb.extend_num_tokens)
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:

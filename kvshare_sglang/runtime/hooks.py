@@ -127,13 +127,7 @@ WRAPPED = (
         f"{_SRT}.managers.scheduler.Scheduler.on_idle",
         "AROUND",
         "kvshare_sglang.runtime.shadow:hook_on_idle",
-        "run exact twins",
-    ),
-    HookPoint(
-        f"{_SRT}.managers.scheduler.Scheduler.on_idle",
-        "AROUND",
-        "kvshare_sglang.runtime.scheduler:hook_on_idle",
-        "index what answers left, once they are sent",
+        "index what answers left, once they are sent; run exact twins",
     ),
     HookPoint(
         f"{_SRT}.managers.scheduler.Scheduler.set_internal_state",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from kvshare_sglang.kernels.ops import attention_mass
-from kvshare_sglang.runtime.batch import STOP, LayerView, Part, Stop, StopForward, sub_batch
+from kvshare_sglang.runtime.batch import STOP, Entry, LayerView, Part, Stop, StopForward, sub_batch
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -40,15 +40,18 @@ def attention_of(
     *,
     layer: int,
     recorded: Recorded | None = None,
+    entry: Entry | None = None,
 ) -> list[torch.Tensor]:
     """Run ``parts`` of the batch up to ``layer``, by a recording where there is one. By part, what
-    each position gets there from those that are ``asking``: fp32 [length], on the device. Raises
-    what failed."""
-    if recorded is not None and recorded.take(parts):
+    each position gets there from those that are ``asking``: fp32 [length], on the device.
+    ``entry``: keeps what enters the layer. Raises what failed."""
+    if recorded is not None and entry is None and recorded.take(parts):
         return recorded.attention_of(fb, parts, asking)
     observer = MassObserver(layer, [part.rows.num for part in parts], asking)
     with contextlib.suppress(StopForward):
-        forward(sub_batch(fb, parts, observer))
+        view = sub_batch(fb, parts, observer)
+        view.kvshare.entry = entry
+        forward(view)
     return observer.found()
 
 

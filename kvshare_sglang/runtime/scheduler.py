@@ -51,15 +51,6 @@ def hook_calc_priority(
         cache.queue.sort(waiting_queue, functools.partial(plan_request, cache))
 
 
-def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
-    """AROUND ``Scheduler.on_idle``: answers are sent, so what their requests left in the cache goes
-    into the index now; the next request would wait for it."""
-    cache = scheduler.tree_cache
-    if isinstance(cache, FuzzyRadixCache):
-        cache.fuzzy.settle()
-    return original(scheduler, *args, **kw)
-
-
 def hook_new_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw: Any) -> Any:
     """AROUND ``flush_cache_after_weight_update``, which every way to update weights calls, whether
     it was told to flush or not, and whether that fails or not."""

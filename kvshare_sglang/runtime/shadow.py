@@ -146,8 +146,12 @@ class Shadow:
 
 
 def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
-    """AROUND ``Scheduler.on_idle``: while twins wait, the loop goes round without it, looks for
-    requests in between, and does not sleep."""
+    """AROUND ``Scheduler.on_idle``: answers are sent, so what they left is indexed now; the next
+    request would wait for it. While twins wait, the loop goes round without SGLang's own part,
+    looks for requests in between, and does not sleep."""
+    fuzzy = getattr(scheduler.tree_cache, "fuzzy", None)
+    if fuzzy is not None:
+        fuzzy.settle()
     shadow: Shadow | None = getattr(scheduler.tree_cache, "shadow", None)
     if shadow is not None and shadow.num_waiting and _may_run(scheduler):
         shadow.run_one(scheduler)

@@ -134,8 +134,32 @@ class Model:
         return self.norm(x), by_layer
 
     @torch.no_grad()
-    def peek(self, ids: Tokens, kv: KV, rows: np.ndarray, layer: int) -> torch.Tensor:
-        """Run ``rows`` up to ``layer``, their K and V in place; their queries there, rotated."""
+    def run_joined(
+        self, ids: Tokens, kv: KV, rows: np.ndarray, *, layer: int,
+        given: tuple[np.ndarray, torch.Tensor],
+    ) -> tuple[torch.Tensor, list[np.ndarray]]:  # fmt: skip
+        """As ``run``, but some rows join in ``layer``: ``given`` are their places among ``rows``
+        and what enters it, [n, hidden]."""
+        joins, entered = given
+        below = np.delete(rows, joins)
+        _, x = self.peek(ids, kv, below, layer)
+        wide = x.new_empty((len(rows), x.shape[1]))
+        wide[torch.from_numpy(np.delete(np.arange(len(rows)), joins))] = x
+        wide[torch.from_numpy(joins)] = entered
+        at = torch.as_tensor(rows, device=self.device)
+        for i, block in enumerate(self.layers[layer:], layer):
+            q, k, v = self.qkv(block, wide, at)
+            kv.k[i, at], kv.v[i, at] = k, v
+            wide = self.after_attention(block, wide, self._attend(q, at, kv.k[i], kv.v[i]))
+        by_layer = [below] * layer + [rows] * (len(self.layers) - layer)
+        return self.norm(wide), by_layer
+
+    @torch.no_grad()
+    def peek(
+        self, ids: Tokens, kv: KV, rows: np.ndarray, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``rows`` up to ``layer``, their K and V in place; their queries there, rotated, and
+        what entered it."""
         at = torch.as_tensor(rows, device=self.device)
         x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
         for i, block in enumerate(self.layers[: layer + 1]):
@@ -143,7 +167,7 @@ class Model:
             kv.k[i, at], kv.v[i, at] = k, v
             if i < layer:
                 x = self.after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
-        return q
+        return q, x
 
     @torch.no_grad()
     def reads(self, ids: Tokens, kv: KV, rows: np.ndarray) -> torch.Tensor:
@@ -278,8 +302,11 @@ class Lab:
         match chooser:
             case AttentionTrace():
                 trace = chooser.trace(plan, budget=budget)
-                probed = self._follow(trace, ids, kv)
-                return self._run(ids, kv, plan.recompute(chooser.rows(plan, trace)), probed=probed)
+                first = trace.rows
+                states: list[torch.Tensor] = []
+                probed = self._follow(trace, ids, kv, states)
+                done = plan.recompute(chooser.rows(plan, trace))
+                return self._carried(ids, kv, done, trace.carried(), first, states, probed)
             case Dhd() | TopRows():
                 return self._checked(ids, kv, plan, chooser, budget, check_layer, seed)
             case Window() | Structural():
@@ -296,6 +323,22 @@ class Lab:
     def _run(self, ids: Tokens, kv: KV, plan: ReusePlan, **more: Any) -> Partial:
         hidden, by_layer = self.model.run(ids, kv, plan.compute.positions)
         return Partial(self.model.logits(hidden[-1]), kv, by_layer, plan, **more)
+
+    def _carried(
+        self, ids: Tokens, kv: KV, plan: ReusePlan, joins: Rows, first: Rows,
+        states: list[torch.Tensor], probed: tuple[np.ndarray, ...],
+    ) -> Partial:  # fmt: skip
+        """All rows but those that join where the first pass ended; from there on all. ``states``:
+        what entered the probe layer, of the rows of each pass."""
+        joins = joins if self._probe else Rows()
+        if not joins:
+            return self._run(ids, kv, plan, probed=probed)
+        rows = plan.compute
+        given = (joins.places_in(rows), states[0][joins.places_in(first)])
+        hidden, by_layer = self.model.run_joined(
+            ids, kv, rows.positions, layer=self._probe, given=given
+        )
+        return Partial(self.model.logits(hidden[-1]), kv, by_layer, plan, probed=probed)
 
     def _checked(
         self, ids: Tokens, kv: KV, plan: ReusePlan, chooser: Dhd | TopRows, budget: float,
@@ -319,19 +362,29 @@ class Lab:
     def _probe(self) -> int:
         return probe_layer(len(self.model.layers), self.config.probe_at)
 
-    def _follow(self, trace: Trace, ids: Tokens, kv: KV) -> tuple[np.ndarray, ...]:
-        """Take a trace to its end; the rows that ran for it, by step."""
+    def _follow(
+        self, trace: Trace, ids: Tokens, kv: KV, states: list[torch.Tensor] | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Take a trace to its end; the rows that ran for it, by step. ``states`` gets what entered
+        the probe layer, by step."""
         probed = []
         while not trace.done:
             probed.append(trace.rows.positions)
-            trace.feed(self._reads(ids, kv, trace.rows, trace.query)[: trace.length])
+            mass = self._reads(ids, kv, trace.rows, trace.query, states)
+            trace.feed(mass[: trace.length])
         return tuple(probed)
 
-    def _reads(self, ids: Tokens, kv: KV, rows: Rows, query: Rows) -> np.ndarray:
+    def _reads(
+        self, ids: Tokens, kv: KV, rows: Rows, query: Rows,
+        states: list[torch.Tensor] | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Run ``rows`` up to the probe layer; the attention of ``query``, the last of them, to
         each position there."""
         layer = self._probe
-        q = self.model.peek(ids, kv, rows.positions, layer)[-query.num :]
+        q, entered = self.model.peek(ids, kv, rows.positions, layer)
+        q = q[-query.num :]
+        if states is not None:
+            states.append(entered)
         at = torch.as_tensor(query.positions, device=q.device)
         keys = kv.k[layer, : query.stop]
         scaling = self.model.scaling

@@ -11,6 +11,7 @@ from lab import computed, lab
 from tiny_models import make_model
 
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
 
@@ -65,6 +66,8 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
     prompts = [
         texts.passage(20) + b + a + texts.passage(30),
         source[:60] + b + a[:80] + texts.passage(3) + a[85:],
+        # so much new text before the question that it is carried on
+        b + texts.passage(CARRIED_FROM) + a + texts.passage(30),
     ]
     driver = Driver(Model(path), config)
     driver.add(np.array(source, np.int32))
@@ -86,8 +89,11 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
                 # beside what structure says, rows are alone or in small groups
                 assert (np.diff(mine.rows[-1]) > 1).sum() > len(plan.runs) + 3
             else:
-                # three passes up to layer 1, then the batch's own
-                passes, layers = [n for rows in mine.probed for n in [len(rows)] * 2], 4
+                # three passes up to layer 1, then the batch's own, which new text may join in there
+                passes, layers = [n for rows in mine.probed for n in [len(rows)] * 2], 2
+                passes += [len(mine.rows[0])] * 2
+                joined = len(mine.rows[-1]) - len(mine.rows[0])
+                assert joined == (CARRIED_FROM if prompt is prompts[-1] else 0)
             assert it.ask("probes:layer_rows")[-1] == passes + [len(mine.rows[-1])] * layers
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):

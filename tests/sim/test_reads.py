@@ -28,7 +28,7 @@ def test_prophetkv_takes_what_the_question_reads_over_all_layers():
     masses = []
     for layer in range(len(model.layers)):  # each by a pass of its own that ends there
         kv = KV(copied.k.clone(), copied.v.clone())
-        q = model.peek(ids, kv, must.positions, layer)[-question.num :]
+        q = model.peek(ids, kv, must.positions, layer)[0][-question.num :]
         at = torch.as_tensor(question.positions)
         masses.append(row_scores.attention_mass(q, at, kv.k[layer], scaling=model.scaling))
     mass = torch.stack(masses).mean(0).numpy()

@@ -13,7 +13,7 @@ from kvshare_sglang.policy.select.attention_trace import SHARES, AttentionTrace,
 from kvshare_sglang.policy.select.base import budget_rows, required_rows
 from kvshare_sglang.policy.select.window import Window
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
-from kvshare_sglang.sim.flops import peeked_flops, prefill_flops
+from kvshare_sglang.sim.flops import layer_flops, peeked_flops, prefill_flops
 from kvshare_sglang.sim.mirror import Mirror, row_positions
 
 
@@ -70,7 +70,7 @@ def work_of(
     full = np.arange(plan.prefix_len, plan.prompt_len)
     flops = prefill_flops(model, rows)
     if isinstance(selector, AttentionTrace) and plan.copies:
-        flops += traced_flops(model, plan, selector, config)
+        flops += traced_flops(model, plan, selector, config, carries=spec.device == "cpu")
     again, copied = info["recomputed_tokens"], info["copied_tokens"]
     return Work(
         computed_share=flops / prefill_flops(model, full),
@@ -123,14 +123,20 @@ def expected_rows(
 
 
 def traced_flops(
-    model: dict[str, Any], plan: ReusePlan, selector: AttentionTrace, config: KVShareConfig
+    model: dict[str, Any],
+    plan: ReusePlan,
+    selector: AttentionTrace,
+    config: KVShareConfig,
+    *,
+    carries: bool,
 ) -> float:
     """FLOPs of the passes of a trace: the rows that must run and those after edits, then all
-    steps' but the last's."""
+    steps' but the last's; less what the batch itself need not run again where it ``carries``."""
     layer = probe_layer(model["num_hidden_layers"], config.probe_at)
     trace = selector.trace(plan, budget=config.budget)
     count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=config.budget)
     followed = int((count - trace.chosen.num) * sum(SHARES[:-1]) / sum(SHARES))
     rows = np.linspace(plan.prefix_len, plan.prompt_len - 1, followed)
     passes = (trace.rows.positions, rows)
-    return sum(peeked_flops(model, part, at_layer=layer) for part in passes)
+    flops = sum(peeked_flops(model, part, at_layer=layer) for part in passes)
+    return flops - carries * layer * layer_flops(model, trace.carried().positions)

@@ -26,6 +26,8 @@ from kvshare_sglang.policy.select.base import (
 # One share of the row budget per backward step. The first step finds most rows, and what it
 # misses the later ones miss too, so it gets half.
 SHARES = (0.5, 0.25, 0.25)
+# New text of so many rows in front of the question is not run twice, see ``Trace.carried``.
+CARRIED_FROM = 64
 # Rows after each edit, and the share of all rows that may go there: the rest of a statement whose
 # beginning was edited. More of them take from the steps what those need.
 AFTER_EDIT, AFTER_EDITS = 4, 0.25
@@ -128,6 +130,7 @@ class Trace:
         self._shares = list(shares)
         self._chosen = np.zeros(len(candidates), bool)
         self.rows, self.query = rows, query
+        self._first, self._asking = rows, query
         if at_first is not None:
             self._take(at_first)
 
@@ -177,6 +180,15 @@ class Trace:
     @property
     def chosen(self) -> Rows:
         return Rows.where(self._chosen)
+
+    def carried(self) -> Rows:
+        """Once done: new text whose lower layers, which the first step ran, need not run again.
+
+        They saw copies that were not repaired yet; the layers above, and the question, see those
+        repaired.
+        """
+        rows = self._first - self._asking - self.chosen
+        return rows if rows.num >= CARRIED_FROM else Rows()
 
     def feed(self, mass: np.ndarray) -> None:
         """``mass`` [prompt_len]: attention of the query rows to each position. O(n log n)."""

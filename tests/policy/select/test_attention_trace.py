@@ -1,5 +1,7 @@
 """Traces choose what is attended to, step by step, within their budget."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,9 +10,11 @@ from wishes import SEAM, copied_whole, wishes
 
 from kvshare_sglang.plan import Blend, Join, Rows, Run, merge_ranges
 from kvshare_sglang.policy.refresh import Watch
+from kvshare_sglang.policy.select import attention_trace
 from kvshare_sglang.policy.select.attention_trace import (
     AFTER_EDIT,
     AFTER_EDITS,
+    CARRIED_FROM,
     SHARES,
     AttentionTrace,
     probe_layer,
@@ -201,3 +205,15 @@ def test_with_the_last_chunk_run_its_new_text_the_question_and_what_was_copied_o
     # In one chunk it is the trace of a whole prompt.
     if start == plan.prefix_len:
         assert rows == required | trace.chosen
+
+
+@given(wishes(), st.integers(0, 100))
+def test_what_is_carried_on_is_new_text_that_neither_asks_nor_was_found(wish, seed):
+    trace = trace_of(wish)
+    new = required_rows(wish.plan, suffix=SEAM) - trace.query
+    assert not new - trace.rows  # the first pass ran it
+    finished(trace, np.random.default_rng(seed))
+    assert trace.carried() == (new if new.num >= CARRIED_FROM else Rows())
+    with mock.patch.object(attention_trace, "CARRIED_FROM", 1):
+        assert trace.carried() == new
+    assert not new - SELECTOR.rows(wish.plan, trace)

@@ -1,0 +1,98 @@
+"""New text of a traced prompt runs its lower layers once: what the first pass gave is carried on.
+
+::
+
+    layers      first pass      rest of the passes   the batch
+    above                                            all rows
+    up to probe all new text    rows found           rows found, the question
+
+A third of a prompt that is new costs as much in the first pass as the copies save. What it gives
+there is kept, and the batch takes it in where the pass ended (``attention.watch_entry``).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kvshare_sglang.plan import Rows
+from kvshare_sglang.runtime import attention, versions
+from kvshare_sglang.runtime.batch import (
+    BatchReuse,
+    Entry,
+    Wider,
+    keep_tokens,
+    on_cpu,
+    put_tokens,
+    tokens_of,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class First(NamedTuple):
+    """What entered the probe layer in the first pass of a trace: of its ``rows``, ``hidden`` and
+    ``residual`` [rows, size]."""
+
+    rows: Rows
+    hidden: torch.Tensor
+    residual: torch.Tensor
+
+
+def serves(runner: "ModelRunner", layer: int) -> bool:
+    """Whether layers run one by one, so that rows may join between them. On a GPU they are parts of
+    graphs, and passes are recorded."""
+    return on_cpu(runner) and not attention.has_kernel(runner) and layer > 0
+
+
+def firsts_of(entry: Entry, rows: Sequence[Rows]) -> list[First]:
+    """By trace; none where the layer was not entered as expected."""
+    if entry.hidden is None or entry.residual is None:
+        return []
+    sizes = [one.num for one in rows]
+    parts = zip(rows, entry.hidden.split(sizes), entry.residual.split(sizes), strict=True)
+    return [First(*part) for part in parts]
+
+
+def run(
+    fb: "ForwardBatch",
+    rows: Sequence[Rows],
+    kept: dict[int, tuple[Rows, First]],
+    runner: "ModelRunner",
+    forward: Any,
+    *,
+    layer: int,
+) -> Any:
+    """Run the batch, which holds ``rows``. ``kept``, by request: rows that join in ``layer``, and
+    what entered it in the first pass."""
+    chunk = versions.chunk_size()
+    total = sum(one.num for one in rows)
+    if not kept or fb.return_logprob or (chunk is not None and total > chunk):
+        fb.kvshare = BatchReuse(rows=rows)
+        return forward(fb)
+    (_, first), *_ = kept.values()
+    hidden, residual = (
+        first.hidden.new_empty((total, x.shape[1])) for x in (first.hidden, first.residual)
+    )
+    below, places, base = [], [], 0
+    for i, mine in enumerate(rows):
+        now = mine
+        if i in kept:
+            joins, first = kept[i]
+            here = torch.from_numpy(base + joins.places_in(mine))
+            there = torch.from_numpy(joins.places_in(first.rows))
+            hidden[here], residual[here] = first.hidden[there], first.residual[there]
+            now = mine - joins
+        below.append(now)
+        places.append(torch.from_numpy(base + now.places_in(mine)))
+        base += mine.num
+    picked, tokens = torch.cat(places), tokens_of(fb)
+    keep_tokens(fb, picked, [one.num for one in below], runner)
+    wider = Wider(layer, rows, tokens, hidden, residual, picked)
+    fb.kvshare = BatchReuse(rows=below, wider=wider)
+    try:
+        return forward(fb)
+    finally:
+        put_tokens(fb, tokens)
