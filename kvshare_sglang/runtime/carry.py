@@ -10,6 +10,7 @@ A third of a prompt that is new costs as much in the first pass as the copies sa
 there is kept, and the batch takes it in where the pass ended (``attention.watch_entry``).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+logger = logging.getLogger(__name__)
+
+
 class First(NamedTuple):
     """What entered the probe layer in the first pass of a trace: of its ``rows``, ``hidden`` and
     ``residual`` [rows, size]."""
@@ -44,7 +48,10 @@ class First(NamedTuple):
 def serves(runner: "ModelRunner", layer: int) -> bool:
     """Whether layers run one by one, so that rows may join between them. On a GPU they are parts of
     graphs, and passes are recorded."""
-    return on_cpu(runner) and not attention.has_kernel(runner) and layer > 0
+    if not on_cpu(runner) or attention.has_kernel(runner):
+        return False
+    # Hooks on layers would make compiled ones compile anew.
+    return layer > 0 and not runner.decode_cuda_graph_runner
 
 
 def firsts_of(entry: Entry, rows: Sequence[Rows]) -> list[First]:
@@ -91,8 +98,15 @@ def run(
     picked, tokens = torch.cat(places), tokens_of(fb)
     keep_tokens(fb, picked, [one.num for one in below], runner)
     wider = Wider(layer, rows, tokens, hidden, residual, picked)
-    fb.kvshare = BatchReuse(rows=below, wider=wider)
+    reuse = fb.kvshare = BatchReuse(rows=below, wider=wider)
     try:
-        return forward(fb)
+        out = forward(fb)
+        if reuse.wider is None:  # they have joined
+            return out
+        logger.error("KVShare: layer %d was not entered as before; the batch runs again", layer)
+    except Exception:
+        logger.exception("KVShare could not carry new text on; the batch runs from the bottom")
     finally:
         put_tokens(fb, tokens)
+    fb.kvshare = BatchReuse(rows=rows)
+    return forward(fb)

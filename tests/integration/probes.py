@@ -36,6 +36,16 @@ def force_plans(child: Any) -> None:
     scheduler._plan = plan
 
 
+def break_joining(child: Any) -> None:
+    """Rows that should join a batch in the middle make it fail there."""
+    from kvshare_sglang.runtime import attention
+
+    def put_tokens(*args: Any) -> None:
+        raise RuntimeError("as a test wants it")
+
+    attention.put_tokens = put_tokens
+
+
 def check(child: Any) -> dict[str, int]:
     """Run the cache's self-check on an idle scheduler; sizes that must be zero or add up."""
     cache = child.cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lab import computed, lab
 from tiny_models import make_model
 
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.select import attention_trace
 from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
@@ -98,3 +100,24 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):
                 torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
+
+
+def test_where_carrying_on_fails_the_batch_runs_from_the_bottom(models: Path, texts: Texts) -> None:
+    """The answer is that of a server that carries nothing on."""
+    path, config = make_model(models, "llama"), KVShareConfig(budget=0.2, probe_at=0.34)
+    a, b = texts.passage(200), texts.passage(170)
+    prompt = b + texts.passage(CARRIED_FROM) + a + texts.passage(30)
+    source = texts.passage(11) + a + b
+    driver = Driver(Model(path), config)
+    driver.add(np.array(source, np.int32))
+    settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}
+    with lab(path, kvshare=True, **settings) as it:
+        it.ask("probes:break_joining")
+        it.one(source, new=1)
+        served = it.one(prompt, new=2)
+    assert served["kvshare"]["declined"] is None
+    assert served["kvshare"]["copied_tokens"] > 100
+    ids = np.array(prompt, np.int32)
+    with mock.patch.object(attention_trace, "CARRIED_FROM", len(prompt)):
+        mine = driver.prefill(ids, driver.plan(ids), "trace", budget=config.budget)
+    torch.testing.assert_close(mine.logits, served["logits"], **TOL)
