@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,10 +13,14 @@ from typing import Any
 
 
 def free_port() -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that nobody listens on, below those that the kernel gives to whoever asks for any:
+    one of these is somebody else's before a server has started."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(12_000, 30_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def group_lives(process: "subprocess.Popen[bytes]") -> bool:

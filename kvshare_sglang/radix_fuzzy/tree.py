@@ -6,7 +6,7 @@ because a cache evicts leaves.
 Payloads are opaque: the host keeps in them where the KV of a segment is.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +96,7 @@ class FuzzyTree:
         self._depths = np.zeros(64, np.int16)
         self._spaces = np.zeros(64, np.int64)
         self._index = FingerprintIndex(self._alive, better=self._shallower, dropped=self._reuse_ids)
-        self._unindexed: list[tuple[Segment, int]] = []  # and the seed of its namespace
+        self._unindexed: deque[tuple[Segment, int]] = deque()  # and the seed of its namespace
         self._segments: dict[int, Segment] = {}
         self._namespaces: dict[object, Space] = {}
         self._free_spaces: list[int] = []
@@ -213,8 +213,8 @@ class FuzzyTree:
 
     def settle(self) -> None:
         """Put in the index what is not in it yet. O(its tokens), amortised."""
-        waiting, self._unindexed = self._unindexed, []
-        for seg, seed in waiting:
+        while self._unindexed:
+            seg, seed = self._unindexed.popleft()
             if self._segments.get(seg.id) is seg:  # not gone again
                 self._index_segment(seg, seed)
 

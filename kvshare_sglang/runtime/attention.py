@@ -44,7 +44,7 @@ class BackendReuse:
     by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
     itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
     ``recorded``: traced passes that can be replayed, if any. ``entered``: the layer that is looked
-    at as it is entered.
+    at as it is entered. ``carries``: whether new text is carried on; not again once that failed.
     """
 
     runner: "ModelRunner"
@@ -53,6 +53,7 @@ class BackendReuse:
     plan: Any = None
     cuts_layers: bool = False
     entered: int | None = None
+    carries: bool = True
     recorded: Any = None
 
     @property
@@ -256,11 +257,12 @@ def watch_entry(runner: "ModelRunner", layer: int) -> None:
     state: BackendReuse = runner.attn_backend.kvshare
     if state.entered is not None:
         return
-    state.entered = layer
-    batches: list[Any] = [None]  # that the layer was called with
+    batches: list[Any] = []  # that the layer was called with
 
     def note_batch(module: Any, args: tuple[Any, ...]) -> None:
-        batches[0] = args[2]
+        batches.clear()
+        if state.batch is not None and state.batch.wider is not None and len(args) > 2:
+            batches.append(args[2])
 
     def enter(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         batch = state.batch
@@ -269,21 +271,21 @@ def watch_entry(runner: "ModelRunner", layer: int) -> None:
         hidden, residual, *rest = args
         if batch.entry is not None:
             batch.entry.hidden, batch.entry.residual = hidden.clone(), residual.clone()
-        if (wider := batch.wider) is None:
+        if (wider := batch.wider) is None or batch.joined or not batches:
             return None
         wider.hidden[wider.places], wider.residual[wider.places] = hidden, residual
-        fb, batch.rows, batch.wider = batches[0], wider.rows, None
+        fb, batch.rows, batch.joined = batches.pop(), wider.rows, True
         put_tokens(fb, wider.tokens)
         runner.attn_backend.init_forward_metadata(fb)
         return (wider.hidden, wider.residual, *rest)
 
     def with_positions(module: Any, args: Any, kw: dict[str, Any]) -> tuple[Any, Any] | None:
-        if state.batch is None or "positions" not in kw:
+        if state.batch is None or not state.batch.joined:
             return None
         return args, {**kw, "positions": kw["forward_batch"].positions}
 
     def of_batch(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if state.batch is None:
+        if state.batch is None or not state.batch.joined:
             return None
         _, hidden, fb, *rest = args
         return (fb.positions, hidden, fb, *rest)
@@ -294,6 +296,7 @@ def watch_entry(runner: "ModelRunner", layer: int) -> None:
     layers[layer].self_attn.register_forward_pre_hook(with_positions, with_kwargs=True)
     for later in layers[layer + 1 :]:
         later.register_forward_pre_hook(of_batch)
+    state.entered = layer
 
 
 def _cut_layers(layers: Any, state: BackendReuse) -> None:

@@ -222,6 +222,7 @@ def follow(
     """Take the traces to their ends. ``parts[i]`` makes the tokens of trace ``i``'s request. By
     trace, what its first pass gave, if that is to be kept."""
     firsts: list[carry.First] = []
+    entry = Entry(layer) if keep else None
     if keep:
         attention.watch_entry(runner, layer)
     while live := [i for i, trace in enumerate(traces) if not trace.done]:
@@ -238,12 +239,12 @@ def follow(
             for i, mine in zip(live, rows, strict=True)
         ]
         recorded = runner.attn_backend.kvshare.recorded
-        entry = Entry(layer) if keep and len(live) == len(traces) and not firsts else None
         mass = torch.cat(
             attention_of(fb, made, asking, forward, layer=layer, recorded=recorded, entry=entry)
         )
-        if entry is not None:
-            firsts = carry.firsts_of(entry, rows)
+        if entry is not None and len(live) == len(traces):
+            firsts = carry.firsts_of(entry, rows, runner)
+        entry = None  # only the first pass runs all new text
         cuts = np.cumsum([one.length for one in asking])[:-1]
         for i, mine in zip(live, np.split(mass.cpu().numpy(), cuts), strict=True):
             traces[i].feed(mine)

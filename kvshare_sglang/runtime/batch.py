@@ -98,7 +98,7 @@ class BatchReuse:
     """``rows``: what runs, by request, ascending, the last token included; None where SGLang's
     own batch runs. ``observer``: sees one layer. ``stage``: passes before or after. ``kept``: of
     the batch's tokens, those that an observer let go on. ``entry``: keeps what enters a layer.
-    ``wider``: rows that join in a layer; then it is None."""
+    ``wider``: rows that join in a layer; ``joined``: they have."""
 
     rows: Sequence["Rows | DeviceRows"] | None = None
     observer: LayerObserver | None = None
@@ -106,6 +106,7 @@ class BatchReuse:
     kept: torch.Tensor | None = None
     entry: "Entry | None" = None
     wider: "Wider | None" = None
+    joined: bool = False
 
 
 class BatchedRequest(NamedTuple):

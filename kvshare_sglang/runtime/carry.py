@@ -50,13 +50,19 @@ def serves(runner: "ModelRunner", layer: int) -> bool:
     graphs, and passes are recorded."""
     if not on_cpu(runner) or attention.has_kernel(runner):
         return False
+    if not runner.attn_backend.kvshare.carries:
+        return False
     # Hooks on layers would make compiled ones compile anew.
     return layer > 0 and not runner.decode_cuda_graph_runner
 
 
-def firsts_of(entry: Entry, rows: Sequence[Rows]) -> list[First]:
+def firsts_of(entry: Entry, rows: Sequence[Rows], runner: "ModelRunner") -> list[First]:
     """By trace; none where the layer was not entered as expected."""
     if entry.hidden is None or entry.residual is None:
+        logger.warning(
+            "KVShare: layer %d is not entered as known; new text runs twice", entry.layer
+        )
+        runner.attn_backend.kvshare.carries = False
         return []
     sizes = [one.num for one in rows]
     parts = zip(rows, entry.hidden.split(sizes), entry.residual.split(sizes), strict=True)
@@ -79,7 +85,33 @@ def run(
     if not kept or fb.return_logprob or (chunk is not None and total > chunk):
         fb.kvshare = BatchReuse(rows=rows)
         return forward(fb)
+    tokens = tokens_of(fb)
+    try:
+        reuse = fb.kvshare = _narrowed(fb, rows, kept, runner, layer, tokens)
+        out = forward(fb)
+        if reuse.joined:
+            return out
+        logger.error("KVShare: layer %d was not entered as before; new text runs twice now", layer)
+    except Exception:
+        logger.exception("KVShare could not carry new text on; it runs twice now")
+    finally:
+        put_tokens(fb, tokens)
+    runner.attn_backend.kvshare.carries = False
+    fb.kvshare = BatchReuse(rows=rows)
+    return forward(fb)
+
+
+def _narrowed(
+    fb: "ForwardBatch",
+    rows: Sequence[Rows],
+    kept: dict[int, tuple[Rows, First]],
+    runner: "ModelRunner",
+    layer: int,
+    tokens: dict[str, Any],
+) -> BatchReuse:
+    """Cut the batch down to the rows that run from the bottom; what it carries then."""
     (_, first), *_ = kept.values()
+    total = sum(one.num for one in rows)
     hidden, residual = (
         first.hidden.new_empty((total, x.shape[1])) for x in (first.hidden, first.residual)
     )
@@ -95,18 +127,6 @@ def run(
         below.append(now)
         places.append(torch.from_numpy(base + now.places_in(mine)))
         base += mine.num
-    picked, tokens = torch.cat(places), tokens_of(fb)
+    picked = torch.cat(places)
     keep_tokens(fb, picked, [one.num for one in below], runner)
-    wider = Wider(layer, rows, tokens, hidden, residual, picked)
-    reuse = fb.kvshare = BatchReuse(rows=below, wider=wider)
-    try:
-        out = forward(fb)
-        if reuse.wider is None:  # they have joined
-            return out
-        logger.error("KVShare: layer %d was not entered as before; the batch runs again", layer)
-    except Exception:
-        logger.exception("KVShare could not carry new text on; the batch runs from the bottom")
-    finally:
-        put_tokens(fb, tokens)
-    fb.kvshare = BatchReuse(rows=rows)
-    return forward(fb)
+    return BatchReuse(rows=below, wider=Wider(layer, rows, tokens, hidden, residual, picked))

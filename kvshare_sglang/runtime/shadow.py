@@ -150,8 +150,11 @@ def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw:
     request would wait for it. While twins wait, the loop goes round without SGLang's own part,
     looks for requests in between, and does not sleep."""
     fuzzy = getattr(scheduler.tree_cache, "fuzzy", None)
-    if fuzzy is not None:
-        fuzzy.settle()
+    try:
+        if fuzzy is not None:
+            fuzzy.settle()
+    except Exception:
+        logger.exception("KVShare could not index what answers left; some of it is not found")
     shadow: Shadow | None = getattr(scheduler.tree_cache, "shadow", None)
     if shadow is not None and shadow.num_waiting and _may_run(scheduler):
         shadow.run_one(scheduler)

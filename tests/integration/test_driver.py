@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Texts
-from lab import computed, lab
+from lab import computed, lab, request
 from tiny_models import make_model
 
 from kvshare_sglang.config import KVShareConfig
@@ -100,6 +100,40 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):
                 torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
+
+
+def test_new_text_is_carried_on_beside_others(models: Path, texts: Texts) -> None:
+    """Three in one batch: one whose new text joins, one with too little of it, one that reuses
+    nothing; each as the twin has it alone."""
+    path, config = make_model(models, "llama"), KVShareConfig(budget=0.2, probe_at=0.34)
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(11) + a + b
+    prompts = {
+        "much": b + texts.passage(CARRIED_FROM + 20) + a + texts.passage(30),
+        "little": texts.passage(20) + b + a[:100] + texts.passage(30),
+        "none": texts.passage(90),
+    }
+    driver = Driver(Model(path), config)
+    driver.add(np.array(source, np.int32))
+    settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}
+    with lab(path, kvshare=True, **settings) as it:
+        it.one(source, new=1)
+        # equal prompts in one batch would share a prefix: an answer each, at the same time
+        served = it.play([[request(name, prompt, new=2) for name, prompt in prompts.items()]])
+        sizes = it.ask("probes:layer_rows")[-1]
+    runs = {}
+    for name, prompt in prompts.items():
+        ids = np.array(prompt, np.int32)
+        if name == "none":
+            logits, _ = driver.model.full(ids)
+            runs[name] = [np.arange(len(ids))] * 4
+        else:
+            mine = driver.prefill(ids, driver.plan(ids), "trace", budget=config.budget)
+            logits, runs[name] = mine.logits, mine.rows
+        torch.testing.assert_close(logits, served[name]["logits"], **TOL)
+    of_batch = [sum(len(rows[layer]) for rows in runs.values()) for layer in (0, 0, 2, 3)]
+    assert sizes[-4:] == of_batch
+    assert of_batch[3] - of_batch[0] == CARRIED_FROM + 20
 
 
 def test_where_carrying_on_fails_the_batch_runs_from_the_bottom(models: Path, texts: Texts) -> None:

@@ -34,9 +34,9 @@ def groups_of(bench: Bench, plain: dict[int, Setting]) -> dict[str, Group]:
     for size, share, budget in itertools.product(args.sizes, args.reused, args.budget):
         name = str(size)
         if len(args.reused) > 1:
-            name += f", {share:.0%} cached"
+            name += f", {100 * share:g}% cached"
         if len(args.budget) > 1:
-            name += f", {budget:.0%} again"
+            name += f", {100 * budget:g}% again"
         cases = partial(moved_cases, bench, rng, size, share)
         groups[name] = Group(cases, size, budget, plain[size])
     if args.requests:
