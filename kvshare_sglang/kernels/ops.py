@@ -50,15 +50,7 @@ class Attention(NamedTuple):
         """For a batch; see ``gpu.rows.plan``."""
         from kvshare_sglang.kernels.gpu import rows as kernel
 
-        return kernel.plan(
-            rows,
-            positions,
-            owners,
-            group=self.heads // self.kv_heads,
-            kv_heads=self.kv_heads,
-            shape=self.shape,
-            programs=self.programs,
-        )
+        return kernel.plan(rows, positions, owners, **self._launch)
 
     def fixed_plan(
         self, size: int, room: int, positions: torch.Tensor, owners: torch.Tensor
@@ -66,27 +58,29 @@ class Attention(NamedTuple):
         """For batches of that size, to be recorded; see ``gpu.rows.fixed_plan``."""
         from kvshare_sglang.kernels.gpu import rows as kernel
 
-        return kernel.fixed_plan(
-            size,
-            room,
-            positions,
-            owners,
-            group=self.heads // self.kv_heads,
-            kv_heads=self.kv_heads,
-            shape=self.shape,
-            programs=self.programs,
-        )
+        return kernel.fixed_plan(size, room, positions, owners, **self._launch)
 
     def fixed_tiles(self, rows: Sequence[tuple[int, int]], *, size: int, room: int) -> np.ndarray:
         """What such a plan's tiles must hold; see ``gpu.rows.fixed_tiles``."""
         from kvshare_sglang.kernels.gpu import rows as kernel
 
-        group, block_m = self.heads // self.kv_heads, self.shape.block_m
-        return kernel.fixed_tiles(rows, size=size, room=room, group=group, block_m=block_m)
+        block_m = self.shape.block_m
+        return kernel.fixed_tiles(rows, size=size, room=room, group=self._group, block_m=block_m)
 
     @property
     def tile_rows(self) -> int:
-        return int(self.shape.block_m * self.kv_heads // self.heads)
+        return int(self.shape.block_m // self._group)
+
+    @property
+    def _group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def _launch(self) -> dict[str, Any]:
+        """What all plans of the model share."""
+        own = {"group": self._group, "kv_heads": self.kv_heads}
+        return {**own, "shape": self.shape, "programs": self.programs}
 
     def run(self, plan: Any, q: torch.Tensor, *buffers: torch.Tensor, **scales: float) -> Any:
         """For a layer; see ``gpu.rows.run``."""

@@ -43,8 +43,9 @@ class BackendReuse:
     ``batch``: of the forward pass that runs now, None between passes. Partial batches are attended
     by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
     itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
-    ``recorded``: traced passes that can be replayed, if any. ``entered``: the layer that is looked
-    at as it is entered. ``carries``: whether new text is carried on; not again once that failed.
+    ``recorded``: traced passes that can be replayed, if any. ``watches_entry``: whether a layer is
+    looked at as it is entered. ``carries``: whether new text is carried on; not again once that
+    failed.
     """
 
     runner: "ModelRunner"
@@ -52,7 +53,7 @@ class BackendReuse:
     batch: BatchReuse | None = None
     plan: Any = None
     cuts_layers: bool = False
-    entered: int | None = None
+    watches_entry: bool = False
     carries: bool = True
     recorded: Any = None
 
@@ -255,7 +256,7 @@ def watch_entry(runner: "ModelRunner", layer: int) -> None:
     attention by name, as in SGLang's Llama, Qwen2, Qwen3 and Mistral.
     """
     state: BackendReuse = runner.attn_backend.kvshare
-    if state.entered is not None:
+    if state.watches_entry:
         return
     batches: list[Any] = []  # that the layer was called with
 
@@ -284,19 +285,26 @@ def watch_entry(runner: "ModelRunner", layer: int) -> None:
             return None
         return args, {**kw, "positions": kw["forward_batch"].positions}
 
-    def of_batch(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if state.batch is None or not state.batch.joined:
-            return None
-        _, hidden, fb, *rest = args
-        return (fb.positions, hidden, fb, *rest)
-
     layers = runner.model.model.layers
     layers[layer].register_forward_pre_hook(note_batch)
     layers[layer].input_layernorm.register_forward_pre_hook(enter)
     layers[layer].self_attn.register_forward_pre_hook(with_positions, with_kwargs=True)
-    for later in layers[layer + 1 :]:
-        later.register_forward_pre_hook(of_batch)
-    state.entered = layer
+    _take_positions(layers[layer + 1 :], lambda: state.batch is not None and state.batch.joined)
+    state.watches_entry = True
+
+
+def _take_positions(layers: Any, changed: Callable[[], bool]) -> None:
+    """Where a batch has changed in mid-forward, let layers go by its positions, not by those that
+    the model calls them with."""
+
+    def of_batch(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not changed():
+            return None
+        _, hidden, fb, *rest = args
+        return (fb.positions, hidden, fb, *rest)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(of_batch)
 
 
 def _cut_layers(layers: Any, state: BackendReuse) -> None:
@@ -317,12 +325,6 @@ def _cut_layers(layers: Any, state: BackendReuse) -> None:
             return None
         return (hidden, residual[kept()], *rest)
 
-    def cut_positions(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if kept() is None:
-            return None
-        _, hidden, fb, *rest = args
-        return (fb.positions, hidden, fb, *rest)
-
+    _take_positions(layers, lambda: kept() is not None)
     for layer in layers:
-        layer.register_forward_pre_hook(cut_positions)
         layer.post_attention_layernorm.register_forward_pre_hook(cut_residual)

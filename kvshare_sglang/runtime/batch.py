@@ -81,11 +81,10 @@ class Entry:
 
 
 class Wider(NamedTuple):
-    """From ``layer`` on a batch runs ``rows``, whose ``tokens`` are fields of a ForwardBatch. What
-    enters the layer, ``hidden`` and ``residual`` [rows, size], is there but for the rows that the
-    batch has run so far, which belong at ``places``."""
+    """From the layer that is watched on a batch runs ``rows``, whose ``tokens`` are fields of a
+    ForwardBatch. What enters the layer, ``hidden`` and ``residual`` [rows, size], is there but for
+    the rows that the batch has run so far, which belong at ``places``."""
 
-    layer: int
     rows: Sequence[Rows]
     tokens: dict[str, Any]
     hidden: torch.Tensor

@@ -87,7 +87,7 @@ def run(
         return forward(fb)
     tokens = tokens_of(fb)
     try:
-        reuse = fb.kvshare = _narrowed(fb, rows, kept, runner, layer, tokens)
+        reuse = fb.kvshare = _narrowed(fb, rows, kept, runner, tokens)
         out = forward(fb)
         if reuse.joined:
             return out
@@ -106,7 +106,6 @@ def _narrowed(
     rows: Sequence[Rows],
     kept: dict[int, tuple[Rows, First]],
     runner: "ModelRunner",
-    layer: int,
     tokens: dict[str, Any],
 ) -> BatchReuse:
     """Cut the batch down to the rows that run from the bottom; what it carries then."""
@@ -129,4 +128,4 @@ def _narrowed(
         base += mine.num
     picked = torch.cat(places)
     keep_tokens(fb, picked, [one.num for one in below], runner)
-    return BatchReuse(rows=below, wider=Wider(layer, rows, tokens, hidden, residual, picked))
+    return BatchReuse(rows=below, wider=Wider(rows, tokens, hidden, residual, picked))

@@ -66,15 +66,10 @@ def narrow(
     carries; None where SGLang's own batch runs.
     """
     members = _members(fb, batch)
-    if not _ALL_ROWS and not any(member.plan for member in members):
-        _count(batch, members, [member.whole for member in members])
-        for member in members:
-            if member.state:
-                cache.sources.unlock(member.state)
-        return None
     every_row = rows = [member.whole for member in members]
     reuse = BatchReuse(rows=every_row) if _ALL_ROWS else None
-    if not _ALL_ROWS and not support.needs_every_row(fb, batch):
+    planned = any(member.plan is not None for member in members)
+    if planned and not _ALL_ROWS and not support.needs_every_row(fb, batch):
         for member in members:
             member.later = _chooses_later(member)
         rows = few_enough([member.planned_rows() for member in members], runner)

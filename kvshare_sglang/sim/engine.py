@@ -147,10 +147,7 @@ class Model:
         wide[torch.from_numpy(np.delete(np.arange(len(rows)), joins))] = x
         wide[torch.from_numpy(joins)] = entered
         at = torch.as_tensor(rows, device=self.device)
-        for i, block in enumerate(self.layers[layer:], layer):
-            q, k, v = self.qkv(block, wide, at)
-            kv.k[i, at], kv.v[i, at] = k, v
-            wide = self.after_attention(block, wide, self._attend(q, at, kv.k[i], kv.v[i]))
+        wide = self._through(wide, at, kv, layer, len(self.layers))
         by_layer = [below] * layer + [rows] * (len(self.layers) - layer)
         return self.norm(wide), by_layer
 
@@ -162,12 +159,18 @@ class Model:
         what entered it."""
         at = torch.as_tensor(rows, device=self.device)
         x = self.embed(torch.as_tensor(ids[rows], device=self.device).long())
-        for i, block in enumerate(self.layers[: layer + 1]):
-            q, k, v = self.qkv(block, x, at)
-            kv.k[i, at], kv.v[i, at] = k, v
-            if i < layer:
-                x = self.after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
+        x = self._through(x, at, kv, 0, layer)
+        q, kv.k[layer, at], kv.v[layer, at] = self.qkv(self.layers[layer], x, at)
         return q, x
+
+    def _through(
+        self, x: torch.Tensor, at: torch.Tensor, kv: KV, start: int, stop: int
+    ) -> torch.Tensor:
+        """Rows ``x`` [n, hidden] at positions ``at`` through layers ``[start, stop)``."""
+        for i, block in enumerate(self.layers[start:stop], start):
+            q, kv.k[i, at], kv.v[i, at] = self.qkv(block, x, at)
+            x = self.after_attention(block, x, self._attend(q, at, kv.k[i], kv.v[i]))
+        return x
 
     @torch.no_grad()
     def reads(self, ids: Tokens, kv: KV, rows: np.ndarray) -> torch.Tensor:

@@ -34,17 +34,16 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
     with lab(model.path, **settings) as it:
         it.ask("gpu_probes:prepare")
         for turn in range(2):
-            it.flush()
             case = moved_case(np.random.default_rng(turn), size, vocab, reused=0.98)
-            for source in case.sources:
-                it.one(source.tolist(), new=1, kvshare="exact")
+            _prime(it, case.sources)
             prompt = case.prompt.tolist()
             if turn:
                 it.ask("gpu_probes:start_profile")
             told = it.one(prompt, new=1)["kvshare"]
         figures = it.ask("gpu_probes:stop_profile")
         it.ask("gpu_probes:compare_passes")
-        _again(it, case.sources, prompt)
+        _prime(it, case.sources)
+        it.one(prompt, new=1)
         figures["replayed passes off"] = it.ask("gpu_probes:passes_off")
         it.ask("gpu_probes:compare_no_more")
         figures["host"] = [_of_host(it, case.sources, prompt), _of_misses(it, vocab)]
@@ -53,19 +52,17 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
 
 def _of_host(it: Any, sources: list[Any], prompt: list[int]) -> dict[str, Any]:
     """The same prompt again, as the host saw it."""
-    _again(it, sources, None)
+    _prime(it, sources)
     it.ask("gpu_probes:start_host_profile")
     it.one(prompt, new=1)
     return {"what": "the prompt", "functions": it.ask("gpu_probes:stop_host_profile")}
 
 
-def _again(it: Any, sources: list[Any], prompt: list[int] | None) -> None:
-    """An empty cache, the sources, and the prompt."""
+def _prime(it: Any, sources: list[Any]) -> None:
+    """Nothing is cached but the sources."""
     it.flush()
     for source in sources:
         it.one(source.tolist(), new=1, kvshare="exact")
-    if prompt:
-        it.one(prompt, new=1)
 
 
 def _of_misses(it: Any, vocab: int) -> dict[str, Any]:

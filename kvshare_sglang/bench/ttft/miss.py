@@ -41,7 +41,6 @@ def measure_miss(bench: Bench, without: Server, ours: Server) -> dict[str, Any]:
     vocab = bench.vocab
     pairs = bench.args.miss_pairs
     prime([without, ours], [random_tokens(rng, 1024, vocab) for _ in range(4)])
-    ratios: list[float] = []
     seconds: dict[str, list[float]] = {"without": [], "kvshare": []}
     with common.Progress(pairs, unit=" pairs") as bar:
         for turn in range(-4, pairs):  # the first four are a warm-up
@@ -52,10 +51,11 @@ def measure_miss(bench: Bench, without: Server, ours: Server) -> dict[str, Any]:
             if answers[True].kvshare["copied_tokens"]:
                 raise ScriptError(f"kvshare reused in a fresh prompt: {answers[True].kvshare}")
             if turn >= 0:
-                ratios.append(answers[True].ttft_s / answers[False].ttft_s)
                 seconds["kvshare"].append(answers[True].ttft_s)
                 seconds["without"].append(answers[False].ttft_s)
                 bar.update()
+    pairs_s = zip(seconds["kvshare"], seconds["without"], strict=True)
+    ratios = [ours_s / without_s for ours_s, without_s in pairs_s]
     return {
         "ttft_ratio_p50": common.median(ratios),
         "ci95": common.bootstrap_ci95(ratios),

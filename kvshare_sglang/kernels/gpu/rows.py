@@ -116,13 +116,19 @@ def plan(
         host = torch.from_numpy(mine)
         if device.type != "cpu":
             host = host.pin_memory().to(device, non_blocking=True)
-        splits, most = FEWEST_SPLITS, int(seen.max()) // KEYS_OF_SPLIT
-        num = (end - at) * kv_heads
-        while splits < MOST_SPLITS and 2 * splits <= most and num * splits < programs:
-            splits *= 2
+        most = int(seen.max()) // KEYS_OF_SPLIT
+        splits = _splits((end - at) * kv_heads, programs, most=most)
         launches.append(Launch(start, int(last_rows[end - 1]), host, splits))
         at = end
     return Plan(launches, positions, owners)
+
+
+def _splits(num: int, programs: int, *, most: int = MOST_SPLITS) -> int:
+    """How many parts each of ``num`` programs is cut into, so that ``programs`` run."""
+    splits = FEWEST_SPLITS
+    while splits < MOST_SPLITS and 2 * splits <= most and num * splits < programs:
+        splits *= 2
+    return splits
 
 
 def fixed_plan(
@@ -140,10 +146,8 @@ def fixed_plan(
     written into it before each replay (``fixed_tiles``), and so are ``positions`` [size] and
     ``owners``. Prompts are taken to be long."""
     tiles = torch.zeros((3, room), dtype=torch.int32, device=positions.device)
-    num, splits = max(1, size * group // shape.block_m) * kv_heads, FEWEST_SPLITS
-    while splits < MOST_SPLITS and num * splits < programs:
-        splits *= 2
-    return Plan([Launch(0, size, tiles, splits)], positions, owners)
+    num = max(1, size * group // shape.block_m) * kv_heads
+    return Plan([Launch(0, size, tiles, _splits(num, programs))], positions, owners)
 
 
 def fixed_tiles(

@@ -130,7 +130,7 @@ class Trace:
         self._shares = list(shares)
         self._chosen = np.zeros(len(candidates), bool)
         self.rows, self.query = rows, query
-        self._first, self._asking, self._fed = rows, query, False
+        self._first, self._asking = rows, query
         if at_first is not None:
             self._take(at_first)
 
@@ -187,12 +187,13 @@ class Trace:
         They saw copies that were not repaired yet; the layers above, and the question, see those
         repaired.
         """
+        if self.rows is self._first:  # there was no step
+            return Rows()
         rows = self._first - self._asking - self.chosen
-        return rows if self._fed and rows.num >= CARRIED_FROM else Rows()
+        return rows if rows.num >= CARRIED_FROM else Rows()
 
     def feed(self, mass: np.ndarray) -> None:
         """``mass`` [prompt_len]: attention of the query rows to each position. O(n log n)."""
-        self._fed = True
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         where = np.flatnonzero(self._candidates)
         mass = spread(np.where(self._candidates, mass, 0), self.stretch)
