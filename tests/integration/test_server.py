@@ -143,7 +143,7 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
 def test_flush_and_abort(server: Server, texts: Texts) -> None:
     a = texts.passage(300)
     server.generate(a)
-    assert server.post("/flush_cache").status_code == 200
+    server.flush()
     assert info(server.generate(texts.passage(5) + a))["declined"] == "no_match"
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
@@ -368,7 +368,7 @@ def test_another_version_starts_reuses_and_stays_exact(
         it.generate(a + b)
         seen = info(it.generate(prompt, custom={"kvshare": "exact"}))
         assert seen["declined"] == "exact_requested"
-        it.post("/flush_cache")
+        it.flush()
         it.generate(a + b)
         reused = it.generate(prompt)
         assert info(reused)["copied_tokens"] > 350
