@@ -19,6 +19,7 @@ class Frequency(NamedTuple):
 
 
 NEW = Frequency()
+COPY = 2  # ranks less, a halving: what can be copied again costs less to lose
 
 
 def touched(frequency: Frequency, amount: float, *, now: float) -> Frequency:
@@ -35,10 +36,14 @@ def aged(frequency: Frequency, *, now: float) -> float:
     return frequency.uses * math.exp2(frequency.at - now)
 
 
-def rank(frequency: Frequency, *, now: float) -> int:
-    """What is evicted first has the smallest rank; two ranks for each doubling of uses.
+def rank(frequency: Frequency, *, now: float, less: float = 0) -> int:
+    """What is evicted first has the smallest rank; two ranks for each doubling of uses. ``less``:
+    ranks that are taken off before rounding, which is towards 0: a copy that was used not long ago
+    is worth as much as text that never was.
 
     >>> [rank(Frequency(uses), now=0.0) for uses in (0, 0.3, 1, 3, 15)]
     [0, 0, 2, 4, 8]
+    >>> [rank(Frequency(uses), now=0.0, less=COPY) for uses in (0, 0.3, 0.5, 1, 3, 15)]
+    [-2, -1, 0, 0, 2, 6]
     """
-    return int(2 * math.log2(1 + aged(frequency, now=now)))
+    return int(2 * math.log2(1 + aged(frequency, now=now)) - less)

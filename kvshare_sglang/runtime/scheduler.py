@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_NEW = 4096  # tokens of an answer that SGLang sets room aside for, unless told otherwise
+
 
 def hook_verify(result: Any, params: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``SamplingParams.verify``: bad request options are a 400, like SGLang's own."""
@@ -122,15 +124,14 @@ def _add_one_req(
         return versions.full_batch()
     holds = state.chooses
     if holds:
-        try:
-            cache.sources.lock(state)
-            cache.retainer.reserve(req, state, num=_most_repaired(state, cache.page_size))
-        except Exception:
-            logger.exception("KVShare could not lock the sources of request %s", req.rid)
-            cache.let_go(req, state)
-            state, holds = _without(cache, state, Decline.FAULT), False
+        state = _hold(cache, req, state)
+        holds = state.chooses
     with charging.by_rows(adder, req, state):
         result = original(adder, req, *args, **kw)
+    if holds and not _admitted(adder, req) and _evicts_copies(cache, adder, req, state):
+        state = _hold(cache, req, state)
+        with charging.by_rows(adder, req, state):
+            result = original(adder, req, *args, **kw)
     if holds and not _admitted(adder, req):
         cache.let_go(req, state)
         without = _without(cache, state, Decline.NO_ROOM)
@@ -149,6 +150,37 @@ def _add_one_req(
     else:
         req.kvshare = state
     return result
+
+
+def _hold(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> RequestReuse:
+    """Lock the sources of a request, and set aside what its repair may need; where that fails, the
+    request without reuse."""
+    try:
+        cache.sources.lock(state)
+        cache.retainer.reserve(req, state, num=_most_repaired(state, cache.page_size))
+    except Exception:
+        logger.exception("KVShare could not lock the sources of request %s", req.rid)
+        cache.let_go(req, state)
+        return _without(cache, state, Decline.FAULT)
+    return state
+
+
+def _evicts_copies(
+    cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req", state: RequestReuse
+) -> bool:
+    """A request was not let in with its sources locked: let them go. If it would fit without them,
+    others' copies that stand before the sources, and were locked with them, are evicted; whether
+    any were."""
+    new = req.sampling_params.max_new_tokens - len(req.output_ids)
+    short = _short_of(adder, req) + min(max(new, 0), MOST_NEW)
+    held = [node for node, _ in state.touched]
+    cache.let_go(req, state)
+    if _short_of(adder, req) > 1:
+        return False
+    cache.inc_lock_ref(req.last_node)  # its own prefix stays
+    evicted = cache.copies.evict_above(held, short)
+    cache.dec_lock_ref(req.last_node)
+    return evicted > 0
 
 
 def _is_for_later(

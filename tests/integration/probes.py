@@ -283,6 +283,16 @@ def tagged_sizes(child: Any) -> list[tuple[int, int]]:
     return [(s.depth, len(s.tokens)) for s in segments if s.depth]
 
 
+def cut_off(child: Any) -> int:
+    """How many stretches of new text hang at the root because copies before them are gone."""
+    from kvshare_sglang.runtime.cache.index_sync import BranchKey
+
+    nodes = child.cache.root_node.children.values()
+    return sum(
+        isinstance(node.key.extra_key, BranchKey) and node.kvshare.start > 0 for node in nodes
+    )
+
+
 def plain_keys_of_depth(child: Any) -> set[int]:
     """Depths found in the plain branch; it must hold exact KV only."""
     from kvshare_sglang.runtime.cache.index_sync import BranchKey

@@ -4,8 +4,10 @@ that paid, which stays when memory gets short."""
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Texts
-from lab import Lab, lab, request
+from lab import Lab, computed, lab, request
+from test_life import assert_clean
 
 
 def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, texts: Texts) -> None:
@@ -43,6 +45,70 @@ def test_text_that_paid_stays_when_memory_gets_short(
             it.one(texts.passage(300), new=1)
         last = it.one(texts.passage(9) + paid, new=1)["kvshare"]
         assert (last["copied_tokens"] > 200) == stays, last
+
+
+def test_copies_go_before_the_text_that_hangs_on_them(llama: Path, texts: Texts) -> None:
+    """A header that is new in every turn: each turn leaves a branch of copies with a little new
+    text at its end. Three prompts fill the pool; the new text of all turns is found anyway."""
+    with lab(llama, kvshare=True, kvshare_select="trace", max_total_tokens=4500) as it:
+        document, history = texts.passage(500), []
+        for turn in range(14):
+            prompt = texts.passage(20) + document + history + texts.passage(60)
+            answer = it.one(prompt, new=6)
+            told = answer["kvshare"]
+            if turn:
+                assert told["declined"] is None, (turn, told)
+                assert computed(told) < 0.15 * len(prompt) + 180, (turn, told)
+            history = prompt[520:] + answer["output"] + texts.passage(54)
+            assert_clean(it)
+        assert it.ask("probes:cut_off") > 5
+
+
+def test_text_whose_branch_was_cut_has_the_kv_that_it_had(llama: Path, texts: Texts) -> None:
+    with lab(llama, kvshare=True, max_total_tokens=1500) as it:
+        document, said = texts.passage(400), texts.passage(150)
+        it.one(document, new=1)
+        first = it.one(texts.passage(20) + document + said, new=1, keep="kv")
+        it.one(texts.passage(700), new=1)
+        assert it.ask("probes:cut_off") == 1
+        assert_clean(it)
+        again = it.one(
+            texts.passage(420) + said + texts.passage(9), kvshare={"budget": 0}, keep="kv"
+        )
+        assert again["kvshare"]["copied_tokens"] > 100
+        for was, now in zip(first["kv"], again["kv"], strict=True):
+            torch.testing.assert_close(now[:, 440:560], was[:, 440:560], atol=1e-5, rtol=1e-5)
+
+
+def test_sources_lock_no_copies_that_stand_before_them(llama: Path, texts: Texts) -> None:
+    """The prompt fits beside the text that it reuses, but not beside the branch which that ends."""
+    with lab(llama, kvshare=True, max_total_tokens=1500) as it:
+        document, said = texts.passage(300), texts.passage(300)
+        it.one(document, new=1)
+        it.one(texts.passage(9) + document + said, new=1)
+        told = it.one(texts.passage(9) + said + texts.passage(700), new=4)["kvshare"]
+        assert told["copied_tokens"] > 100, told
+        assert it.ask("probes:cut_off") == 1
+        assert_clean(it)
+
+
+def test_a_prefix_that_is_in_use_is_not_cut_for_text_that_never_was(
+    llama: Path, texts: Texts
+) -> None:
+    """A conversation that reused once stays a prefix while others' text comes and goes."""
+    with lab(llama, kvshare=True, kvshare_select="trace", max_total_tokens=3000) as it:
+        document = texts.passage(400)
+        it.one(document, new=1)
+        prompt = texts.passage(30) + document + texts.passage(40)
+        for turn in range(6):
+            answer = it.one(prompt, new=4)
+            if turn:
+                rows = computed(answer["kvshare"])
+                assert rows <= 40 + 2 + 1.5 * 0.15 * 120 + 1, (turn, answer["kvshare"])
+            for _ in range(3):
+                it.one(texts.passage(300), new=1)
+            prompt += answer["output"] + texts.passage(40)
+        assert_clean(it)
 
 
 def test_a_request_that_waits_for_memory_makes_its_sources_no_dearer(

@@ -66,6 +66,7 @@ class Branches:
 
     def removed(self, node: "TreeNode") -> None:
         """``node`` was evicted: a namespace without branches is forgotten."""
+        self._cache.copies.removed(node)
         key = node.key.extra_key
         if isinstance(key, BranchKey):
             key.num_nodes -= 1
@@ -199,6 +200,7 @@ class Branches:
                 source_depth=piece.depth if piece.chunk else None,
                 before=text[: piece.start],
             )
+            cache.copies.note(node)
             if piece.chunk is not None:
                 cache.fuzzy.remember_chunk(piece.chunk, node.kvshare.segment)
         for slots in freed:

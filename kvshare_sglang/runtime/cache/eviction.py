@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 
-from kvshare_sglang.policy.evict import rank, touched
+from kvshare_sglang.policy.evict import COPY, rank, touched
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
@@ -34,13 +34,12 @@ class Usage:
 
 class ByFrequency(EvictionStrategy):
     """SGLang evicts the leaf of smallest priority: ties go to what was used longest ago. What is
-    no source, the copies of blended branches, goes first: it can be copied again."""
+    no source, the copies of blended branches, counts for less: it can be copied again."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
 
     def get_priority(self, node: "TreeNode") -> tuple[int, float]:
         note = node.kvshare
-        if note.segment is None:
-            return -1, node.last_access_time
-        return rank(note.frequency, now=self._usage.fills), node.last_access_time
+        less = COPY if note.segment is None else 0
+        return rank(note.frequency, now=self._usage.fills, less=less), node.last_access_time

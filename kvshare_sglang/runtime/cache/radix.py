@@ -10,6 +10,7 @@ This class only says where SGLang's tree changes; the parts in this folder say w
 
 import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches
+from kvshare_sglang.runtime.cache.copies import Copies
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
 from kvshare_sglang.runtime.cache.index_sync import BranchKey, IndexSync
 from kvshare_sglang.runtime.cache.pins import Pins
@@ -68,6 +70,7 @@ class FuzzyRadixCache(RadixCache):
         self.sync = IndexSync(self.fuzzy)
         self.sources = Sources(self, self.usage)
         self.branches = Branches(self)
+        self.copies = Copies(self)
         self.retainer = Retainer(self, self.branches)
         self.queue = WaitingQueue(self) if config.schedule == "kvshare" else None
         self.pins = Pins(self) if config.ttl else None
@@ -83,6 +86,7 @@ class FuzzyRadixCache(RadixCache):
             self.pins.forget(unlock=False)
         self.sources.forget()
         self.branches.forget()
+        self.copies.forget()
         self.adapter_spaces.clear()
         self.fuzzy.clear()
 
@@ -125,6 +129,7 @@ class FuzzyRadixCache(RadixCache):
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         upper = super()._split_node(key, child, split_len)
         self.sync.split(upper, child, split_len)
+        self.copies.note(upper)
         return upper
 
     def _delete_leaf(self, node: TreeNode) -> None:
@@ -135,9 +140,14 @@ class FuzzyRadixCache(RadixCache):
             self.pins.removed(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """Where all that may be evicted is not enough, pins are given back and evicted too, then
-        sources: SGLang is about to allocate, and raises when it falls short."""
-        result = super().evict(params)
+        """Cold copies that text hangs on go first. Where all that may be evicted is not enough,
+        pins are given back and evicted too, then sources: SGLang is about to allocate, and raises
+        when it falls short."""
+        started = time.perf_counter()
+        if copies := self.copies.evict_cold(params.num_tokens):
+            self.update_eviction_metrics(copies, started)
+        result = super().evict(dataclasses.replace(params, num_tokens=params.num_tokens - copies))
+        result.num_tokens_evicted += copies
         while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
             (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
         ):
@@ -228,6 +238,7 @@ class FuzzyRadixCache(RadixCache):
     def check(self) -> None:
         """Restate how the two trees agree; AssertionError on the first that does not hold."""
         self.sync.check(self.root_node)
+        self.copies.check()
 
 
 def prometheus_labels(server_args: Any) -> Mapping[str, str] | None:
