@@ -49,6 +49,38 @@ def test_an_edit_caches_the_prompt_with_another_answer(scene):
     assert asked.prompt == passages.render(one.passages, one.question)
 
 
+def test_a_longer_scene_holds_its_own_passages_in_order_and_asks_the_same(scene):
+    one, _ = scene
+    long = passages.longer(random.Random(2), one, _pool(20), 7)
+    assert len(long.passages) == 10
+    assert [text for text in long.passages if text in one.passages] == list(one.passages)
+    assert long.passages[long.asked] == one.passages[one.asked]
+    assert len(set(long.passages)) == 10
+
+
+@pytest.mark.parametrize("case", [passages.misled, passages.clock, passages.question_first])
+def test_what_stood_before_the_passages_was_other_text(scene, case):
+    one, others = scene
+    asked = case(random.Random(1), one, others)
+    (cached,) = asked.cached
+    passages_ = "\n\n".join(one.passages)
+    assert asked.prompt.split(passages_)[0] != cached.split(passages_)[0]
+    assert one.question in asked.prompt
+
+
+def test_a_template_changes_every_number_and_nothing_else():
+    one, others = passages.codes(random.Random(3), _pool(20), 3)
+    asked = passages.template(random.Random(1), one, others)
+    (cached,) = asked.cached
+    words = [(a, b) for a, b in zip(asked.prompt.split(), cached.split(), strict=False)]
+    numbers = [(a, b) for a, b in words if a.strip(".,").isdigit()]
+    assert len(numbers) >= 6
+    assert all(a != b for a, b in numbers)
+    changed = [pair for pair in words if pair[0] != pair[1]]
+    assert len(changed) <= len(numbers) + len(one.question.split())
+    assert one.answers[0] not in cached
+
+
 def test_an_answer_that_is_there_twice_is_not_edited(scene):
     one, others = scene
     twice = one._replace(passages=tuple(text + " " + text for text in one.passages))

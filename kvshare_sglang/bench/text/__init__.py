@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [name for name in arms.ARMS if name != "all"]
     add("--task", nargs="+", choices=TASKS, default=list(TASKS))
     add("--case", nargs="+", choices=CASES, default=["splice", "edit"])
+    add(
+        "--filler", type=int, default=0, help="passages without an answer that a prompt has besides"
+    )
     add("--arm", nargs="+", choices=arms.ARMS, default=names, help="besides full prefill")
     add("--served", nargs="*", choices=served.ARMS, metavar="ARM",
         help=f"by the real server: of {', '.join(served.ARMS)} (default: ours)")  # fmt: skip
@@ -71,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         for task, case in cells:
             bar.say(f"{task}, {case}")
             fill(
-                args.out / f"{task}-{case}.jsonl", asked(passages, task, case), args.n,
+                args.out / f"{task}-{case}.jsonl",
+                asked(passages, task, case, filler=args.filler), args.n,
                 functools.partial(rows, case), bar,
                 together=BATCH if case == ALONE else 1,
             )  # fmt: skip
@@ -92,7 +96,8 @@ def run_served(
         for task, case in cells:
             bar.say(f"{task}, {case}, served")
             fill(
-                args.out / f"{task}-{case}.jsonl", asked(passages, task, case), args.n,
+                args.out / f"{task}-{case}.jsonl",
+                asked(passages, task, case, filler=args.filler), args.n,
                 lambda many: [served.answers(server, texts, one, chosen) for one in many], bar,
             )  # fmt: skip
     return finish(args)

@@ -23,6 +23,10 @@ CASES: dict[str, Callable[..., Asked | None]] = {
     "splice": passages.splice,
     "among": passages.among,
     "edit": passages.edit,
+    "template": passages.template,
+    "misled": passages.misled,
+    "clock": passages.clock,
+    "question first": passages.question_first,
 }
 
 
@@ -39,17 +43,20 @@ def pool(path: Path, *, longest: int) -> list[Passage]:
     return [p for p in found if len(p.text) <= longest]
 
 
-def asked(pool: Sequence[Passage], task: str, case: str) -> Iterator[Asked]:
-    """Prompts without end. Raises ScriptError where there are too few passages."""
+def asked(pool: Sequence[Passage], task: str, case: str, *, filler: int = 0) -> Iterator[Asked]:
+    """Prompts without end, each with so many more passages as ``filler``. Raises ScriptError where
+    there are too few."""
     make, count = TASKS[task]
     fit = [p for p in pool if p.qas] if make is passages.qa else pool
-    if len(fit) < 2 * count:
+    if len(fit) < 2 * count + filler:
         raise ScriptError(
-            f"{task} needs {2 * count} passages in --passages that are no longer than --longest,"
-            f" got {len(fit)}"
+            f"{task} needs {2 * count + filler} passages in --passages that are no longer than"
+            f" --longest, got {len(fit)}"
         )
     rng = random.Random(f"text {task} {case}")
     while True:
         scene, others = make(rng, pool, count)
+        if filler:
+            scene = passages.longer(rng, scene, pool, filler)
         if one := CASES[case](rng, scene, others):
             yield one
