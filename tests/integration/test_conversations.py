@@ -125,7 +125,7 @@ def test_turns_after_an_edit_cost_what_they_cost_without_us(talk: Lab, texts: Te
 
 def test_a_header_that_is_new_in_every_turn_costs_about_the_turn(talk: Lab, texts: Texts) -> None:
     """However long the conversation gets: what was said behind reused text can be reused. The
-    budget is a share of what is reused, so a turn costs that share and its own text."""
+    budget is a share of what is reused, up to the reach of a change."""
     talk.flush()
     document, history, costs = texts.passage(500), [], []
     for _ in range(9):
@@ -136,6 +136,20 @@ def test_a_header_that_is_new_in_every_turn_costs_about_the_turn(talk: Lab, text
         history = prompt[520:] + answer["output"] + texts.passage(54)
     assert max(costs[2:]) < 180, costs
     assert_clean(talk)
+
+
+def test_a_new_header_costs_the_same_late_in_a_conversation(llama: Path, texts: Texts) -> None:
+    """Also in a pool that holds six prompts of the 14."""
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        document, history, costs = texts.passage(2000), [], []
+        for _ in range(14):
+            prompt = texts.passage(20) + document + history + texts.passage(60)
+            answer = it.one(prompt, new=6)
+            adds_up(answer, prompt)
+            costs.append(computed(answer["kvshare"]))
+            history = prompt[2020:] + answer["output"] + texts.passage(54)
+        assert sum(costs[-3:]) <= 1.1 * sum(costs[1:4]), costs
+        assert_clean(it)
 
 
 def exact_branch(it: Lab, texts: Texts, length: int, key: str) -> list[int]:

@@ -9,6 +9,8 @@ from wishes import SEAM, WINDOW, copied_whole, runs_in_a_prompt, wishes
 from kvshare_sglang.plan import Join, Rows, Run
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import (
+    NEW,
+    REACH,
     RowScores,
     Sees,
     SelectionRequest,
@@ -150,3 +152,37 @@ def test_one_budget_buys_the_same_whatever_the_selector():
         assert most == [20 + 20, 100 + 40 + 20, 20 + 120], selector.name
     assert budget_rows(many.runs, prefix_len=0, budget=0.0) == 0
     assert budget_rows(many.runs, prefix_len=0, budget=1.0) == 200
+
+
+@given(runs_in_a_prompt(), st.floats(0, 1), st.sampled_from([1, 7, 40]))
+def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget, times):
+    """Row by row. Runs of one source: what follows an edit is never the same text going on."""
+    runs, prefix_len, _ = case
+    long = [
+        run._replace(dst_start=run.dst_start * times, length=run.length * times) for run in runs
+    ]
+    prefix_len *= times
+    reach = REACH if budget <= 1 / 7 else REACH * 6 * budget / (1 - min(budget, 1 - 1e-9))
+    counted, changed = 0, prefix_len
+    for run in long:
+        if run.join is not Join.SAME:
+            changed = run.dst_start
+        for row in range(run.dst_start, run.dst_stop):
+            counted += run.join is Join.SEAM or row < changed + reach
+    new = long[-1].dst_stop - prefix_len - sum(run.length for run in long)
+    want = min(sum(run.length for run in long), budget * (counted + NEW * new))
+    bought = budget_rows(long, prefix_len=prefix_len, budget=budget)
+    assert abs(bought - want) <= 1 + budget
+    if times == 1:  # short prompts: the plain share
+        every = sum(run.length for run in long)
+        assert bought == min(every, int(budget * (every + NEW * new)))
+
+
+def test_a_longer_conversation_buys_no_more_behind_the_same_edit():
+    bought = []
+    for turns in range(1, 60):
+        document = Run(1, 20, 20, 2000)
+        said = [Run(2 + i, at := 2020 + 120 * i, at, 120, join=Join.EDIT) for i in range(turns)]
+        bought.append(budget_rows([document, *said], prefix_len=0, budget=0.15))
+    assert bought == sorted(bought)
+    assert bought[0] < bought[-1] == bought[2] == int(0.15 * (REACH * 6 * 3 / 17 + NEW * 20))
