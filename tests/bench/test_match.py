@@ -6,10 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import prompts_with_runs
 
+from kvshare_sglang.bench.match import spans
 from kvshare_sglang.bench.match.baselines import MATCHERS
 from kvshare_sglang.bench.match.ceiling import ceiling
 from kvshare_sglang.bench.match.hashing import window_hashes
+from kvshare_sglang.bench.match.requests import Requests
 from kvshare_sglang.plan import Join, Run
+from kvshare_sglang.radix_fuzzy.segments import common_prefix
 from kvshare_sglang.sim.life import Life
 from kvshare_sglang.sim.matcher import KVShare
 from kvshare_sglang.sim.useful import useful
@@ -64,6 +67,25 @@ def test_the_ceiling_is_every_span_of_16_seen_before(prompts):
         covered = {i + j for i, gram in enumerate(grams) if gram in seen for j in range(16)}
         assert set(np.flatnonzero(mask).tolist()) == covered
         seen.update(grams)
+
+
+@given(TEXTS, st.integers(2, 12))
+def test_shared_spans_are_those_of_the_definition(prompts, span):
+    """In ten lines: a token counts that lies in a span of an earlier prompt, but in no prefix."""
+    texts = [prompt.tolist() for prompt in prompts]
+    beyond, prefix = [], 0
+    for n, text in enumerate(texts):
+        head = max([0, *(common_prefix(prompts[n], e) for e in prompts[:n])])
+        earlier = {tuple(e[j : j + span]) for e in texts[:n] for j in range(len(e) - span + 1)}
+        at = [i for i in range(len(text) - span + 1) if tuple(text[i : i + span]) in earlier]
+        found = {i + k for i in at for k in range(span)} - set(range(head))
+        beyond, prefix = [*beyond, len(found)], prefix + head
+    for spaces, factor in (["a"] * len(prompts), 1), (list(range(len(prompts))), 0):
+        file = Requests("file", prompts, spaces)
+        (row,) = spans.measure([file], spans=(span,))["file"]
+        assert round(row["beyond_share"] * file.num_tokens) == factor * sum(beyond)
+        assert round(row["prefix_share"] * file.num_tokens) == factor * prefix
+        assert row["enough"] == factor * sum(tokens >= spans.ENOUGH for tokens in beyond)
 
 
 def test_the_ceiling_ends_at_the_namespace():

@@ -10,12 +10,12 @@ from typing import Any
 
 from kvshare_sglang.bench import common, tables
 from kvshare_sglang.bench.common import ScriptError
-from kvshare_sglang.bench.match import files, memory, requests, scale, synthetic
+from kvshare_sglang.bench.match import files, memory, requests, scale, spans, synthetic
 from kvshare_sglang.bench.match.files import ARMS, SETTINGS, STANDARD, Setting
 from kvshare_sglang.bench.match.show import found_table, show
 from kvshare_sglang.sim.life import ANY_DEPTH
 
-PARTS = ("files", "curve", "synthetic", "scale")
+PARTS = ("files", "curve", "synthetic", "scale", "spans")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +82,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["curve"] = files.bench_curve(found)
     if "synthetic" in args.parts:
         result["synthetic"] = synthetic.measure(found)
+    if "spans" in args.parts:
+        result["spans"] = spans.measure(found)
     if "scale" in args.parts:
         result["scale"] = memory.in_clean_process(
             scale.measure, [prompt for file in found for prompt in file.prompts]

@@ -12,29 +12,33 @@ from kvshare_sglang.sim.life import Served
 from kvshare_sglang.sim.useful import useful
 
 
-def ceiling(prompts: Sequence[Tokens], spaces: Sequence[object]) -> list[Bools]:
-    """Which tokens of each prompt lie in a span of ``SPAN`` seen in an earlier one. Exact.
+def ceiling(
+    prompts: Sequence[Tokens], spaces: Sequence[object], *, span: int = SPAN
+) -> list[Bools]:
+    """Which tokens of each prompt lie in a span of so many tokens seen in an earlier one. Exact.
 
     Grams get numbers by doubling: equal numbers of two halves make equal numbers of the whole, so
-    no hash can collide. O(n log n) for all prompts together.
+    no hash can collide; the halves overlap where ``span`` is no power of two. O(n log n) for all
+    prompts together.
     """
     numbers = {space: i for i, space in enumerate(dict.fromkeys(spaces))}
     owner = np.repeat(np.arange(len(prompts)), [len(p) for p in prompts])
     space = np.array([numbers[s] for s in spaces], np.int64)[owner]
     ids = np.concatenate(prompts).astype(np.int64) + (space << 32)
     size = 1
-    while size < SPAN:
+    while size < span:
         ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
-        ids = (ids[:-size] << 32) + ids[size:]
-        size *= 2
+        step = min(size, span - size)
+        ids = (ids[:-step] << 32) + ids[step:]
+        size += step
     numbered = np.unique(ids, return_inverse=True)[1]
-    whole = owner[: len(ids)] == owner[SPAN - 1 :]  # not over the border of two prompts
+    whole = owner[: len(ids)] == owner[span - 1 :]  # not over the border of two prompts
     first = np.full(numbered.max(initial=0) + 1, len(prompts))
     np.minimum.at(first, numbered[whole], owner[: len(ids)][whole])
     seen = whole & (first[numbered] < owner[: len(ids)])
     edges = np.zeros(len(owner) + 1, np.int64)
     edges[: len(seen)] += seen
-    edges[SPAN : SPAN + len(seen)] -= seen
+    edges[span : span + len(seen)] -= seen
     covered = np.cumsum(edges)[:-1] > 0
     return np.split(covered, np.cumsum([len(p) for p in prompts])[:-1])
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvshare_sglang.bench.common import table
-from kvshare_sglang.bench.match import scale, synthetic
+from kvshare_sglang.bench.match import scale, spans, synthetic
 from kvshare_sglang.bench.match.verdicts import verdicts
 from kvshare_sglang.bench.tables import markdown
 
@@ -26,6 +26,8 @@ def show(result: dict[str, Any]) -> str:
         parts.append(table((f"{name} chunks", "beyond", "useful", "run mean"), cells))
     if "synthetic" in result:
         parts.append(synthetic.show(result["synthetic"]))
+    if "spans" in result:
+        parts.append(spans.show(result["spans"]))
     if "scale" in result:
         parts.append(scale.show(result["scale"]))
     found = list(verdicts(result))
