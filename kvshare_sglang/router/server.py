@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -295,7 +296,8 @@ class Proxy:
         """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where
         it does not, or has a fault."""
         limit = aiohttp.ClientTimeout(total=10)
-        async with self._client.request(method, url, json=body, timeout=limit) as reply:
+        sent = {} if body is None else _as_json(body)
+        async with self._client.request(method, url, timeout=limit, **sent) as reply:
             if reply.status >= 500:
                 raise aiohttp.ClientError(f"{url}: {reply.status}")
             with contextlib.suppress(orjson.JSONDecodeError):
@@ -370,13 +372,22 @@ class Proxy:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             limit = aiohttp.ClientTimeout(total=60)
             async with self._client.post(
-                self._settings.gateway + GENERATE, json=body, headers={KEY: key}, timeout=limit
+                self._settings.gateway + GENERATE, timeout=limit, **_as_json(body, {KEY: key})
             ) as reply:
                 by = self._brain.number(reply.headers.get(SERVED))
                 if by is None and reply.status < 400:
                     raise _Strange(reply.headers.get(SERVED, "(no id)")[:200])
                 return by
         return None
+
+
+def _as_json(body: Any, headers: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """A body of the router's own. Its session adds no header by itself, and SGLang and the gateway
+    refuse a body that does not say that it is JSON."""
+    return {
+        "data": orjson.dumps(body),
+        "headers": {"content-type": "application/json", **headers},
+    }
 
 
 async def _for_ever(

@@ -19,7 +19,14 @@ from kvshare_sglang import wire
 TEXTS = [np.random.default_rng(i).integers(2, 900, 400).astype(np.int32) for i in range(2)]
 
 
+def refuse_unnamed(request: web.Request) -> None:
+    """As SGLang does."""
+    if request.content_type != "application/json":
+        raise web.HTTPBadRequest(text="Unsupported Media Type: Only 'application/json' is allowed")
+
+
 async def generate(request: web.Request) -> web.StreamResponse:
+    refuse_unnamed(request)
     body = await request.json()
     port = request.url.port
     if not body.get("stream"):
@@ -35,6 +42,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 
 async def tokenize(request: web.Request) -> web.Response:
+    refuse_unnamed(request)
     body = await request.json()
     return web.json_response({"tokens": list((body.get("prompt") or "").encode())})
 

@@ -1,5 +1,6 @@
 """What a user sees of a real ``python -m sglang.launch_server --kvshare`` over HTTP."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import json
@@ -19,11 +20,16 @@ import transformers
 from conftest import Texts
 from lab import computed
 from server import ARGS, Server, forked, main, refuse, serve
+from starlette.applications import Starlette
 
 from kvshare_sglang.bench import passages
 from kvshare_sglang.bench.text import chat, served
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
+from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.metrics import Metrics
+from kvshare_sglang.router.prompts import Prompts
+from kvshare_sglang.router.server import Proxy, Settings
 from kvshare_sglang.runtime import hooks, versions
 
 
@@ -138,6 +144,22 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     # SGLang prefills a prompt of several samples once, with an answer of no tokens: it reuses, and
     # the samples share what it leaves.
     assert all(info(answer)["blended_tokens"] > 200 for answer in many)
+
+
+def test_the_router_and_a_real_worker_agree_on_tokens(server: Server, model: Path) -> None:
+    """Else no token would ever be handed on, and every prompt would be tokenised twice."""
+
+    async def compared() -> frozenset[str]:
+        brain = Brain([server.url], Prompts.load(str(model)), Metrics())
+        proxy = Proxy(brain, Settings("http://127.0.0.1:9", ("",)))
+        async with proxy.lifespan(Starlette()):
+            for _ in range(300):
+                if brain.is_compared(0):
+                    break
+                await asyncio.sleep(0.1)
+            return brain.sure()
+
+    assert "/generate" in asyncio.run(compared())
 
 
 def test_flush_and_abort(server: Server, texts: Texts) -> None:

@@ -43,6 +43,9 @@ class Gateway:
 
     async def handle(self, request):
         body = await request.read()
+        own = request.path == "/tokenize" or body == PROBE
+        if own and request.content_type != "application/json":  # as SGLang and smg
+            return web.json_response({"message": "Unsupported Media Type"}, status=400)
         if request.path == "/tokenize":
             asked = json.loads(body)
             text = asked.get("prompt") or Bytes().apply_chat_template(asked["messages"])
@@ -66,7 +69,7 @@ class Gateway:
         return web.json_response({"ok": 1}, status=418, headers={"x-of-the-worker": "yes"})
 
 
-PROBE = json.dumps({"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}).encode()
+PROBE = b'{"input_ids":[1],"sampling_params":{"max_new_tokens":1}}'
 
 
 @contextlib.asynccontextmanager
