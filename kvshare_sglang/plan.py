@@ -24,6 +24,7 @@ class Join(Enum):
 
     SEAM = "seam"  # other text was before it in the cache
     EDIT = "edit"  # the same cached text continues after an edit
+    ON = "on"  # as in the cache, the same text goes on here; an edit is further up
     SAME = "same"  # all that was before it in the cache is before it in the prompt
 
 
@@ -56,8 +57,9 @@ class Run(NamedTuple):
         """Depth of text that is computed after the run. Depth counts reuse of *other* text: it
         rises at a seam. Behind an edit of its own text a run is inexact, and stays as deep as it
         was; behind the very text that it was computed after it is no reuse at all."""
-        deeper = {Join.SEAM: self.depth + 1, Join.EDIT: max(self.depth, 1), Join.SAME: self.depth}
-        return deeper[self.join]
+        if self.join is Join.SEAM:
+            return self.depth + 1
+        return self.depth if self.join is Join.SAME else max(self.depth, 1)
 
     def cut(self, start: int, stop: int) -> "Run":
         """The part of the run that covers prompt ``[start, stop)``."""

@@ -60,7 +60,7 @@ RUNTIME_ORDER = (
     ("versions", "report", "calibration"),
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync", "shadow"),
-    ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches"),
+    ("attention", "copying", "probe", "slices", "cache.sources", "cache.branches", "cache.copies"),
     ("cache.queue", "cache.pins", "trace_graphs", "carry"),
     ("cache.retain", "repair"),
     ("cache.radix",),

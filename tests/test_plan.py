@@ -305,6 +305,6 @@ def test_depth_rises_at_seams_only():
         (join, depth): Run(1, 0, 0, 5, depth, join).depth_after for join in Join for depth in (0, 2)
     }
     assert depths == {
-        (Join.SEAM, 0): 1, (Join.EDIT, 0): 1, (Join.SAME, 0): 0,
-        (Join.SEAM, 2): 3, (Join.EDIT, 2): 2, (Join.SAME, 2): 2,
+        (Join.SEAM, 0): 1, (Join.EDIT, 0): 1, (Join.ON, 0): 1, (Join.SAME, 0): 0,
+        (Join.SEAM, 2): 3, (Join.EDIT, 2): 2, (Join.ON, 2): 2, (Join.SAME, 2): 2,
     }  # fmt: skip

@@ -97,10 +97,17 @@ def qa(rng: random.Random, pool: Sequence[Passage], count: int) -> tuple[Scene, 
             return Scene(tuple(texts[:count]), asked, question, answers, answers[0]), texts[count:]
 
 
-def longer(rng: random.Random, scene: Scene, pool: Sequence[Passage], count: int) -> Scene:
-    """The scene with ``count`` more passages, which answer nothing, anywhere between its own."""
-    own = [text.split(" ")[:3] for text in scene.passages]  # a fact stands later on
-    spare = [p.text for p in pool if p.text.split(" ")[:3] not in own]
+def longer(
+    rng: random.Random, scene: Scene, others: Sequence[str], pool: Sequence[Passage], count: int
+) -> Scene:
+    """The scene with ``count`` more passages, which answer nothing and are none of the ``others``,
+    anywhere between its own."""
+    known = [text.split(" ")[:3] for text in (*scene.passages, *others)]  # facts stand later on
+    spare = [
+        p.text
+        for p in pool
+        if p.text.split(" ")[:3] not in known and not any(a in p.text for a in scene.answers)
+    ]
     texts = rng.sample(spare, count)
     for at, text in enumerate(scene.passages):
         place = rng.randint(texts.index(scene.passages[at - 1]) + 1 if at else 0, len(texts))

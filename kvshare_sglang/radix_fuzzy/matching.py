@@ -135,13 +135,16 @@ def continues_from_prefix(
 ) -> bool:
     """Whether the run continues, after an edit, the text that the prompt has before ``start``.
 
-    The exact prefix may reach a few tokens into the edit, where that begins as the text does.
+    The exact prefix may reach a few tokens into the edit, where that begins as the text does. Where
+    there is no prefix to speak of, a short front was replaced by another one.
     """
     if run.src_start == run.dst_start == start:
         return False  # the same text continues: the prefix ended at the border of a page
     same = min(start, run.src_start)
     looked_at = min(same, LOOK_BACK)
-    if looked_at < SPAN or start - same > DRIFT or run.src_start - same > MAX_GAP:
+    if looked_at < SPAN:
+        return max(run.src_start, run.dst_start) <= DRIFT
+    if start - same > DRIFT or run.src_start - same > MAX_GAP:
         return False
     cached = path_tokens(segments[run.source], same - looked_at, same)
     return np.array_equal(cached, prompt[same - looked_at : same])

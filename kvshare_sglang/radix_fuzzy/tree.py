@@ -161,7 +161,7 @@ class FuzzyTree:
 
         ``before`` holds the tokens that stood before a segment without parent, so that the same
         prompt, continued, knows the text as its own (``Join.SAME``), and one that was edited
-        further up as text that goes on (``Join.EDIT``). A copy of a tree is given ``hashed``, the
+        further up as text that goes on (``Join.ON``). A copy of a tree is given ``hashed``, the
         segment's ``(context, near)``, in its place.
 
         Raises ValueError if the text is empty, does not begin where the parent is alive, or is
@@ -367,13 +367,13 @@ class FuzzyTree:
         return xxhash.xxh3_64_intdigest(part.tobytes(), self._secret) or 1
 
     def _join(self, run: Run, prompt: Tokens) -> Join:
-        """A run from the start of a path goes on after an edit if what stands just before it in
-        the prompt stood there in the cache too: it is the same text, edited further up."""
+        """A run from the start of a path goes on if what stands just before it in the prompt stood
+        there in the cache too: it is the same text, edited further up."""
         seg = self._segments[run.source]
         if run.join is not Join.SEAM or not seg.near or run.src_start != seg.root_start:
             return run.join
         same = self._context_of(prompt[: run.dst_start], LOOK_BACK) == seg.near
-        return Join.EDIT if same else Join.SEAM
+        return Join.ON if same else Join.SEAM
 
     def _own(self, runs: Sequence[Run], prompt: Tokens) -> list[bool]:
         """For each run, whether the prompt up to it is what stood before the run's source.

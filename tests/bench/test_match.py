@@ -18,7 +18,7 @@ from kvshare_sglang.sim.matcher import KVShare
 from kvshare_sglang.sim.useful import useful
 
 MIN_COPY = 32
-HEADS = {Join.SEAM: 16, Join.EDIT: 32, Join.SAME: 0}
+HEADS = {Join.SEAM: 16, Join.EDIT: 32, Join.ON: 0, Join.SAME: 0}
 
 TEXTS = st.lists(
     st.lists(st.integers(0, 3), min_size=2, max_size=80).map(lambda ids: np.array(ids, np.int32)),

@@ -50,12 +50,15 @@ def test_an_edit_caches_the_prompt_with_another_answer(scene):
 
 
 def test_a_longer_scene_holds_its_own_passages_in_order_and_asks_the_same(scene):
-    one, _ = scene
-    long = passages.longer(random.Random(2), one, _pool(20), 7)
+    one, others = scene
+    long = passages.longer(random.Random(2), one, others, _pool(20), 7)
     assert len(long.passages) == 10
     assert [text for text in long.passages if text in one.passages] == list(one.passages)
     assert long.passages[long.asked] == one.passages[one.asked]
     assert len(set(long.passages)) == 10
+    more = set(long.passages) - set(one.passages)
+    assert not any(answer in text for text in more for answer in one.answers)
+    assert not {text.split(" ")[1] for text in more} & {text.split(" ")[1] for text in others}
 
 
 @pytest.mark.parametrize("case", [passages.misled, passages.clock, passages.question_first])
@@ -64,6 +67,7 @@ def test_what_stood_before_the_passages_was_other_text(scene, case):
     asked = case(random.Random(1), one, others)
     (cached,) = asked.cached
     passages_ = "\n\n".join(one.passages)
+    assert asked.prompt.count(passages_) == cached.count(passages_) == 1
     assert asked.prompt.split(passages_)[0] != cached.split(passages_)[0]
     assert one.question in asked.prompt
 

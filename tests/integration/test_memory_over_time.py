@@ -2,6 +2,7 @@
 that paid, which stays when memory gets short."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +48,17 @@ def test_text_that_paid_stays_when_memory_gets_short(
         assert (last["copied_tokens"] > 200) == stays, last
 
 
-def test_copies_go_before_the_text_that_hangs_on_them(llama: Path, texts: Texts) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kvshare_eviction": "sglang"}, {"page_size": 16}],
+    ids=["defaults", "SGLang's eviction", "pages of 16"],
+)
+def test_copies_go_before_the_text_that_hangs_on_them(
+    settings: dict[str, Any], llama: Path, texts: Texts
+) -> None:
     """A header that is new in every turn: each turn leaves a branch of copies with a little new
     text at its end. Three prompts fill the pool; the new text of all turns is found anyway."""
-    with lab(llama, kvshare=True, kvshare_select="trace", max_total_tokens=4500) as it:
+    with lab(llama, kvshare=True, kvshare_select="trace", max_total_tokens=4496, **settings) as it:
         document, history = texts.passage(500), []
         for turn in range(14):
             prompt = texts.passage(20) + document + history + texts.passage(60)
@@ -58,10 +66,41 @@ def test_copies_go_before_the_text_that_hangs_on_them(llama: Path, texts: Texts)
             told = answer["kvshare"]
             if turn:
                 assert told["declined"] is None, (turn, told)
-                assert computed(told) < 0.15 * len(prompt) + 180, (turn, told)
+                assert computed(told) < 0.15 * len(prompt) + 180 + 16 * turn, (turn, told)
             history = prompt[520:] + answer["output"] + texts.passage(54)
             assert_clean(it)
         assert it.ask("probes:cut_off") > 5
+        # Nothing of a branch is left behind once all of it is gone.
+        for _ in range(4):
+            it.one(texts.passage(1400), new=1)
+        it.ask("probes:check")
+
+
+def test_of_a_branch_the_last_copies_go_first(llama: Path, texts: Texts) -> None:
+    """What is before them stays a prefix."""
+    with lab(llama, kvshare=True, max_total_tokens=1900) as it:
+        first, second = texts.passage(300), texts.passage(300)
+        it.one(first, new=1)
+        it.one(second, new=1)
+        branch = [texts.passage(20), first, texts.passage(60), second, texts.passage(60)]
+        it.one([token for part in branch for token in part], new=1)  # 740 tokens, 560 are left
+        it.one(texts.passage(640), new=1)
+        assert it.ask("probes:cut_off") == 1
+        assert_clean(it)
+        again = it.one(branch[0] + first + branch[2] + texts.passage(30), new=1)["kvshare"]
+        assert again["exact_tokens"] + again["blended_tokens"] >= 370, again
+
+
+def test_only_a_lack_of_memory_costs_others_their_copies(llama: Path, texts: Texts) -> None:
+    """SGLang refuses for other reasons too."""
+    with lab(llama, kvshare=True, prefill_max_requests=1) as it:
+        document, said = texts.passage(300), texts.passage(200)
+        it.one(document, new=1)
+        it.one(texts.passage(20) + document + said, new=1)
+        asks = [texts.passage(9) + said + texts.passage(50 + i) for i in range(3)]
+        answers = it.play([[request(f"r{i}", ask, new=4) for i, ask in enumerate(asks)]])
+        assert all(one["kvshare"]["copied_tokens"] > 100 for one in answers.values())
+        assert it.ask("probes:cut_off") == 0
 
 
 def test_text_whose_branch_was_cut_has_the_kv_that_it_had(llama: Path, texts: Texts) -> None:

@@ -329,7 +329,8 @@ def test_a_text_inserted_once_is_found_whole_wherever_it_stands():
     tree, (home,) = tree_of(TEXT)
     for before in (0, 1, 15, 16, 300):
         prompt = np.concatenate([PREFACE[:before], TEXT, REST])
-        assert tree.match(None, prompt) == (Run(home, 0, before, len(TEXT)),)
+        join = Join.SEAM if before in (0, 300) else Join.EDIT
+        assert tree.match(None, prompt) == (Run(home, 0, before, len(TEXT), join=join),)
 
 
 def test_spans_side_by_side_are_each_found():
@@ -403,9 +404,20 @@ def test_behind_a_prefix_of_other_text_a_run_is_a_seam():
     tree, _ = tree_of(TEXT)
     other = np.concatenate([random_tokens(8, 700), TEXT[700:]])
     jump = np.concatenate([TEXT[:300], TEXT[1200:]])
-    short = np.concatenate([TEXT[:15], random_tokens(9, 10), TEXT[20:]])
-    for prompt, start in ((other, 700), (jump, 300), (short, 15)):
+    for prompt, start in ((other, 700), (jump, 300)):
         assert tree.match(None, prompt, start=start)[0].join is Join.SEAM
+
+
+@pytest.mark.parametrize("prefix", [0, 1, SPAN - 1])
+def test_a_short_front_that_was_replaced_is_an_edit(prefix):
+    """A clock in front of all: nothing tells a run behind it from text that goes on."""
+    for was, now, join in ((20, 25, Join.EDIT), (64, 64, Join.EDIT), (65, 30, Join.SEAM),
+                           (30, 65, Join.SEAM), (20, 300, Join.SEAM)):  # fmt: skip
+        tree = FuzzyTree()
+        tree.insert(None, np.concatenate([TEXT[:prefix], PREFACE[: was - prefix], TEXT[100:]]))
+        prompt = np.concatenate([TEXT[:prefix], random_tokens(9, now - prefix), TEXT[100:]])
+        (run,) = tree.match(None, prompt, start=prefix)
+        assert (run.src_start, run.dst_start, run.join) == (was, now, join)
 
 
 def test_what_jumps_far_ahead_or_back_is_a_seam():
@@ -530,9 +542,9 @@ def test_of_equal_copies_the_newest_serves_and_outlives_the_others():
     tree = FuzzyTree()
     copies = [tree.insert(None, TEXT, start=i).id for i in (1, 2, 3)]
     for gone in copies[:2]:
-        assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT)),)
+        assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT), join=Join.EDIT),)
         tree.trim(gone, tree.segment(gone).start)
-    assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT)),)
+    assert tree.match(None, TEXT) == (Run(copies[2], 3, 0, len(TEXT), join=Join.EDIT),)
 
 
 def test_of_equal_copies_the_one_at_the_same_position_serves():
@@ -813,7 +825,7 @@ def test_a_prompt_that_goes_on_knows_its_own_text():
     edited = np.concatenate([before, own[:90], [7], own[91:], more]).astype(np.int32)
     for prompt in (np.concatenate([other, own, more]), moved):
         (run,) = tree.match(None, prompt, max_depth=1)
-        assert run.join is Join.EDIT  # what stood just before it stands there still
+        assert run.join is Join.ON  # what stood just before it stands there still
     elsewhere = np.concatenate([before[:280], own, more])
     (run,) = tree.match(None, elsewhere, max_depth=1)
     assert run.join is Join.SEAM

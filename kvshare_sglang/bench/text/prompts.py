@@ -57,6 +57,6 @@ def asked(pool: Sequence[Passage], task: str, case: str, *, filler: int = 0) -> 
     while True:
         scene, others = make(rng, pool, count)
         if filler:
-            scene = passages.longer(rng, scene, pool, filler)
+            scene = passages.longer(rng, scene, others, pool, filler)
         if one := CASES[case](rng, scene, others):
             yield one

@@ -89,11 +89,11 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
 
     Text that goes on behind a change counts so far only as the change reaches, ``REACH`` tokens or
     six times ``budget / (1 - budget)`` of that: so a turn of a long conversation costs what it
-    costs in a short one. Moved text counts whole, and a budget of 1 buys every row.
+    costs in a short one. A run that was moved counts whole, and a budget of 1 buys every row.
 
     >>> budget_rows([Run(1, 0, 10, 90)], prefix_len=0, budget=0.1)
     11
-    >>> clock = [Run(1, 20, 20, 500), Run(2, 520, 520, 9000, join=Join.EDIT)]
+    >>> clock = [Run(1, 20, 20, 500), Run(2, 520, 520, 9000, join=Join.ON)]
     >>> [budget_rows(clock, prefix_len=0, budget=budget) for budget in (0.15, 0.3, 1.0)]
     [331, 1591, 9500]
     """
@@ -103,23 +103,12 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
     new = runs[-1].dst_stop - prefix_len - reused
     reach = REACH * max(1, 6 * budget / (1 - budget)) if budget < 1 else math.inf
     counted, changed = 0.0, prefix_len  # where the text before was last changed
-    for run, moved in zip(runs, after_changes(runs, prefix_len=prefix_len), strict=True):
-        changed = run.dst_start if moved else changed
+    for run in runs:
+        if run.join in (Join.SEAM, Join.EDIT):
+            changed = run.dst_start
         stop = run.dst_stop if run.join is Join.SEAM else min(run.dst_stop, changed + reach)
         counted += max(0, stop - run.dst_start)
     return min(reused, int(budget * (counted + NEW * new)))
-
-
-def after_changes(runs: Sequence[Run], *, prefix_len: int) -> list[bool]:
-    """For each run, whether what stands right before it is other than before its source: a run of
-    the same text may go on where another ends, with the edit further up."""
-    out, before = [], None
-    for run in runs:
-        gap = run.dst_start > (before.dst_stop if before else prefix_len)
-        deleted = before is None or before.source == run.source
-        out.append(run.join is Join.SEAM or (run.join is Join.EDIT and (gap or deleted)))
-        before = run
-    return out
 
 
 def repair_rows(plan: ReusePlan, *, budget: float) -> int:
@@ -176,10 +165,7 @@ def query_rows(plan: ReusePlan, *, suffix: int) -> Rows:
 def rows_after_edits(plan: ReusePlan, *, each: int, limit: int) -> Rows:
     """Up to ``each`` rows at the start of every run that follows an edit. If that exceeds
     ``limit``, the limit is shared evenly; earlier runs get the remainder."""
-    changed = after_changes(plan.runs, prefix_len=plan.prefix_len)
-    runs = [
-        run for run, here in zip(plan.runs, changed, strict=True) if here and run.join is Join.EDIT
-    ]
+    runs = [run for run in plan.runs if run.join is Join.EDIT]
     share, more = divmod(limit, max(len(runs), 1))
     lengths = [min(each, run.length, share + (i < more)) for i, run in enumerate(runs)]
     return Rows(

@@ -68,9 +68,9 @@ class Window(NamedTuple):
         ]
 
     def head(self, run: Run) -> int:
-        """Rows that the start of a run needs; none where nothing before it has changed."""
-        heads = {Join.SEAM: self.seam, Join.EDIT: max(self.window, self.seam), Join.SAME: 0}
-        return min(run.length, heads[run.join])
+        """Rows that the start of a run needs; none where nothing right before it has changed."""
+        heads = {Join.SEAM: self.seam, Join.EDIT: max(self.window, self.seam)}
+        return min(run.length, heads.get(run.join, 0))
 
 
 def _scale(lengths: list[int], allowed: int) -> list[int]:

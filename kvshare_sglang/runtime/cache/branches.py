@@ -14,7 +14,7 @@ of a namespace at a node hangs under one key, so equal prompts meet in one branc
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,11 +67,14 @@ class Branches:
     def removed(self, node: "TreeNode") -> None:
         """``node`` was evicted: a namespace without branches is forgotten."""
         self._cache.copies.removed(node)
-        key = node.key.extra_key
-        if isinstance(key, BranchKey):
-            key.num_nodes -= 1
-            if key.num_nodes == 0 and self._keys.get(key.namespace) is key:
-                del self._keys[key.namespace]
+        if isinstance(node.key.extra_key, BranchKey):
+            self.left(node.key.extra_key)
+
+    def left(self, key: BranchKey) -> None:
+        """A node carries ``key`` no more."""
+        key.num_nodes -= 1
+        if key.num_nodes == 0 and self._keys.get(key.namespace) is key:
+            del self._keys[key.namespace]
 
     def forget(self) -> None:
         """No request steps into what is there now: it was flushed, or other weights made it."""
@@ -80,6 +83,10 @@ class Branches:
     def are_in(self, namespace: object) -> bool:
         """Whether the namespace has a branch that may be stepped into."""
         return namespace in self._keys
+
+    def check(self, counts: Mapping[BranchKey, int]) -> None:
+        """AssertionError where a namespace is remembered without a node; ``counts``: of nodes."""
+        assert all(key.num_nodes == counts[key] > 0 for key in self._keys.values())
 
     # ---- lookup --------------------------------------------------------------------------
 

@@ -4,9 +4,14 @@ SGLang evicts leaves only, so new text at the end of a branch would keep all cop
 who locks the text would lock them. A copy can be made again. So its node is cut out of the branch:
 what hung on it hangs at the root from then on, under a key that no one can name. There it is no
 prefix any more, and as good a source as before, for a source knows its positions itself.
+
+What counts as a copy here is all of a branch that is no source: copied rows, those computed again
+among them, and new text that is too short or too deep to be copied by others.
 """
 
-from collections.abc import Iterable
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.runtime.cache.index_sync import BranchKey
@@ -37,64 +42,95 @@ class Copies:
         self._nodes.clear()
 
     def evict_cold(self, num: int) -> int:
-        """Cut out copies that SGLang's policy would evict before any of the leaves, if they were
-        leaves, until ``num`` slots are free. How many are. O(copies + leaves)."""
+        """Cut out copies that SGLang's policy would evict, if they were leaves, on the way to
+        ``num`` free slots. How many slots that frees. O(copies + leaves)."""
         inner = [node for node in self._nodes if node.children and not node.lock_ref]
         if not inner:
             return 0
-        priority = self._cache.eviction_strategy.get_priority
-        coldest = min(map(priority, self._cache.evictable_leaves), default=None)
-        cold = [node for node in inner if coldest is None or priority(node) < coldest]
-        return self._cut(cold, num)
+        cache = self._cache
+        priority = cache.eviction_strategy.get_priority
+        heap = [(priority(node), node) for node in (*inner, *cache.evictable_leaves)]
+        heapq.heapify(heap)
+        freed = leaves = 0
+        while heap and freed + leaves < num:
+            _, node = heapq.heappop(heap)
+            if node.children:  # one that was cut has none any more
+                freed += self._cut(node, num - freed - leaves)
+            elif node in cache.evictable_leaves:
+                leaves += len(node.key)  # SGLang's own eviction takes it
+        return freed
 
-    def evict_above(self, nodes: Iterable["TreeNode"], num: int) -> int:
-        """The same for copies that stand before ``nodes``, whatever else is there."""
-        found, seen = [], set()
+    def evict_above(self, nodes: "Iterable[TreeNode]", num: int) -> int:
+        """Cut out copies that stand before ``nodes``, whatever else is there, where that frees
+        ``num`` slots; else none."""
+        found: set[TreeNode] = set()
+        seen: set[TreeNode] = set()
         for node in nodes:
             while node.parent is not None and node not in seen:
                 seen.add(node)
                 node = node.parent
                 if is_copy(node) and not node.lock_ref:
-                    found.append(node)
-        return self._cut(list(dict.fromkeys(found)), num)
-
-    def _cut(self, nodes: "list[TreeNode]", num: int) -> int:
-        """Of equal ones the last of a branch first: what is before it stays a prefix."""
+                    found.add(node)
+        if sum(len(node.key) for node in found) < num:
+            return 0
         priority = self._cache.eviction_strategy.get_priority
         freed = 0
-        for node in sorted(nodes, key=lambda one: (priority(one), -one.kvshare.start)):
+        for node in sorted(found, key=priority):
+            if freed < num and node in self._nodes:
+                freed += self._cut(node, num - freed)
+        return freed
+
+    def _cut(self, node: "TreeNode", num: int) -> int:
+        """Cut out copies from ``node`` on, the last of the branch first, until ``num`` slots are
+        free: what is before them stays a prefix, and once ``node`` goes nobody gets to those."""
+        freed = 0
+        for one in list(_copies_from(node)):
             if freed >= num:
                 break
-            freed += len(node.key)
-            self._cut_out(node)
+            freed += len(one.key)
+            self._cut_out(one)
         return freed
 
     def _cut_out(self, node: "TreeNode") -> None:
         cache, root = self._cache, self._cache.root_node
         for child in node.children.values():
-            mine = child.key.extra_key
-            mine.num_nodes -= 1  # of the branch there is at least ``node`` itself left
-            alone = BranchKey(mine.namespace)
+            old = child.key.extra_key
+            alone = BranchKey(old.namespace)
             alone.num_nodes = 1
             child.key = child.key[: len(child.key)]  # its own object, to be renamed
             child.key.extra_key = alone
             child.parent = root
             root.children[child.key.child_key(cache.page_size)] = child
+            cache.branches.left(old)
         node.children.clear()
         cache.token_to_kv_pool_allocator.free(node.value)
         cache._delete_leaf(node)
 
     def check(self) -> None:
-        """AssertionError unless the nodes are those that the tree has."""
-        found, stack = set(), list(self._cache.root_node.children.values())
+        """AssertionError unless the nodes are those that the tree has, and branches are counted."""
+        found, counts, stack = set(), Counter[BranchKey](), [self._cache.root_node]
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())
-            if is_copy(node):
-                found.add(node)
+            if node.parent is not None and isinstance(node.key.extra_key, BranchKey):
+                counts[node.key.extra_key] += 1
+                if is_copy(node):
+                    found.add(node)
         assert found == self._nodes
+        assert all(key.num_nodes == count for key, count in counts.items())
+        self._cache.branches.check(counts)
 
 
 def is_copy(node: Any) -> bool:
     """Whether a node of SGLang's tree holds blended KV that is no source."""
     return isinstance(node.key.extra_key, BranchKey) and node.kvshare.segment is None
+
+
+def _copies_from(node: "TreeNode") -> "Iterator[TreeNode]":
+    """The copies at ``node`` and below, children before their parents."""
+    stack, order = [node], []
+    while stack:
+        one = stack.pop()
+        order.append(one)
+        stack.extend(one.children.values())
+    return (one for one in reversed(order) if is_copy(one))

@@ -161,7 +161,7 @@ class IndexSync:
             note.segment.payload.split(upper.kvshare.start, upper, at=note.start)
 
     def removed(self, node: "TreeNode") -> None:
-        """``node``, a leaf, was evicted."""
+        """``node``, which has no children any more, was evicted."""
         note = node.kvshare
         if note.segment is not None:
             note.segment.payload.drop_last()

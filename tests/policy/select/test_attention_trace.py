@@ -115,10 +115,9 @@ def test_few_edits_have_all_their_rows_and_many_share():
     chosen = AttentionTrace(8).trace(plan, budget=0.1).chosen
     assert chosen.positions.tolist() == [40, 41, 42, 43]
     # What goes on behind another run, with the edit further up, is no edit of its own.
-    on = copied_whole((runs[0], runs[1]._replace(join=Join.EDIT)), prefix_len=30, prompt_len=310)
+    on = copied_whole((runs[0], runs[1]._replace(join=Join.ON)), prefix_len=30, prompt_len=310)
     assert AttentionTrace(8).trace(on, budget=0.1).chosen == chosen
-    cut = Run(1, 145, 140, 160, join=Join.EDIT)
-    both = copied_whole((runs[0], cut), prefix_len=30, prompt_len=310)
+    both = copied_whole((runs[0], runs[1]._replace(join=Join.EDIT)), prefix_len=30, prompt_len=310)
     few = AttentionTrace(8).trace(both, budget=0.1).chosen
     assert few.positions.tolist() == [40, 41, 42, 43, 140, 141, 142]  # a quarter of 28 rows
 

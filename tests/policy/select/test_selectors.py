@@ -96,7 +96,7 @@ def test_a_scoring_baseline_takes_the_largest_scores(wish, name):
 
 @given(wishes())
 def test_dhd_takes_windows_and_seams_before_any_score(wish):
-    heads = {Join.SEAM: SEAM, Join.EDIT: WINDOW, Join.SAME: 0}
+    heads = {Join.SEAM: SEAM, Join.EDIT: WINDOW, Join.ON: 0, Join.SAME: 0}
     need = Rows(
         (run.dst_start, run.dst_start + heads[run.join])
         for run in wish.plan.runs
@@ -156,7 +156,7 @@ def test_one_budget_buys_the_same_whatever_the_selector():
 
 @given(runs_in_a_prompt(), st.floats(0, 1), st.sampled_from([1, 7, 40]))
 def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget, times):
-    """Row by row. Runs of one source: what follows an edit is never the same text going on."""
+    """Row by row."""
     runs, prefix_len, _ = case
     long = [
         run._replace(dst_start=run.dst_start * times, length=run.length * times) for run in runs
@@ -165,7 +165,7 @@ def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget
     reach = REACH if budget <= 1 / 7 else REACH * 6 * budget / (1 - min(budget, 1 - 1e-9))
     counted, changed = 0, prefix_len
     for run in long:
-        if run.join is not Join.SAME:
+        if run.join in (Join.SEAM, Join.EDIT):
             changed = run.dst_start
         for row in range(run.dst_start, run.dst_stop):
             counted += run.join is Join.SEAM or row < changed + reach
@@ -182,7 +182,7 @@ def test_a_longer_conversation_buys_no_more_behind_the_same_edit():
     bought = []
     for turns in range(1, 60):
         document = Run(1, 20, 20, 2000)
-        said = [Run(2 + i, at := 2020 + 120 * i, at, 120, join=Join.EDIT) for i in range(turns)]
+        said = [Run(2 + i, at := 2020 + 120 * i, at, 120, join=Join.ON) for i in range(turns)]
         bought.append(budget_rows([document, *said], prefix_len=0, budget=0.15))
     assert bought == sorted(bought)
     assert bought[0] < bought[-1] == bought[2] == int(0.15 * (REACH * 6 * 3 / 17 + NEW * 20))

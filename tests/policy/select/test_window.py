@@ -88,7 +88,7 @@ def test_a_whole_budget_copies_nothing(case):
 def test_heads_are_computed_in_full_where_the_budget_has_room_for_all(case):
     plan, runs, asked = case
     seam, window = asked["seam"], asked["window"]
-    of = {Join.SEAM: seam, Join.EDIT: max(seam, window), Join.SAME: 0}
+    of = {Join.SEAM: seam, Join.EDIT: max(seam, window), Join.ON: 0, Join.SAME: 0}
     heads = {run: min(run.length, of[run.join]) for run in runs}
     if sum(heads.values()) <= budget_rows(
         plan.runs, prefix_len=plan.prefix_len, budget=asked["budget"]
