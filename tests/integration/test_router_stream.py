@@ -29,7 +29,7 @@ def worker(llama: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory)
     token = tmp_path_factory.mktemp("token") / "file"
     token.write_text(TOKEN)
     # A pool so small that text is evicted, and chunks, so that prompts come in pieces.
-    settings = {"max_total_tokens": 3000, "chunked_prefill_size": 512}
+    settings = {"max_total_tokens": 2000, "chunked_prefill_size": 512}
     stream = {"kvshare_stream": endpoint, "kvshare_stream_token_file": str(token)}
     with lab(llama, kvshare=True, **stream, **settings) as it:
         it.flush()  # the event loop has run: what it starts is there
