@@ -95,8 +95,12 @@ def hook_add_one_req(
 
 def _short_of(adder: "PrefillAdder", req: "Req") -> int:
     """Tokens that the prompt alone lacks, at least 1: what its answer needs, SGLang says."""
-    tokens = len(req.full_untruncated_fill_ids) - versions.prefix_len(req)
-    return max(1, tokens - int(adder.rem_total_tokens))
+    return max(1, _not_cached(req) - int(adder.rem_total_tokens))
+
+
+def _not_cached(req: "Req") -> int:
+    """Tokens of its prompt behind its prefix hit."""
+    return len(req.full_untruncated_fill_ids) - versions.prefix_len(req)
 
 
 def _runs_nothing(adder: "PrefillAdder") -> bool:
@@ -190,9 +194,8 @@ def _evicts_copies(
 
 def _lacks(cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req") -> int:
     """Tokens that ``add_one_req`` would have to find besides; 0 or less where it fits."""
-    prompt = len(req.full_untruncated_fill_ids) - versions.prefix_len(req)
     new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-    needs = prompt + min(new, versions.most_new_tokens()) + cache.page_size
+    needs = _not_cached(req) + min(new, versions.most_new_tokens()) + cache.page_size
     return needs + 1 - int(adder.rem_total_tokens)
 
 
