@@ -1,7 +1,78 @@
 """``bench route``: the index alone, and how results are put together."""
 
+import contextlib
+import socket
+import threading
+
+import pytest
+
 from kvshare_sglang.bench.route import indexing, show
+from kvshare_sglang.bench.route.relay import Relay
 from kvshare_sglang.bench.route.replay import ratio
+
+
+@pytest.fixture
+def relayed(tmp_path):
+    """A relay before a socket that echoes, and where its readers connect."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "up"))
+    listener.listen()
+
+    def echo():
+        with contextlib.suppress(OSError):
+            while True:
+                peer = listener.accept()[0]
+                threading.Thread(target=answer, args=(peer,), daemon=True).start()
+
+    def answer(peer):
+        with peer, contextlib.suppress(OSError):
+            while data := peer.recv(100):
+                peer.sendall(data)
+
+    threading.Thread(target=echo, daemon=True).start()
+    with contextlib.closing(Relay(f"ipc://{tmp_path}/down", f"ipc://{tmp_path}/up")) as relay:
+        yield relay, str(tmp_path / "down")
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def connected(path):
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(30)
+    client.connect(path)
+    return client
+
+
+def test_a_relay_hands_bytes_on_until_it_is_cut_and_again_when_it_is_mended(relayed):
+    relay, path = relayed
+    with connected(path) as before:
+        before.sendall(b"one")
+        assert before.recv(100) == b"one"
+        relay.cut()
+        assert before.recv(100) == b""
+    with pytest.raises(ConnectionRefusedError):
+        connected(path)
+    relay.mend()
+    with connected(path) as after:
+        after.sendall(b"two")
+        assert after.recv(100) == b"two"
+
+
+def test_a_relay_that_lags_tells_all_in_order_and_what_lags_when_it_is_cut_is_lost(relayed):
+    relay, path = relayed
+    with connected(path) as client:
+        relay.lag(0.05)
+        told = bytes(range(200))
+        for byte in told:
+            client.sendall(bytes([byte]))
+        heard = b""
+        while len(heard) < len(told):
+            heard += client.recv(100)
+        assert heard == told
+        relay.lag(3600)
+        client.sendall(b"late")
+        relay.cut()
+        assert client.recv(100) == b""
 
 
 def test_the_index_is_measured_and_the_best_worker_is_named(monkeypatch):
@@ -22,8 +93,16 @@ def test_a_result_says_what_was_reused_added_and_lost():
     added = {"total_ms": 2.0, "tokens": 100, "tokenise_ms": 1.0, "choose_ms": 0.5}
     added["router_cpu_ms"] = 3.0
     fault = {"requests": 9, "lost": 1, "again": 2, "longest_s": 3.0}
-    faults = {"router": {"kill -9 router": fault}}
+    faults = {"router": {"stream cut": {**fault, "recovered_s": 1.5}, "kill -9 router": fault}}
     text = show({"arms": arms, "ratio": 1.5, "added": added, "faults": faults})
     assert "30.0%" in text
     assert "times cache_aware: 1.50" in text
-    assert text.splitlines()[-1].split() == "kill -9 router router 9 1 2 3.0 s".split()
+    *_, cut, killed = (line.split() for line in text.splitlines())
+    assert cut == "stream cut router 9 1 2 3.0 s 1.5 s".split()
+    assert killed == "kill -9 router router 9 1 2 3.0 s -".split()
+    same = {"at once": 0.5, "at once, rows": 0.25, "after a beat": 1.0, "after a beat, rows": 0.75}
+    text = show(
+        {"arms": arms, "ratio": 1.5, "added": added, "two_routers": {"requests": 4, **same}}
+    )
+    line = text.splitlines()[-1]
+    assert [word for word in line.split() if "%" in word] == ["50.0%", "100.0%", "25.0%,", "75.0%"]

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-total-tokens", type=int, default=262144, help="KV tokens of each server")
     add("--at-once", type=int, default=2, help="requests under way (closed loop)")
     add("--faults", action="store_true", help="also freeze and kill parts in mid-run")
+    add("--two-routers", action="store_true", help="also how far two side by side agree")
     add("--index", action="store_true", help="only the index: 1 to 64 workers, no servers")
 
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             result["faults"] = {
                 arm: faults.measure(arm, servers, streams, model.path, prompts) for arm in ARMS
             }
+        if args.two_routers:
+            result["two_routers"] = faults.agreement(servers, streams, model.path, prompts)
     common.report(args, show(result), result, model=model.path.name)
     return 0
 
@@ -112,7 +115,7 @@ def show(result: dict[str, Any]) -> str:
     ]
     if "faults" in result:
         rows = [
-            {"arm": arm, "fault": fault, **one}
+            {"arm": arm, "fault": fault, "recovered": _seconds(one.get("recovered_s")), **one}
             for arm, each in result["faults"].items()
             for fault, one in each.items()
         ]
@@ -125,6 +128,17 @@ def show(result: dict[str, Any]) -> str:
                 lost="{lost}",
                 asked_again="{again}",
                 longest="{longest_s:.1f} s",
+                index_again="{recovered}",
             )
         )
+    if "two_routers" in result:
+        parts.append(
+            "two routers, {requests} prompts, the same worker: {at once:.1%} at once,"
+            " {after a beat:.1%} after a beat; the same rows: {at once, rows:.1%},"
+            " {after a beat, rows:.1%}".format(**result["two_routers"])
+        )
     return "\n\n".join(parts)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"

@@ -5,43 +5,101 @@ Where the router breaks off before it answered, it asks the gateway, as a deploy
 requests are counted as ``again``, and as lost only if that fails too.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from kvshare_sglang.bench.route.replay import body
+from kvshare_sglang.bench.route.relay import Relay
+from kvshare_sglang.bench.route.replay import body, client
 from kvshare_sglang.bench.route.stack import Stack
 from kvshare_sglang.bench.server import Server, wait_ready
 
 AT_ONCE, NUM = 8, 96
 PATIENCE_S = 60.0
 FROZEN_S = 6.0
+LAG_S = 5.0
+BEAT_S = 0.5  # a worker tells five times a second what waits
 
 
 def measure(
     arm: str, servers: list[Server], streams: Sequence[str], model: Path, prompts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """For each fault how its requests fared. No server is left frozen, and the one that is killed
-    is started again, in its place in ``servers``."""
+    """For each fault how its requests fared, and with a router ``recovered_s``: how long after the
+    fault's end it heard all workers again. No server is left frozen, and the one that is killed is
+    started again, in its place in ``servers``."""
     out = {}
-    with Stack(arm, servers, streams, model) as stack:
-        out["none"] = during(stack, prompts, lambda: None)
-        out["frozen worker"] = during(stack, prompts, lambda: freeze(servers[0]))
-        out["kill -9 worker"] = during(stack, prompts, lambda: kill(servers[0]))
-        servers[0].stop()
-        servers[0] = start_again(servers[0])
+    with _relays(streams) as relays, Stack(arm, servers, list(relays), model) as stack:
+
+        def try_one(name: str, fault: Callable[[], Any], mend: Callable[[], Any]) -> None:
+            out[name] = during(stack, prompts, fault)
+            mend()
+            if stack.router is not None:
+                waited = stack.wait(stack.has_index, f"{name}: the index")
+                out[name]["recovered_s"] = waited
+
+        def restart() -> None:
+            servers[0].stop()
+            servers[0] = start_again(servers[0])
+
+        first = next(iter(relays.values()))
+        try_one("none", nothing, nothing)
+        if stack.router is not None:
+            try_one("stream cut", first.cut, first.mend)
+            try_one("stream lags", lambda: first.lag(LAG_S), lambda: first.lag(0))
+        try_one("frozen worker", lambda: freeze(servers[0]), nothing)
+        try_one("kill -9 worker", lambda: kill(servers[0]), restart)
         if stack.router is not None:
             out["kill -9 router"] = during(stack, prompts, stack.router.kill)
     return out
+
+
+def agreement(
+    servers: Sequence[Server], streams: Sequence[str], model: Path, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """Two routers side by side, each prompt through one of them by turns: how often both name the
+    same worker for a prompt, at once and a little more than a beat after the last was answered."""
+    same: Counter[str] = Counter()
+    with Stack("router", servers, streams, model) as stack, client() as http:
+        urls = (stack.url, stack.second_router())
+
+        def compare(when: str, prompt: str) -> None:
+            told = [http.post(f"{url}/pick", json=body(prompt, 4)).json() for url in urls]
+            same[when] += told[0]["worker"] == told[1]["worker"]
+            same[f"{when}, rows"] += told[0]["predicted_rows"] == told[1]["predicted_rows"]
+
+        for turn, (prompt, following) in enumerate(itertools.pairwise(prompts)):
+            http.post(f"{urls[turn % 2]}/generate", json=body(prompt, 4)).raise_for_status()
+            compare("at once", following)
+            time.sleep(BEAT_S)
+            compare("after a beat", following)
+    return {"requests": turn + 1, **{when: count / (turn + 1) for when, count in same.items()}}
+
+
+@contextlib.contextmanager
+def _relays(streams: Sequence[str]) -> Iterator[dict[str, Relay]]:
+    """A relay before each stream, by the endpoint that its readers connect to."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        relays = {}
+        for number, stream in enumerate(streams):
+            endpoint = f"ipc://{folder}/{number}"
+            relays[endpoint] = stack.enter_context(contextlib.closing(Relay(endpoint, stream)))
+        yield relays
+
+
+def nothing() -> None:
+    pass
 
 
 def kill(server: Server) -> None:
