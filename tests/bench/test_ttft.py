@@ -57,13 +57,14 @@ def test_a_prompt_of_more_rows_than_a_chunk_may_run_its_chunks_ends_too(choose):
     choice = choose()
     assert (choice.selector.name, choice.reason) == ("trace", None)
     count = choice.selector.most_rows(choice.plan, budget=CONFIG.budget)
-    for more in (0, 15):
+    for more in (0, 15, -7):
         info = says(choice, count + more)
         rows, merged = expected_rows(choice, info, spec(chunk=chunk, device="cpu"), CONFIG)
-        assert (len(rows), merged) == (count + more, more)
-    told = {**says(choice, count), "select_reason": "chunked"}
-    with pytest.raises(ScriptError, match="the planner alone"):
-        expected_rows(choice, told, spec(chunk=chunk), CONFIG)
+        assert (len(rows), merged) == (count + more, max(more, 0))
+    wrong = {**says(choice, count), "select_reason": "chunked"}, says(choice, count * 9 // 10)
+    for told in wrong:
+        with pytest.raises(ScriptError, match="the planner alone"):
+            expected_rows(choice, told, spec(chunk=chunk, device="cpu"), CONFIG)
 
 
 def test_rows_that_a_gpu_merged_are_counted_and_make_the_ceiling_lower(choose):

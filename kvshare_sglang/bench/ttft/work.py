@@ -17,6 +17,9 @@ from kvshare_sglang.sim.flops import layer_flops, peeked_flops, prefill_flops
 from kvshare_sglang.sim.mirror import Mirror, row_positions
 
 
+FEWER = 0.97  # of the rows that a trace may run, where a prompt comes in chunks
+
+
 class Work(NamedTuple):
     """What a reusing server did for one prompt; ``merged_tokens`` are rows that ran because its
     attention takes no more ranges."""
@@ -90,7 +93,8 @@ def expected_rows(
 
     A trace goes by attention: the rows that it adds are taken to be spread evenly. Nobody can tell
     beforehand how many ranges they make, so on a GPU more of them may run than were chosen. In a
-    prompt that comes in chunks the last row of each runs too, and the question twice."""
+    prompt that comes in chunks the last row of each runs too, and the question twice; and a row
+    that ran with its chunk need not be chosen again, so a few less than the most may run."""
     plan, selector, reason = choice
     merged = 0
     whole = _is_whole(plan, selector, config, chunk=spec.chunk)
@@ -101,6 +105,8 @@ def expected_rows(
         left = (plan.reused_rows - required).positions
         if spec.device != "cpu" or not whole:
             merged = max(0, ran - count)
+        if not whole and required.num <= ran < count:
+            count = max(ran, int(FEWER * count))
         added = min(len(left), count + merged - required.num)
         evenly = left[np.linspace(0, len(left) - 1, added).astype(int)]
         rows = np.union1d(required.positions, evenly)
