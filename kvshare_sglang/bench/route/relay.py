@@ -69,8 +69,8 @@ class Relay:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._tell(up, down_end))
                 both.create_task(_hand_on(down, up_end))
-        except* OSError:
-            pass  # one end is gone; a reader connects again
+        except* (OSError, asyncio.CancelledError):
+            pass  # one end is gone, or it was cut; a reader connects again
         finally:
             for end in ends:
                 end.close()
