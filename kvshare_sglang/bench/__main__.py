@@ -20,7 +20,7 @@ COMMANDS = {
     for name in (
         *("ttft", "tpot", "match", "replay", "quality", "decode", "stream", "gate"),
         *("text", "why", "demo", "reader", "conversation", "schedule", "load", "simulate"),
-        *("route", "calibrate"),
+        *("route", "agents", "calibrate"),
     )
 }
 

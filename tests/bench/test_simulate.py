@@ -3,10 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from kvshare_sglang.bench import __main__ as bench
-from kvshare_sglang.sim.serving import StepCosts
+from kvshare_sglang.bench import simulate
+from kvshare_sglang.sim.serving import Job, StepCosts
 
 
 @pytest.fixture
@@ -19,16 +21,28 @@ def costs(tmp_path):
 def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys):
     out = tmp_path / "out.json"
     words = ["simulate", "--synthetic", "300", "--rate", "20", "--costs", str(costs)]
-    words += ["--workers", "1", "4", "--route", "random", "cheapest", "--order", "fcfs", "hrrn"]
+    words += [
+        "--workers",
+        "1",
+        "4",
+        "--route",
+        "random",
+        "cheapest",
+        "--order",
+        "fcfs",
+        "hrrn",
+        "shortest",
+    ]
+    words += ["--reuse", "off", "on", "free"]
     assert bench.main([*words, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     # With one worker there is nothing to route.
-    assert len(rows) == (1 + 2) * 2 * 2
+    assert len(rows) == (1 + 2) * 3 * 3
     assert len(re.findall(r"^[14] ", capsys.readouterr().out, re.MULTILINE)) == len(rows)
     for row in rows:
         assert 0 < row["ttft_mean_s"] <= row["longest_wait_s"]
         assert row["exact"] + row["copied"] + row["run"] == pytest.approx(1)
-        assert (row["copied"] > 0) == (row["reuse"] == "on")
+        assert (row["copied"] > 0) == (row["reuse"] != "off")
         assert row["busy"] <= 1
 
     def mean(**which):
@@ -36,7 +50,10 @@ def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys
         return row["ttft_mean_s"]
 
     busy = {"workers": 1, "order": "fcfs"}
-    assert mean(**busy, reuse="on") < mean(**busy, reuse="off")
+    assert mean(**busy, reuse="free") < mean(**busy, reuse="on") < mean(**busy, reuse="off")
+    for reuse in ("off", "on", "free"):  # what no order beats by much
+        bound = mean(workers=1, order="shortest", reuse=reuse)
+        assert bound <= min(mean(workers=1, order=o, reuse=reuse) for o in ("fcfs", "hrrn"))
     assert mean(workers=4, order="fcfs", reuse="on", route="cheapest") < mean(**busy, reuse="on")
 
 
@@ -53,6 +70,24 @@ def test_what_is_counted_is_near_what_the_real_index_finds(tmp_path, costs):
     counted, found = shares
     assert found > 0.2
     assert counted == pytest.approx(found, rel=0.15)
+
+
+def test_of_what_is_found_nothing_runs_again_where_reuse_is_free():
+    """A moved document: its seams and its budget run, or none of it; so too under counting."""
+    rng = np.random.default_rng(0)
+    first, moved, new = (rng.integers(0, 4000, n) for n in (600, 600, 40))
+    for counted in (False, True):
+        rows = {}
+        for reuse in ("on", "free"):
+            cache = simulate.cache_of(reuse, 10_000, counted=counted)
+            held = Job(0, 0.0, 1200, 1, prompt=np.concatenate([first, moved]),
+                       documents=((1, 600), (2, 600)))  # fmt: skip
+            cache.take(held)
+            cache.leave(held)
+            asked = Job(1, 1.0, 640, 1, prompt=np.concatenate([moved, new]), documents=((2, 600),))
+            rows[reuse] = cache.look(asked).rows
+        assert rows["on"] > rows["free"] + 40
+        assert 40 <= rows["free"] < 60  # hashes find all but a few tokens at a border
 
 
 def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, capsys):

@@ -21,9 +21,11 @@ from kvshare_sglang.bench.load.targets import Configuration, make_ready
 from kvshare_sglang.bench.load.trace import Timed
 from kvshare_sglang.bench.server import add_server_arguments, serve
 from kvshare_sglang.bench.simulate import calibrate, policies, synthetic
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.caches import DocumentCache, TextCache
 from kvshare_sglang.sim.serving import Cache, Job, Limits, Result, StepCosts, simulate
 
+FREE = KVShareConfig(budget=0, seam=0, min_reuse=1, min_share=0, source_depth=16)
 COLUMNS = {
     "workers": "{workers}",
     "route": "{route}",
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(policies.ROUTES)}, or MODULE:FUNCTION")  # fmt: skip
     add("--order", nargs="+", default=["fcfs"], metavar="NAME",
         help=f"{', '.join(policies.ORDERS)}, or MODULE:FUNCTION")  # fmt: skip
-    add("--reuse", nargs="+", choices=("on", "off"), default=["off", "on"],
-        help="with the plug-in, without")  # fmt: skip
+    add("--reuse", nargs="+", choices=("on", "off", "free"), default=["off", "on"],
+        help="with the plug-in, without; free: as if nothing that is found ran again")  # fmt: skip
     add("--bound", type=int, default=16384, help="rows by which order kvshare may overtake")
     add("--model", default=models.FETCHED, help="directory, shape file, a shape here, or smollm2")
     load.add_size_arguments(parser)
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     for workers, route, order, reuse in most:
         if workers == 1 and route != args.route[0]:
             continue  # there is no choice
-        result = simulated(args, costs, fresh(), workers, route, order, reuse == "on")
+        result = simulated(args, costs, fresh(), workers, route, order, reuse)
         rows.append({"workers": workers, "route": route if workers > 1 else "-", "order": order,
                      "reuse": reuse, **figures(result)})  # fmt: skip
     text = common.columns(rows, **COLUMNS)
@@ -152,19 +154,28 @@ def jobs_from(timed: list[Timed], model: models.Model) -> Callable[[], list[Job]
 
 def simulated(
     args: argparse.Namespace, costs: StepCosts, jobs: list[Job], workers: int, route: str,
-    order: str, reuse: bool,
+    order: str, reuse: str,
 ) -> Result:  # fmt: skip
     size = args.max_total_tokens
     counted = args.synthetic and not args.text
-    made: type[TextCache | DocumentCache] = DocumentCache if counted else TextCache
-    caches: list[Cache] = [made(capacity=size, reuse=reuse) for _ in range(workers)]
+    caches = [cache_of(reuse, size, counted=counted) for _ in range(workers)]
     limits = Limits(args.chunk, args.max_running or 8, size)
     with common.Progress(len(jobs), unit=" requests") as bar:
-        bar.say(f"{workers} x {order}, {route}, reuse {'on' if reuse else 'off'}"[:34])
+        bar.say(f"{workers} x {order}, {route}, reuse {reuse}"[:34])
         return simulate(
             jobs, caches, costs=costs, limits=limits, tick=bar.update,
             order=policies.order_of(order, bound=args.bound), choose=policies.route_of(route),
         )  # fmt: skip
+
+
+def cache_of(reuse: str, size: int, *, counted: bool) -> Cache:
+    """What a worker holds, of so many tokens. With reuse for *free* no row of what is found runs
+    again, however deep and little it is: no choice of rows can save more, whatever it answers."""
+    if counted:
+        budget = {"budget": 0.0} if reuse == "free" else {}
+        return DocumentCache(capacity=size, reuse=reuse != "off", **budget)
+    config = FREE if reuse == "free" else None
+    return TextCache(capacity=size, reuse=reuse != "off", config=config)
 
 
 def figures(result: Result) -> dict[str, float]:
@@ -270,7 +281,9 @@ def compare_real(args: argparse.Namespace) -> int:
             )  # fmt: skip
         costs = StepCosts(**found["costs"])
         jobs = jobs_from(timed, model)()
-        made = figures(simulated(args, costs, jobs, 1, "least_load", "fcfs", bool(flags)))
+        made = figures(
+            simulated(args, costs, jobs, 1, "least_load", "fcfs", "on" if flags else "off")
+        )
         real = summary.figures(answered)
         rows.append(
             {

@@ -16,7 +16,6 @@ from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.sim.flops import layer_flops, peeked_flops, prefill_flops
 from kvshare_sglang.sim.mirror import Mirror, row_positions
 
-
 FEWER = 0.97  # of the rows that a trace may run, where a prompt comes in chunks
 
 
