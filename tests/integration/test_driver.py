@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -102,12 +103,23 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
                 torch.testing.assert_close(ours, theirs[:, : len(prompt)], **TOL)
 
 
-def test_new_text_is_carried_on_beside_others(models: Path, texts: Texts) -> None:
-    """Three in one batch: one whose new text joins, one with too little of it, one that reuses
-    nothing; each as the twin has it alone."""
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"page_size": 16, "disable_overlap_schedule": False},
+        {"chunked_prefill_size": 512, "enable_mixed_chunk": True},
+    ],
+    ids=["plain", "page 16, overlap", "chunks of 512, mixed"],
+)
+def test_new_text_is_carried_on_beside_others(
+    models: Path, texts: Texts, more: dict[str, Any]
+) -> None:
+    """Three in one batch, in mixed chunks beside one that decodes: one whose new text joins, one
+    with too little of it, one that reuses nothing; each as the twin has it alone."""
     path, config = make_model(models, "llama"), KVShareConfig(budget=0.2, probe_at=0.34)
     a, b = texts.passage(200), texts.passage(170)
-    source = texts.passage(11) + a + b
+    source = texts.passage(14) + a + b  # whole pages: no more of it is kept
     prompts = {
         "much": b + texts.passage(CARRIED_FROM + 20) + a + texts.passage(30),
         "little": texts.passage(20) + b + a[:100] + texts.passage(30),
@@ -116,11 +128,13 @@ def test_new_text_is_carried_on_beside_others(models: Path, texts: Texts) -> Non
     driver = Driver(Model(path), config)
     driver.add(np.array(source, np.int32))
     settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}
-    with lab(path, kvshare=True, **settings) as it:
+    decodes = more.get("enable_mixed_chunk", False)
+    with lab(path, kvshare=True, **settings, **more) as it:
         it.one(source, new=1)
-        # equal prompts in one batch would share a prefix: an answer each, at the same time
-        served = it.play([[request(name, prompt, new=2) for name, prompt in prompts.items()]])
-        sizes = it.ask("probes:layer_rows")[-1]
+        others = [request(name, prompt, new=2) for name, prompt in prompts.items()]
+        first = [request("decodes", texts.passage(40), new=40), ("polls", 6)] if decodes else []
+        served = it.play([*first, others])
+        sizes = max(it.ask("probes:layer_rows"), key=sum)
     runs = {}
     for name, prompt in prompts.items():
         ids = np.array(prompt, np.int32)
@@ -132,6 +146,7 @@ def test_new_text_is_carried_on_beside_others(models: Path, texts: Texts) -> Non
             logits, runs[name] = mine.logits, mine.rows
         torch.testing.assert_close(logits, served[name]["logits"], **TOL)
     of_batch = [sum(len(rows[layer]) for rows in runs.values()) for layer in (0, 0, 2, 3)]
+    of_batch = [num + decodes for num in of_batch]
     assert sizes[-4:] == of_batch
     assert of_batch[3] - of_batch[0] == CARRIED_FROM + 20
 
