@@ -4,6 +4,10 @@ SGLang's LRU lets a flood of new text push out what many requests reuse. Here ea
 its uses (a prefix hit is one, a copy the share of the stretch that was copied). The count halves
 each time the cache has taken in as many tokens as it holds, and what was used about equally often
 goes by recency. No clock but tokens: the same requests give the same evictions.
+
+The next turn of a conversation is no such use. Counted, a conversation that ended would outlive one
+that goes on, of which the newest text has no use yet: agents in a full pool ran up to twice LRU's
+rows. So what is one conversation's own goes by recency, as under LRU.
 """
 
 import math
@@ -25,6 +29,18 @@ COPY = 2  # ranks less, a halving: what can be copied again costs less to lose
 def touched(frequency: Frequency, amount: float, *, now: float) -> Frequency:
     """After one more use; ``amount`` is the share of the text that was used."""
     return Frequency(aged(frequency, now=now) + amount, now)
+
+
+def gone_on(frequency: Frequency, *, now: float, copied: bool) -> Frequency:
+    """After one more turn of the conversation whose own it is. A copy counts as used once, which
+    makes up for what it ranks less.
+
+    >>> gone_on(Frequency(3.0, at=1.0), now=2.0, copied=False)
+    Frequency(uses=1.5, at=2.0)
+    >>> gone_on(NEW, now=2.0, copied=True)
+    Frequency(uses=1.0, at=2.0)
+    """
+    return Frequency(max(aged(frequency, now=now), 1.0 if copied else 0.0), now)
 
 
 def aged(frequency: Frequency, *, now: float) -> float:

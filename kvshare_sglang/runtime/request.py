@@ -53,7 +53,7 @@ class RequestReuse:
     stage: Stage = Stage.PLANNED
     src_slots: Any = None
     locked: list[Any] = field(default_factory=list)
-    touched: list[Any] = field(default_factory=list)  # nodes and the share of each that is copied
+    touched: list[Any] = field(default_factory=list)  # nodes, and what share of a use each is
     watch: Watch | None = None
     done: int = 0  # prompt positions below this have been through a forward pass
     spare: Any = None

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.plan import ReusePlan, Run
+from kvshare_sglang.plan import Join, Range, ReusePlan, Run
 from kvshare_sglang.policy.admit import pays
 from kvshare_sglang.policy.retain import fresh_stretches
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
@@ -106,8 +106,11 @@ class TextCache:
         tree.now += 1
         assert job.prompt is not None
         tree.walk(job.space, job.prompt[:-1])
+        going = [
+            Range(run.dst_start, run.dst_stop) for run in plan.runs if run.join is not Join.SEAM
+        ]
         for copy in plan.copies:
-            self._life.touch(copy)
+            self._life.touch(copy, going=going)
         job.note = (id(self), -1, plan)  # what it was let in with stays, whatever changes
         return work
 

@@ -33,6 +33,7 @@ class Served(NamedTuple):
     insert_s: float
     inserted: int  # tokens
     unequal: int  # mapped tokens that differ in source and destination, or whose source is gone
+    going: tuple[Range, ...] = ()  # of the prompt, where cached text goes on as it did
 
     @property
     def found(self) -> int:
@@ -103,7 +104,7 @@ class Life:
         plan, nothing = seen.plan, ReusePlan(seen.prompt_len, seen.prefix_len, (), ())
         if pays(plan, self.config, rows=plan.computed):
             plan = nothing
-        sources = {self.touch(copy) for copy in plan.copies}
+        sources = {self.touch(copy, going=seen.going) for copy in plan.copies}
         if not tree.make_room(rows, {node, *sources}):
             plan = nothing  # as the plug-in does where its sources leave no room
             if not tree.make_room(rows, {node}):
@@ -129,7 +130,10 @@ class Life:
         unequal = sum(self.tree.num_unequal(run, prompt) for run in found)
         runs = self._joined(found)
         kept = useful(runs, stop=len(prompt) - 1)
-        seen = Served(len(prompt), prefix_len, runs, kept, lookup_s, 0.0, 0, unequal)
+        going = tuple(
+            Range(run.dst_start, run.dst_stop) for run in found if run.join is not Join.SEAM
+        )
+        seen = Served(len(prompt), prefix_len, runs, kept, lookup_s, 0.0, 0, unequal, going)
         return node, seen
 
     def store_stretch(self, space: object, prompt: Tokens, stretch: Stretch) -> None:
@@ -153,12 +157,18 @@ class Life:
                     self.tree.tell("remember", piece.note, self.tree.id_of(node))
                 at = border
 
-    def touch(self, run: Run) -> Node:
-        """Mark a source as used; the node that must stay while it is copied."""
+    def touch(self, run: Run, *, going: Sequence[Range] = ()) -> Node:
+        """Mark a source as used; the node that must stay while it is copied. What a conversation
+        goes on from was used lately, not by one more, as in ``runtime.cache.sources``."""
         nodes = list(self.tree.nodes_of(run))
+        goes_on = (
+            any(part.start <= run.dst_start < part.stop for part in going)
+            and run.src_stop == nodes[0].stop
+            and not nodes[0].children
+        )
         for node in nodes:
             num = min(node.stop, run.src_stop) - max(node.start, run.src_start)
-            self.tree.touch(node, num / len(node))
+            self.tree.touch(node, 0.0 if goes_on else num / len(node))
         return nodes[0]
 
     def _joined(self, runs: Sequence[Run]) -> list[Run]:

@@ -110,18 +110,27 @@ class RadixTree:
 
     def walk(self, space: object, tokens: Tokens) -> tuple[Node, int]:
         """The node at which the longest cached prefix ends, and its length. May split a node;
-        counts as a use of all on the way."""
+        counts as a use of all on the way, but for what only a conversation has that goes on."""
         if space not in self._roots:
             self._roots[space] = Node(0, 0, parent=None, now=self.now)
         node, at = self._roots[space], 0
         while at < len(tokens) and (child := node.children.get(int(tokens[at]))) is not None:
             size = common_prefix(child.tokens, tokens[at:])
-            self.touch(child, 1.0)
             at += size
-            if size < len(child):
-                return self._split(child, child.start + size), at
             node = child
+            if size < len(child):
+                node = self._split(child, child.start + size)
+                break
+        self._touch_path(node)
         return node, at
+
+    def _touch_path(self, node: Node) -> None:
+        """As the plug-in does, ``runtime.cache.eviction``."""
+        own, at = not node.children, node
+        while at.parent is not None:
+            own = own and len(at.children) <= 1
+            self.touch(at, 0.0 if own else 1.0)
+            at = at.parent
 
     def prefix_len(self, space: object, tokens: Tokens) -> int:
         """The length of the longest cached prefix. Changes nothing."""

@@ -195,3 +195,51 @@ def test_long_fresh_text_is_stored_in_a_chain_of_pieces(llama: Path, texts: Text
         found = it.one(texts.passage(20) + fresh[1000:2000], new=1)["kvshare"]
         assert found["copied_tokens"] > 800
         assert found["source_depth"] == 1
+
+
+def programs(texts: Texts, *, clock: bool) -> list[list[int]]:
+    """Prompts of twelve programs of six turns, four at a time in any order, and in between of users
+    who ask once. With a clock each turn begins with new words."""
+    shared = texts.passage(40)
+    waiting = [[*shared, *texts.passage(90)] for _ in range(12)]
+    live, turns, prompts = [waiting.pop() for _ in range(4)], [0] * 4, []
+    while live:
+        if texts.rng.random() < 0.2:
+            prompts.append(texts.passage(130))
+            continue
+        i = texts.rng.randrange(len(live))
+        prompts.append([*(texts.passage(4) if clock else []), *live[i]])
+        live[i] = [*live[i], *texts.passage(40)]
+        turns[i] += 1
+        if turns[i] == 6:
+            if waiting:
+                live[i], turns[i] = waiting.pop(), 0
+            else:
+                del live[i], turns[i]
+    return prompts
+
+
+def test_programs_in_a_full_pool_run_no_more_than_under_sglangs_own_eviction(
+    llama: Path, texts: Texts
+) -> None:
+    """Where frequency counted a conversation's own turns, what had ended outlived what went on:
+    nearly twice the rows. Answers are not compared: rows alone."""
+    plain, clock = (programs(texts, clock=clock) for clock in (False, True))
+    rows: dict[str, list[int]] = {}
+    for name, settings in {
+        "stock": {},
+        "lru": {"kvshare": True, "kvshare_eviction": "sglang"},
+        "ours": {"kvshare": True},
+    }.items():
+        with lab(llama, max_total_tokens=1500, **settings) as it:
+            for prompts in (plain, clock):
+                it.flush()
+                ran = 0
+                for prompt in prompts:
+                    answer = it.one(prompt, new=1)
+                    told = answer.get("kvshare")
+                    ran += computed(told) if told else len(prompt) - answer["cached"]
+                rows.setdefault(name, []).append(ran)
+    assert rows["ours"][0] <= 1.05 * rows["stock"][0]
+    assert rows["ours"][1] <= 1.05 * rows["lru"][1]
+    assert rows["ours"][1] < 0.8 * rows["stock"][1]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_sglang.policy.evict import NEW, Frequency, aged, rank, touched
+from kvshare_sglang.policy.evict import COPY, NEW, Frequency, aged, gone_on, rank, touched
 
 USES = st.floats(0, 1000)
 TIMES = st.floats(0, 50)
@@ -36,3 +36,15 @@ def test_ages_add_up(frequency, later):
     assert (
         abs(aged(half, now=frequency.at + later) - aged(frequency, now=frequency.at + later)) < 1e-6
     )
+
+
+@given(FREQUENCIES, st.lists(st.floats(0, 0.2), max_size=30), st.booleans())
+def test_turns_of_a_conversation_never_add_up(frequency, gaps, copied):
+    """However many, it ranks as text that nobody else asked for, once its other uses are old."""
+    at, now = frequency, frequency.at
+    for gap in gaps:
+        now += gap
+        at = gone_on(at, now=now, copied=copied)
+    assert aged(at, now=now) <= max(aged(frequency, now=now), 1.0 if copied else 0.0) + 1e-6
+    last = gone_on(at, now=now + 20, copied=copied)
+    assert rank(last, now=now + 20, less=COPY if copied else 0) == 0

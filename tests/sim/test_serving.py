@@ -13,7 +13,10 @@ from kvshare_sglang.bench.simulate import calibrate, policies, synthetic
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.sim.caches import DocumentCache, TextCache
+from kvshare_sglang.sim.life import Life
+from kvshare_sglang.sim.matcher import KVShare
 from kvshare_sglang.sim.mirror import Mirror
+from kvshare_sglang.sim.radix import by_frequency, lru
 from kvshare_sglang.sim.serving import Job, Limits, StepCosts, Work, simulate
 
 COSTS = StepCosts(
@@ -229,6 +232,26 @@ def test_synthetic_requests_come_at_their_rate_and_favour_few():
     assert all(len(set(job.documents)) == len(job.documents) for job in made)
     again = list(synthetic.requests(4000, rate=50, documents=1000))
     assert [job.documents for job in again] == [job.documents for job in made]
+
+
+@pytest.mark.parametrize("clock", [0, 5])
+def test_what_one_program_goes_on_from_outlives_no_other_program(clock):
+    """Programs in a pool for three of them run as much as under LRU, whether their turns are
+    prefixes or, with new words in front, copies."""
+    rng = np.random.default_rng(4)
+    live, prompts = [], []
+    for turn in range(90):
+        if turn % 15 < 3:  # one begins; only the last three go on
+            live = [text(turn, 250), *live][:3]
+        i = int(rng.integers(len(live)))
+        prompts.append(np.concatenate([text(1000 + turn, clock), live[i]]))
+        live[i] = np.concatenate([live[i], text(2000 + turn, 50)])
+    ran = {}
+    for policy in (by_frequency, lru):
+        life = Life(KVShare(KVShareConfig()), capacity=2000, max_depth=1, policy=policy)
+        found = [life.serve(None, prompt) for prompt in prompts]
+        ran[policy] = sum(one.prompt_len - one.prefix_len - one.num_useful for one in found)
+    assert ran[by_frequency] <= 1.02 * ran[lru] < 0.6 * sum(map(len, prompts))
 
 
 # ---- who goes where ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 
-from kvshare_sglang.policy.evict import COPY, rank, touched
+from kvshare_sglang.policy.evict import COPY, gone_on, rank, touched
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
@@ -25,10 +25,22 @@ class Usage:
         note = node.kvshare
         note.frequency = touched(note.frequency, amount, now=self.fills)
 
+    def go_on(self, node: "TreeNode") -> None:
+        """The conversation whose own it is has its next turn."""
+        note = node.kvshare
+        copied = note.segment is None
+        note.frequency = gone_on(note.frequency, now=self.fills, copied=copied)
+
     def touch_path(self, node: "TreeNode", root: "TreeNode") -> None:
-        """The path to ``node`` serves a request as its exact prefix."""
+        """The path to ``node`` serves a request as its exact prefix. One that goes on from the end
+        of a leaf is the next turn of a conversation, and what no other text hangs on is its own."""
+        own = not node.children
         while node is not root:
-            self.touch(node, 1.0)
+            own = own and len(node.children) <= 1
+            if own:
+                self.go_on(node)
+            else:
+                self.touch(node, 1.0)
             node = node.parent
 
 

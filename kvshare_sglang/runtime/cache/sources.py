@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.runtime.cache.eviction import Usage
 from kvshare_sglang.runtime.request import RequestReuse
@@ -34,12 +35,17 @@ class Sources:
         self._holders[id(state)] = state
         slots = []
         for run in state.plan.runs:
-            last = None
-            for segment, start, stop in cache.fuzzy.pieces(run):
-                for node, lo, hi in segment.payload.covering(start, stop):
-                    slots.append(node.value[lo:hi])
-                    state.touched.append((node, (hi - lo) / len(node.value)))
-                    last = node
+            pieces = [
+                (node, lo, hi)
+                for segment, start, stop in cache.fuzzy.pieces(run)
+                for node, lo, hi in segment.payload.covering(start, stop)
+            ]
+            last, _, end = pieces[-1]
+            # The next turn of a conversation, as for prefixes (``Usage.touch_path``).
+            goes_on = run.join is not Join.SEAM and end == len(last.value) and not last.children
+            for node, lo, hi in pieces:
+                slots.append(node.value[lo:hi])
+                state.touched.append((node, 0.0 if goes_on else (hi - lo) / len(node.value)))
             pin = cache.fuzzy.pin(run)
             cache.inc_lock_ref(last)
             state.locked.append((pin, last))
