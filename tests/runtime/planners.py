@@ -1,4 +1,4 @@
-"""SGLang's fa3 and flashinfer backends on a CPU: they plan and call, and recorders stand for kernels.
+"""SGLang's fa3 and flashinfer backends on a CPU: they plan and call; recorders stand for kernels.
 
 A recorder says which keys its kernel would read for each query, by what the kernel's own
 documentation says of its arguments. A key holds the number of its slot, and a query that of its
@@ -8,8 +8,9 @@ row's slot, so what is seen is read off the tensors that were handed over, not o
 import importlib.util
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -45,11 +46,14 @@ class Seen:
         return o1, s1
 
 
-def visible(keys: torch.Tensor, rows: int, *, causal: bool) -> list[torch.Tensor]:
-    """Keys of each of the last ``rows`` positions; FA3 and FlashInfer align masks at the end."""
-    if not causal:
-        return [keys] * rows
-    return [keys[: len(keys) - rows + i + 1] for i in range(rows)]
+def visible(keys: Iterable[torch.Tensor], rows: Any, *, causal: bool) -> list[torch.Tensor]:
+    """By query, the keys it sees. By request: its ``keys``, and queries between two of ``rows``.
+    FA3 and FlashInfer align the mask with the end of the keys."""
+    out = []
+    for mine, (start, stop) in zip(keys, pairwise(rows.tolist()), strict=True):
+        hidden = range(stop - start - 1, -1, -1) if causal else [0] * (stop - start)
+        out += [mine[: len(mine) - some] for some in hidden]
+    return out
 
 
 class FA3:
@@ -65,13 +69,12 @@ class FA3:
         assert window_size == (-1, -1)
         assert page_table.dtype == cache_seqlens.dtype == cu_seqlens_q.dtype == torch.int32
         assert len(page_table) == len(cache_seqlens) == len(cu_seqlens_q) - 1
-        keys: list[torch.Tensor] = []
-        for i, (start, stop) in enumerate(zip(cu_seqlens_q, cu_seqlens_q[1:], strict=False)):
-            rows = int(stop - start)
-            assert 0 < rows <= max_seqlen_q
-            mine = k_cache[page_table[i].long()].flatten(0, 1)[: int(cache_seqlens[i])]
-            keys += visible(mine, rows, causal=causal)
-        self._seen.note(q, keys)
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        mine = [
+            k_cache[pages.long()].flatten(0, 1)[:length]
+            for pages, length in zip(page_table, cache_seqlens.tolist(), strict=True)
+        ]
+        self._seen.note(q, visible(mine, cu_seqlens_q, causal=causal))
         return torch.zeros_like(q)
 
 
@@ -104,13 +107,12 @@ class Paged(Wrapper):
     ) -> None:  # fmt: skip
         assert (heads, kv_heads, dim, page_size, custom_mask) == (HEADS, 1, DIM, 1, None)
         assert last_page.tolist() == [1] * (len(qo) - 1)
-        # Planning reads them at once; later batches write over the buffers.
-        qo, kv, indices = qo.tolist(), kv.tolist(), indices.clone().long()
+        # It reads them at once; the next batch writes over the buffers.
+        rows, indices = qo.clone(), indices.clone().long()
+        spans = list(pairwise(kv.tolist()))
 
         def keys_of(cache: Any, *, causal: bool) -> list[torch.Tensor]:
-            keys = [cache[0][indices[a:b]] for a, b in zip(kv, kv[1:], strict=False)]
-            rows = [b - a for a, b in zip(qo, qo[1:], strict=False)]
-            return sum(map(_visible(causal), keys, rows), [])
+            return visible([cache[0][indices[a:b]] for a, b in spans], rows, causal=causal)
 
         self._plan = keys_of
 
@@ -118,21 +120,17 @@ class Paged(Wrapper):
 class Ragged(Wrapper):
     """``BatchPrefillWithRaggedKVCacheWrapper``: keys are handed over, as queries are."""
 
-    def begin_forward(self, qo: Any, kv: Any, heads: int, kv_heads: int, dim: int, **kw: Any) -> None:
+    def begin_forward(
+        self, qo: Any, kv: Any, heads: int, kv_heads: int, dim: int, **kw: Any
+    ) -> None:
         assert (heads, kv_heads, dim) == (HEADS, 1, DIM)
-        qo, kv = qo.tolist(), kv.tolist()
+        rows, spans = qo.clone(), list(pairwise(kv.tolist()))
 
         def keys_of(k: Any, v: Any, *, causal: bool) -> list[torch.Tensor]:
-            assert len(k) == len(v) == kv[-1]
-            keys = [k[a:b] for a, b in zip(kv, kv[1:], strict=False)]
-            rows = [b - a for a, b in zip(qo, qo[1:], strict=False)]
-            return sum(map(_visible(causal), keys, rows), [])
+            assert len(k) == len(v) == spans[-1][1]
+            return visible([k[a:b] for a, b in spans], rows, causal=causal)
 
         self._plan = keys_of
-
-
-def _visible(causal: bool) -> Callable[[torch.Tensor, int], list[torch.Tensor]]:
-    return lambda keys, rows: visible(keys, rows, causal=causal)
 
 
 class Gather:
@@ -140,12 +138,15 @@ class Gather:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def fill(
-            table: Any, owners: Any, lengths: Any, indptr: Any, starts: Any, out: Any, *a: Any, **kw: Any
-        ) -> None:
-            assert starts is None
+            table: Any, owners: Any, lengths: Any, indptr: Any, first: Any, out: Any, *rest: Any,
+            **kw: Any,
+        ) -> None:  # fmt: skip
+            assert first is None
             assert grid[0] == len(lengths)
-            for owner, n, at in zip(owners.tolist(), lengths.tolist(), indptr.tolist(), strict=False):
-                out[at : at + n] = table[owner, :n]
+            spans = pairwise(indptr.tolist())
+            for owner, length, (a, b) in zip(owners, lengths.tolist(), spans, strict=True):
+                out[a : a + length] = table[owner, :length]
+                assert b - a == length
 
         return fill
 
@@ -237,7 +238,7 @@ def _runner(page: int) -> SimpleNamespace:
         req_to_token_pool=rows, token_to_kv_pool=pool, max_running_requests=REQUESTS,
         server_args=get_context().server_args, prefill_attention_backend_str="",
         decode_attention_backend_str="", attention_chunk_size=None, attn_cp_size=1,
-        ps=SimpleNamespace(attn_cp_size=1, attn_tp_size=1, attn_dcp_size=1, dcp_size=1),
+        ps=SimpleNamespace(attn_cp_size=1, attn_tp_size=1, tp_size=1),  # of 0.5.17
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
     )  # fmt: skip
     if importlib.util.find_spec("sglang.srt.mem_cache.kv_index_translator"):  # not in 0.5.17
