@@ -8,7 +8,7 @@ import torch
 
 from kvshare_sglang.kernels import ops, rope_shift
 from kvshare_sglang.plan import Range, Run
-from kvshare_sglang.runtime.batch import to_device
+from kvshare_sglang.runtime.batch import together
 from kvshare_sglang.runtime.request import RequestReuse
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ def rows_of(
     if not src:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Copy(empty, empty, empty, empty)
-    positions = to_device(torch.cat(new), device)
+    old_positions, positions = together([torch.cat(old), torch.cat(new)], device)
     return Copy(
         src_slots=torch.cat(src),
         dst_slots=slots[positions - chunk.start],
-        old_positions=to_device(torch.cat(old), device),
+        old_positions=old_positions,
         new_positions=positions,
     )
 
