@@ -123,8 +123,10 @@ def attention(
 
 
 # ---- ops on tensors, registered under ``torch.ops.kvshare`` ------------------------------------
-# By ``Library``, as SGLang registers its own: ``torch.library.custom_op`` costs 20 us a call. For
-# all devices at once, since what runs is chosen inside, and with a shape function for tracing.
+# ``backend``: "auto" takes Triton's kernel where one serves, else torch's; by name ("triton",
+# "torch") an op runs so or raises ValueError. Registered by ``Library``, as SGLang registers its
+# own: ``torch.library.custom_op`` costs 20 us a call. For all devices at once, since what runs is
+# chosen inside, and with a shape function for tracing.
 
 _LIBRARY = torch.library.Library("kvshare", "DEF")
 
@@ -282,6 +284,10 @@ def _run_copy_kv(
     first_layer: int,
     backend: str,
 ) -> None:
+    if not keys or len(keys) != len(values):
+        raise ValueError(
+            f"copy_kv takes as many layers of K as of V, got {len(keys)}, {len(values)}"
+        )
     how: dict[str, Any] = {"is_neox": is_neox, "first_layer": first_layer}
     layers, why_not = None, _no_triton(keys[0].device)
     if why_not is None and backend != "torch":

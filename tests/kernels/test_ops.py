@@ -18,6 +18,7 @@ LIMIT = 64
 SIZES = st.integers(0, 9)
 TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FEW = settings(max_examples=20, deadline=None)
+ROWS = torch.randn(3, 2, 4)
 
 
 def angles(rotary_dim):
@@ -151,6 +152,13 @@ def test_buffers_that_one_launch_cannot_serve_are_copied_layer_by_layer():
     assert all(one[1].equal(one[0]) for one in (*keys, *values))
 
 
+def test_layers_of_one_side_alone_are_refused():
+    none = torch.empty(0, dtype=torch.int64)
+    for keys, values in ([], []), ([ROWS], []):
+        with pytest.raises(ValueError, match=f"of K as of V, got {len(keys)}, 0"):
+            ops.copy_kv(keys, values, none, none, none, none, angles(4)[0], is_neox=True)
+
+
 def test_copies_of_8_bits_are_bytes():
     keys, values = cache(1, 4, 1, 4, torch.float8_e4m3fn)
     at, zero = torch.tensor([1]), torch.tensor([0])
@@ -160,8 +168,6 @@ def test_copies_of_8_bits_are_bytes():
 
 
 # ---- backends ----------------------------------------------------------------------------------
-
-ROWS = torch.randn(3, 2, 4)
 
 
 @pytest.mark.parametrize("op", ["deviation", "rotate_keys", "attention_mass", "copy_kv"])
