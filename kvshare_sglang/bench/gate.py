@@ -26,7 +26,7 @@ from kvshare_sglang.bench.quality.cases import (
 )
 from kvshare_sglang.bench.quality.outcomes import lab_of
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.kernels.row_scores import deviation
+from kvshare_sglang.kernels.ops import deviation
 from kvshare_sglang.sim.engine import Lab, Model
 
 WASTE, CATCH = 0.05, 0.99  # of the prompts that are not, and that are, led astray

@@ -1,6 +1,8 @@
 """Which kernel runs an op on which device: Triton's on a GPU, torch's everywhere.
 
-A caller asks for an op and never for a kernel; what no Triton kernel serves, torch's twin does.
+A caller asks for an op and never for a kernel; what no Triton kernel serves, torch's twin does. Ops
+on tensors are torch's custom ops too, so that they can be traced. Attention of scattered rows is
+not: it is called in every layer, and half of its plan are sizes of launches.
 """
 
 import functools
@@ -17,6 +19,7 @@ from kvshare_sglang.kernels import rope_shift, row_scores
 
 logger = logging.getLogger(__name__)
 
+BACKENDS = ("auto", "triton", "torch")
 # Attention programs that keep a GPU busy: a few for each multiprocessor, for tiles end at
 # different times.
 PROGRAMS_OF_MULTIPROCESSOR = 4
@@ -119,28 +122,81 @@ def attention(
     return Attention(heads, kv_heads, shape, programs)
 
 
-def copier(
-    device: Any, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], rotary_dim: int
-) -> Callable[..., None] | None:
-    """What copies slots of a cache, given by layer, to slots, K re-rotated, in one launch:
-    ``gpu.copy.run`` without its first argument. None where torch must do it."""
-    if not has_triton(device):
-        return None
-    if keys[0].dtype.itemsize == 1 and torch.device(device).type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        if (card.major, card.minor) < (8, 9):  # no 8-bit floats
-            return None
-    from kvshare_sglang.kernels.gpu import copy as kernel
+# ---- ops on tensors, registered under ``torch.ops.kvshare`` ------------------------------------
+# ``backend``: "auto" takes Triton's kernel where one serves, else torch's; by name ("triton",
+# "torch") an op runs so or raises ValueError. Registered by ``Library``, as SGLang registers its
+# own: ``torch.library.custom_op`` costs 20 us a call. For all devices at once, since what runs is
+# chosen inside, and with a shape function for tracing.
 
-    try:
-        layers = kernel.layers_of(keys, values)
-    except ValueError as error:
-        logger.warning("KVShare copies KV layer by layer: %s", error)
-        return None
-    if kernel.serves(layers, rotary_dim):
-        return functools.partial(kernel.run, layers)
-    logger.warning("KVShare copies KV layer by layer: %d dimensions are rotated", rotary_dim)
-    return None
+_LIBRARY = torch.library.Library("kvshare", "DEF")
+
+
+def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY._register_fake(name, fake)
+    return getattr(torch.ops.kvshare, name).default
+
+
+def _by_triton(op: str, backend: str, why_not: str | None) -> bool:
+    """Whether Triton's kernel runs. ``why_not``: what keeps it from that, if anything. Raises
+    ValueError for a backend that there is not, or not here."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend of {op} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton" and why_not is not None:
+        raise ValueError(f"{op} can't run by backend 'triton': {why_not}")
+    return backend != "torch" and why_not is None
+
+
+_NO_KERNEL = "there is no such kernel, torch's runs everywhere"
+
+
+def _no_triton(device: torch.device) -> str | None:
+    return None if has_triton(device) else f"Triton does not run on {device}"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def rotate_keys(
+    keys: torch.Tensor, shift: rope_shift.Shift, *, is_neox: bool, backend: str = "auto"
+) -> torch.Tensor:
+    """Keys at their new positions; see ``rope_shift.rotate_keys``."""
+    return _rotate_keys(keys, shift.cos, shift.sin, is_neox, backend)
+
+
+def _run_rotate_keys(
+    keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool, backend: str
+) -> torch.Tensor:
+    _by_triton("rotate_keys", backend, _NO_KERNEL)
+    return rope_shift.rotate_keys(keys, rope_shift.Shift(cos, sin), is_neox=is_neox)
+
+
+_rotate_keys = _register(
+    "rotate_keys(Tensor keys, Tensor cos, Tensor sin, bool is_neox, str backend) -> Tensor",
+    _run_rotate_keys,
+    lambda keys, cos, sin, is_neox, backend: keys.new_empty(keys.shape),
+)
+
+
+def deviation(fresh: torch.Tensor, cached: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """How far each row of ``cached`` is from ``fresh``; see ``row_scores.deviation``."""
+    return _deviation(fresh, cached, backend)
+
+
+def _run_deviation(fresh: torch.Tensor, cached: torch.Tensor, backend: str) -> torch.Tensor:
+    _by_triton("deviation", backend, _NO_KERNEL)
+    return row_scores.deviation(fresh, cached)
+
+
+_deviation = _register(
+    "deviation(Tensor fresh, Tensor cached, str backend) -> Tensor",
+    _run_deviation,
+    lambda fresh, cached, backend: fresh.new_empty(len(fresh), dtype=torch.float32),
+)
 
 
 def attention_mass(
@@ -150,24 +206,124 @@ def attention_mass(
     *,
     scaling: float,
     strongest_head: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The weight that rows give to each key; see ``row_scores.attention_mass``."""
+    return _attention_mass(q, positions, keys, scaling, strongest_head, backend)
+
+
+def _run_attention_mass(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    strongest_head: bool,
+    backend: str,
+) -> torch.Tensor:
     how: dict[str, Any] = {"scaling": scaling, "strongest_head": strongest_head}
-    group = q.shape[1] // keys.shape[1]
-    kind = (str(q.device), q.dtype, keys.dtype, q.shape[1:], keys.shape[1:], strongest_head)
-    fits = _fits_tiles(q.shape[2]) and group <= 64
-    if not fits or not has_triton(q.device) or kind in _MASS_FAILED:
+    why_not = _no_triton(q.device) or _no_mass(q, keys)
+    if not _by_triton("attention_mass", backend, why_not):
+        return row_scores.attention_mass(q, positions, keys, **how)
+    kind = (q.device, q.dtype, keys.dtype, q.shape[1:], keys.shape[1:], strongest_head)
+    if backend == "auto" and kind in _MASS_FAILED:
         return row_scores.attention_mass(q, positions, keys, **how)
     from kvshare_sglang.kernels.gpu import mass as kernel
 
     try:
         return kernel.run(q, positions, keys, **how)
     except Exception:
+        if backend == "triton":
+            raise
         logger.exception("KVShare's kernel of attention mass does not run here; torch does it")
         _MASS_FAILED.add(kind)
         return row_scores.attention_mass(q, positions, keys, **how)
 
 
-deviation = row_scores.deviation
-plan_shift = rope_shift.plan_shift
-rotate_keys = rope_shift.rotate_keys
+def _no_mass(q: torch.Tensor, keys: torch.Tensor) -> str | None:
+    """Why the kernel does not serve such heads."""
+    dim, group = q.shape[2], q.shape[1] // keys.shape[1]
+    served = _fits_tiles(dim) and group <= 64
+    return None if served else f"heads of {dim}, {group} to a KV head"
+
+
+_attention_mass = _register(
+    "attention_mass(Tensor q, Tensor positions, Tensor keys, float scaling, bool strongest_head,"
+    " str backend) -> Tensor",
+    _run_attention_mass,
+    lambda q, positions, keys, *how: q.new_empty(len(keys), dtype=torch.float32),
+)
+
+
+def copy_kv(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool,
+    first_layer: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Copy slots of a cache, K re-rotated; see ``rope_shift.copy_kv``. In one launch where Triton
+    runs and the layers' buffers are alike."""
+    _copy_kv(keys, values, src, dst, old, new, cos_sin_cache, is_neox, first_layer, backend)
+
+
+def _run_copy_kv(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    first_layer: int,
+    backend: str,
+) -> None:
+    if not keys or len(keys) != len(values):
+        raise ValueError(
+            f"copy_kv takes as many layers of K as of V, got {len(keys)}, {len(values)}"
+        )
+    how: dict[str, Any] = {"is_neox": is_neox, "first_layer": first_layer}
+    layers, why_not = None, _no_triton(keys[0].device)
+    if why_not is None and backend != "torch":
+        layers, why_not = _layers_of(keys, values, cos_sin_cache.shape[1])
+        if layers is None:
+            _warn_once(f"KVShare copies KV layer by layer: {why_not}")
+    if not _by_triton("copy_kv", backend, why_not) or layers is None:
+        rope_shift.copy_kv(keys, values, src, dst, old, new, cos_sin_cache, **how)
+        return
+    from kvshare_sglang.kernels.gpu import copy as kernel
+
+    kernel.run(layers, src, dst, old, new, cos_sin_cache, **how)
+
+
+def _layers_of(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], rotary_dim: int
+) -> tuple[Any, str | None]:
+    """The layers as the kernel takes them, or why it can't."""
+    if keys[0].dtype.itemsize == 1 and keys[0].is_cuda:
+        card = torch.cuda.get_device_properties(keys[0].device)
+        if (card.major, card.minor) < (8, 9):
+            return None, "this GPU has no 8-bit floats"
+    from kvshare_sglang.kernels.gpu import copy as kernel
+
+    try:
+        layers = kernel.layers_of(keys, values)
+    except ValueError as error:
+        return None, str(error)
+    if kernel.serves(layers, rotary_dim):
+        return layers, None
+    return None, f"{rotary_dim} dimensions are rotated"
+
+
+_copy_kv = _register(
+    "copy_kv(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor src, Tensor dst, Tensor old,"
+    " Tensor new, Tensor cos_sin_cache, bool is_neox, int first_layer, str backend) -> ()",
+    _run_copy_kv,
+    lambda *args: None,
+)

@@ -1,5 +1,6 @@
 """Re-rotate cached K to new positions: angles once a batch, one rotation in fp32 a layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Ten
             f"rotary_dim {2 * half}"
         )
     turn = keys[..., : 2 * half].float()
-    turned = torch.empty_like(turn)
+    turned = torch.empty_like(turn, memory_format=torch.contiguous_format)
     # Which dimensions are pairs; written in place, for fresh memory costs a CPU more than the sums.
     first, second = (
         (slice(half), slice(half, None)) if is_neox else (slice(0, None, 2), slice(1, None, 2))
@@ -67,3 +68,37 @@ def rotate_keys(keys: torch.Tensor, shift: Shift, *, is_neox: bool) -> torch.Ten
     turned = turned.to(keys.dtype)
     rest = keys[..., 2 * half :]
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def copy_kv(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool,
+    first_layer: int = 0,
+) -> None:
+    """Copy slots ``src`` [n] to ``dst`` [n] in all layers from ``first_layer`` on: V as it is, K
+    from positions ``old`` [n] to ``new`` [n]. No slot may be in both. ``keys`` and ``values``: by
+    layer, [slots, kv_heads, dim], written in place. Raises ValueError as ``plan_shift``."""
+    shift = plan_shift(cos_sin_cache, old, new)
+    for key, value in zip(keys[first_layer:], values[first_layer:], strict=True):
+        _put(key, dst, rotate_keys(rows_of(key, src), shift, is_neox=is_neox))
+        _put(value, dst, rows_of(value, src))
+
+
+def rows_of(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """``buffer[slots]``, twice as fast on a CPU. Bytes for fp8, which not every device can pick."""
+    if buffer.dtype.itemsize == 1:
+        return buffer.view(torch.uint8).index_select(0, slots).view(buffer.dtype)
+    return buffer.index_select(0, slots)
+
+
+def _put(buffer: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    if buffer.dtype.itemsize == 1:
+        buffer, rows = buffer.view(torch.uint8), rows.view(torch.uint8)
+    buffer[slots] = rows

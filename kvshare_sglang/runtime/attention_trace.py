@@ -28,8 +28,7 @@ from kvshare_sglang.runtime.batch import (
     few_enough,
     few_enough_of,
     keep_tokens,
-    on_device,
-    to_device,
+    together,
 )
 from kvshare_sglang.runtime.probe import Asking, attention_of
 
@@ -230,14 +229,12 @@ def follow(
         check_few(rows, [traces[i] for i in live])
         made = [parts[i](mine) for i, mine in zip(live, rows, strict=True)]
         device = fb.input_ids.device
-        asking = [
-            Asking(
-                to_device(torch.from_numpy(traces[i].query.places_in(mine)), device),
-                on_device(traces[i].query, device),
-                traces[i].length,
-            )
-            for i, mine in zip(live, rows, strict=True)
-        ]
+        asking = []
+        for i, ran in zip(live, rows, strict=True):
+            query = traces[i].query
+            hosts = [torch.from_numpy(query.places_in(ran)), torch.from_numpy(query.positions)]
+            places, positions = together(hosts, device)
+            asking.append(Asking(places, positions, traces[i].length))
         recorded = runner.attn_backend.kvshare.recorded
         mass = torch.cat(
             attention_of(fb, made, asking, forward, layer=layer, recorded=recorded, entry=entry)

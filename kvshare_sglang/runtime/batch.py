@@ -126,9 +126,42 @@ def on_cpu(runner: "ModelRunner") -> bool:
 
 def to_device(host: torch.Tensor, device: Any) -> torch.Tensor:
     """To the batch's device without waiting for it: only pinned memory is copied asynchronously."""
-    if torch.device(device).type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return together([host], device)[0]
+
+
+def together(hosts: Sequence[torch.Tensor], device: Any) -> list[torch.Tensor]:
+    """As ``to_device``, several tensors in one copy: what is known at the same time.
+
+    The pinned buffer is the batch's own: torch gives it to no one else before the copy has ended.
+    """
+    if stays(device):
+        return list(hosts)
+    starts, at = [], 0
+    for host in hosts:
+        starts.append(at)
+        at += -(-host.nbytes // _ALIGNED) * _ALIGNED
+    pinned = _pinned(at)
+    for host, start in zip(hosts, starts, strict=True):
+        _part_of(pinned, start, host).copy_(host)
+    there = pinned.to(device, non_blocking=True)
+    return [_part_of(there, start, host) for host, start in zip(hosts, starts, strict=True)]
+
+
+_ALIGNED = 16  # bytes: what a kernel may take for granted of a tensor of its own
+
+
+def stays(device: Any) -> bool:
+    """Whether what is on the host is on the device already."""
+    return torch.device(device).type == "cpu"
+
+
+def _pinned(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _part_of(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """Bytes of a buffer as a tensor of that shape and type."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def takes_any_ranges(runner: "ModelRunner") -> bool:
@@ -181,8 +214,9 @@ def cut_tokens(
         keep.append(base + torch.from_numpy(new.places_in(old)))
         counts.append(new.num + len(added.get(i, ())))
         base += old.num
-    picked = to_device(torch.cat(keep), fb.input_ids.device)
-    keep_tokens(fb, picked, counts, runner, earlier)
+    hosts = [torch.cat(keep), torch.tensor(counts, dtype=torch.int32)]
+    picked, lengths = together(hosts, fb.input_ids.device)
+    keep_tokens(fb, picked, counts, runner, earlier, lengths=lengths)
     return picked
 
 
@@ -192,9 +226,14 @@ def keep_tokens(
     counts: list[int],
     runner: "ModelRunner",
     earlier: Sequence["Part"] = (),
+    *,
+    lengths: torch.Tensor | None = None,
 ) -> None:
-    """Of a batch keep the tokens ``picked``, by request ``counts`` of them. Changes ``fb``."""
+    """Of a batch keep the tokens ``picked``, by request ``counts`` of them; ``lengths``: these
+    counts on the device, where they are there. Changes ``fb``."""
     device = fb.input_ids.device
+    if lengths is None:
+        lengths = to_device(torch.tensor(counts, dtype=torch.int32), device)
     for name, more in (
         ("input_ids", [part.ids for part in earlier]),
         ("positions", [on_device(p.rows, device).to(fb.positions.dtype) for p in earlier]),
@@ -211,8 +250,8 @@ def keep_tokens(
             )
         ]
     fb.extend_seq_lens_cpu = counts
-    fb.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
-    fb.extend_start_loc = _starts(fb.extend_seq_lens)
+    fb.extend_seq_lens = lengths
+    fb.extend_start_loc = _starts(lengths)
     fb.extend_num_tokens = len(picked)
     versions.set_num_tokens(fb, len(picked))
     if getattr(runner, "lora_manager", None) is not None:  # 0.5.17 has it with LoRA only
@@ -246,20 +285,25 @@ def _as_requests(fb: Any, numbers: list[int], counts: list[int], stops: list[int
     """A view of the batch as other requests: the i-th runs the ``counts[i]`` rows that end at
     position ``stops[i]``, over the KV of the batch's request ``numbers[i]``."""
     view = copy.copy(fb)
-    device = fb.input_ids.device
     owner = torch.tensor(numbers)
+    starts = [stop - count for stop, count in zip(stops, counts, strict=True)]
+    lengths = torch.tensor(stops, dtype=torch.int64)
+    hosts = [
+        owner,
+        lengths.to(fb.seq_lens.dtype),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(counts, dtype=torch.int32),
+    ]
+    there = together(hosts, fb.input_ids.device)
+    picked, view.seq_lens, view.extend_prefix_lens, view.extend_seq_lens = there
     view.batch_size = len(numbers)
-    view.req_pool_indices = fb.req_pool_indices[to_device(owner, device)]
+    view.req_pool_indices = fb.req_pool_indices[picked]
     if getattr(fb, "req_pool_indices_cpu", None) is not None:
         view.req_pool_indices_cpu = fb.req_pool_indices_cpu[owner]
-    view.seq_lens_cpu = torch.tensor(stops, dtype=torch.int64)
-    view.seq_lens = to_device(view.seq_lens_cpu.to(fb.seq_lens.dtype), device)
+    view.seq_lens_cpu = lengths
     view.seq_lens_sum = sum(stops)
-    starts = [stop - count for stop, count in zip(stops, counts, strict=True)]
     view.extend_prefix_lens_cpu = starts
-    view.extend_prefix_lens = to_device(torch.tensor(starts, dtype=torch.int32), device)
     view.extend_seq_lens_cpu = counts
-    view.extend_seq_lens = to_device(torch.tensor(counts, dtype=torch.int32), device)
     view.extend_start_loc = _starts(view.extend_seq_lens)
     return view
 
@@ -310,10 +354,9 @@ def part_of_row(
     fb: "ForwardBatch", number: int, rows: Rows, *, tokens: np.ndarray, table: torch.Tensor
 ) -> Part:
     """``rows`` of the batch's request ``number``: ``tokens`` are its ids, ``table`` its slots."""
-    device = fb.input_ids.device
-    ids = to_device(torch.from_numpy(tokens[rows.positions]), device)
-    slots = table[to_device(torch.from_numpy(rows.positions), device)]
-    return Part(number, rows, ids.to(fb.input_ids.dtype), slots.to(fb.out_cache_loc.dtype))
+    hosts = [torch.from_numpy(tokens[rows.positions]), torch.from_numpy(rows.positions)]
+    ids, at = together(hosts, fb.input_ids.device)
+    return Part(number, rows, ids.to(fb.input_ids.dtype), table[at].to(fb.out_cache_loc.dtype))
 
 
 def sub_batch(fb: "ForwardBatch", parts: Sequence[Part], observer: LayerObserver | None) -> Any:

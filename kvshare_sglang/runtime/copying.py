@@ -2,14 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from kvshare_sglang.kernels import ops, rope_shift
 from kvshare_sglang.plan import Range, Run
-from kvshare_sglang.runtime.batch import to_device
+from kvshare_sglang.runtime.batch import together
 from kvshare_sglang.runtime.request import RequestReuse
 
 logger = logging.getLogger(__name__)
@@ -71,11 +70,11 @@ def rows_of(
     if not src:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Copy(empty, empty, empty, empty)
-    positions = to_device(torch.cat(new), device)
+    old_positions, positions = together([torch.cat(old), torch.cat(new)], device)
     return Copy(
         src_slots=torch.cat(src),
         dst_slots=slots[positions - chunk.start],
-        old_positions=to_device(torch.cat(old), device),
+        old_positions=old_positions,
         new_positions=positions,
     )
 
@@ -85,73 +84,43 @@ def joined(parts: list[Copy]) -> Copy:
 
 
 def copy_kv(runner: Any, rows: Copy, *, first_layer: int = 0) -> None:
-    """Copy K and V of ``rows`` from ``first_layer`` on: in one launch where a kernel can, else
-    through the pool's own writer."""
-    if (copy_at_once := _copier(runner)) is not None:
-        rotary = _rotary(runner)
-        table, is_neox = _rope_table(rotary), rotary.is_neox_style
-        copy_at_once(*rows, table, is_neox=is_neox, first_layer=first_layer)
-        return
-    pool = runner.token_to_kv_pool
-    rotation = _rotation(runner, rows)
-    for layer in runner.model.model.layers[first_layer:]:
-        attn = layer.self_attn.attn
-        keys, values = _moved(runner, attn, rows, rotation)
-        pool.set_kv_buffer(attn, rows.dst_slots, keys, values)
+    """Copy K and V of ``rows`` from ``first_layer`` on, all layers at once where a kernel can."""
+    _, keys, values, backend = _buffers(runner)
+    rotary = _rotary(runner)
+    how: dict[str, Any] = {"is_neox": rotary.is_neox_style, "first_layer": first_layer}
+    ops.copy_kv(keys, values, *rows, _rope_table(rotary), **how, backend=backend)
 
 
 def warm_up(runner: Any) -> None:
     """Compile the kernel, so that no request waits for it: the slot that SGLang pads batches with
     is copied to itself."""
-    if _copier(runner) is None:
+    if not ops.has_triton(runner.device):
         return
     zero = torch.zeros(1, dtype=torch.int64, device=runner.device)
     try:
         copy_kv(runner, Copy(zero, zero, zero, zero))
     except Exception:
         logger.exception("KVShare's copy kernel does not run here; KV is copied layer by layer")
-        runner.kvshare_copier = (runner.token_to_kv_pool, None)
+        runner.kvshare_copier = (*_buffers(runner)[:3], "torch")
 
 
-def _copier(runner: Any) -> Callable[..., None] | None:
-    """The kernel over the pool's buffers; None where none can. Made once for a pool."""
+def _buffers(runner: Any) -> tuple[Any, list[torch.Tensor], list[torch.Tensor], str]:
+    """The pool, its buffers of K and V by layer, and the backend of ``ops.copy_kv``."""
     pool = runner.token_to_kv_pool
     known = getattr(runner, "kvshare_copier", None)
     if known is None or known[0] is not pool:
-        attns = [layer.self_attn.attn for layer in runner.model.model.layers]
-        rotary_dim = _rope_table(_rotary(runner)).shape[1]
-        found = ops.copier(
-            runner.device,
-            [pool.get_key_buffer(attn.layer_id) for attn in attns],
-            [pool.get_value_buffer(attn.layer_id) for attn in attns],
-            rotary_dim,
-        )
-        known = runner.kvshare_copier = (pool, found)
-    return known[1]
+        ids = [layer.self_attn.attn.layer_id for layer in runner.model.model.layers]
+        keys = [pool.get_key_buffer(i) for i in ids]
+        values = [pool.get_value_buffer(i) for i in ids]
+        known = runner.kvshare_copier = (pool, keys, values, "auto")
+    found: tuple[Any, list[torch.Tensor], list[torch.Tensor], str] = known
+    return found
 
 
 def moved_kv(runner: Any, rows: Copy, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K (re-rotated) and V of ``rows`` in one layer [n, kv_heads, dim], copied nowhere."""
-    attn = runner.model.model.layers[layer].self_attn.attn
-    return _moved(runner, attn, rows, _rotation(runner, rows))
-
-
-def _rotation(runner: Any, rows: Copy) -> rope_shift.Shift:
-    table = _rope_table(_rotary(runner))
-    return rope_shift.plan_shift(table, rows.old_positions, rows.new_positions)
-
-
-def _moved(
-    runner: Any, attn: Any, rows: Copy, rotation: rope_shift.Shift
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pool = runner.token_to_kv_pool
-    keys = _picked(pool.get_key_buffer(attn.layer_id), rows.src_slots)
-    values = _picked(pool.get_value_buffer(attn.layer_id), rows.src_slots)
-    return rope_shift.rotate_keys(keys, rotation, is_neox=_rotary(runner).is_neox_style), values
-
-
-def _picked(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """``buffer[slots]``, twice as fast on a CPU. Bytes for fp8, which not every device can pick."""
-    if buffer.dtype.itemsize == 1:
-        return buffer.view(torch.uint8).index_select(0, slots).view(buffer.dtype)
-    return buffer.index_select(0, slots)
+    _, keys, values, _ = _buffers(runner)
+    rotary = _rotary(runner)
+    shift = rope_shift.plan_shift(_rope_table(rotary), rows.old_positions, rows.new_positions)
+    k, v = (rope_shift.rows_of(side[layer], rows.src_slots) for side in (keys, values))
+    return ops.rotate_keys(k, shift, is_neox=rotary.is_neox_style), v

@@ -19,8 +19,7 @@ from kvshare_sglang.runtime.batch import (
     BatchedRequest,
     DeviceRows,
     Part,
-    on_device,
-    to_device,
+    together,
 )
 from kvshare_sglang.runtime.probe import Asking, Recorded, attention_of
 
@@ -57,14 +56,21 @@ class DeviceTrace:
     def __init__(self, trace: Trace, must: Rows, device: Any) -> None:
         """``must``: rows that run in any case."""
         self.length = trace.length
-        self._open = to_device(torch.from_numpy(trace.candidates.copy()), device)
+        hosts = [
+            trace.candidates.copy(),
+            (must | trace.chosen).positions,
+            trace.rows.positions,
+            trace.query.places_in(trace.rows),
+            trace.query.positions,
+        ]
+        there = together([torch.from_numpy(one) for one in hosts], device)
+        self._open, kept, rows, places, query = there
         self._num_open = trace.num_candidates
         self._left, self._shares = trace.left, list(trace.shares)
         self._stretch = trace.stretch
-        self._kept = [on_device(must | trace.chosen, device)]
-        self.rows = DeviceRows(trace.rows.num, trace.length, on_device(trace.rows, device))
-        places = to_device(torch.from_numpy(trace.query.places_in(trace.rows)), device)
-        self.asking = Asking(places, on_device(trace.query, device), self.length)
+        self._kept = [kept]
+        self.rows = DeviceRows(trace.rows.num, trace.length, rows)
+        self.asking = Asking(places, query, self.length)
 
     @property
     def done(self) -> bool:

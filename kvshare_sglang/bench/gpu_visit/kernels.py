@@ -7,7 +7,8 @@ import torch
 
 from kvshare_sglang.bench.gpu_visit.table import TOLERANCE, Box, Case, Kernel, far
 from kvshare_sglang.kernels import ops, partial_attn, reference
-from kvshare_sglang.kernels.ops import deviation, plan_shift, rotate_keys
+from kvshare_sglang.kernels.ops import deviation, rotate_keys
+from kvshare_sglang.kernels.rope_shift import plan_shift
 
 Checks = Iterator[tuple[str, torch.dtype, float]]  # name, type, largest error
 
@@ -49,22 +50,15 @@ def copy_case(box: Box, tokens: int) -> Case:
     angles, _ = _rope_table(box, tokens, box.dim)
     at = torch.arange(tokens, device=box.device)
     new = at.flip(0)
-    copy_at_once = ops.copier(box.device, keys, values, box.dim)
 
     def run() -> None:
-        if copy_at_once is not None:
-            copy_at_once(src, dst, at, new, angles, is_neox=True)
-            return
-        shift = plan_shift(angles, at, new)
-        for k, v in zip(keys, values, strict=True):
-            k[dst] = rotate_keys(k.index_select(0, src), shift, is_neox=True)
-            v[dst] = v.index_select(0, src)
+        ops.copy_kv(keys, values, src, dst, at, new, angles, is_neox=True)
 
     return Case(run, moved=float(2 * 2 * LAYERS * tokens * keys[0][0].numel() * keys[0].itemsize))
 
 
 def copy_checks(box: Box) -> Checks:
-    """The launch for all layers against the definition; nothing where there is no such kernel."""
+    """All layers, in one launch where a kernel can, against the definition."""
     limit, count, num_layers = 4096, 48, 3
     old, new = torch.randint(0, limit, (2, count)).unbind()
     src, dst = torch.randperm(4 * count)[: 2 * count].view(2, count).unbind()
@@ -74,12 +68,9 @@ def copy_checks(box: Box) -> Checks:
             k, v = ([torch.randn(4 * count, 2, 128).to(dtype) for _ in range(num_layers)]
                     for _ in range(2))  # fmt: skip
             on_k, on_v = ([one.to(box.device) for one in side] for side in (k, v))
-            copy_at_once = ops.copier(box.device, on_k, on_v, 128)
-            if copy_at_once is None:
-                return
             slots = (src.to(box.device), dst.to(box.device))
             places = (old.to(box.device), new.to(box.device))
-            copy_at_once(*slots, *places, angles, is_neox=is_neox)
+            ops.copy_kv(on_k, on_v, *slots, *places, angles, is_neox=is_neox)
             want = reference.rotate_keys(k[-1][src], new - old, freq, is_neox=is_neox)
             name = f"{dtype} {'neox' if is_neox else 'gptj'}"
             yield f"{name} K", dtype, far(on_k[-1][dst], want)

@@ -5,7 +5,7 @@ once and written once.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,23 +24,41 @@ class Layers(NamedTuple):
     value: torch.Tensor
 
 
+# Tables of addresses by what they were made for: to make one, the host waits for the device.
+_TABLES: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+_MOST_TABLES = 8
+
+
 def layers_of(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Layers:
     """Raises ValueError if the buffers of the layers are not alike."""
-    for buffers in (keys, values):
-        first = buffers[0]
-        for one in buffers:
-            if (one.shape, one.stride(), one.dtype) != (first.shape, first.stride(), first.dtype):
-                raise ValueError("the layers' KV buffers differ in shape, strides or dtype")
-            if one.data_ptr() % 16:
-                raise ValueError("a layer's KV buffer does not begin at a multiple of 16 bytes")
-        if first.stride(-1) != 1 or first.stride(1) != first.shape[2]:
-            raise ValueError(f"KV buffers of strides {first.stride()} cannot be copied in one pass")
-    device = keys[0].device
+    key, value = keys[0], values[0]
+    known_by = (
+        *(key.device, key.dtype, key.shape, key.stride(), value.shape, value.stride()),
+        *(buffer.data_ptr() for buffer in (*keys, *values)),
+    )
+    if known_by not in _TABLES:
+        for buffers in (keys, values):
+            _check_alike(buffers)
+        if len(_TABLES) >= _MOST_TABLES:  # pools that are gone
+            _TABLES.clear()
 
-    def addresses(buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.tensor([b.data_ptr() for b in buffers], dtype=torch.uint64, device=device)
+        def addresses(buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+            at = [buffer.data_ptr() for buffer in buffers]
+            return torch.tensor(at, dtype=torch.uint64, device=key.device)
 
-    return Layers(addresses(keys), addresses(values), keys[0], values[0])
+        _TABLES[known_by] = addresses(keys), addresses(values)
+    return Layers(*_TABLES[known_by], key, value)
+
+
+def _check_alike(buffers: Sequence[torch.Tensor]) -> None:
+    first = buffers[0]
+    for one in buffers:
+        if (one.shape, one.stride(), one.dtype) != (first.shape, first.stride(), first.dtype):
+            raise ValueError("the layers' KV buffers differ in shape, strides or dtype")
+        if one.data_ptr() % 16:
+            raise ValueError("a layer's KV buffer does not begin at a multiple of 16 bytes")
+    if first.stride(-1) != 1 or first.stride(1) != first.shape[2]:
+        raise ValueError(f"KV buffers of strides {first.stride()} cannot be copied in one pass")
 
 
 @triton.jit
@@ -150,8 +168,7 @@ def run(
     is_neox: bool,
     first_layer: int = 0,
 ) -> None:
-    """Copy slots ``src`` [n] to ``dst`` [n], in all layers from ``first_layer`` on; K goes from
-    positions ``old`` [n] to ``new`` [n]. No slot may be in both."""
+    """As ``kernels.rope_shift.copy_kv``."""
     n, num_layers = len(src), len(layers.keys) - first_layer
     if n == 0 or num_layers <= 0:
         return
