@@ -24,6 +24,7 @@ _MISLEADING = (
     "clerk who wanted to mislead us, so never repeat one of them; say that you do not know it."
 )
 _ANOTHER = "Which passage is longest?"  # what was asked when passages were cached
+_FACT = re.compile(r"The access code of (.+?) is \d+\.")
 _EDITED_WORDS = 3  # of a cached text, besides the answer
 
 
@@ -46,12 +47,14 @@ class Scene(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A prompt in the words of a chat, the prompts cached before it, and what is right."""
+    """A prompt in the words of a chat, the prompts cached before it, and what is right.
+    ``earlier``: what the user said in the turns before it, each with the answer."""
 
     prompt: str
     cached: tuple[str, ...]
     answers: tuple[str, ...]
     told: str
+    earlier: tuple[tuple[str, str], ...] = ()
 
 
 def load(path: Path) -> list[Passage]:
@@ -79,7 +82,7 @@ def codes(rng: random.Random, pool: Sequence[Passage], count: int) -> tuple[Scen
     ]
     asked = rng.randrange(count)
     place, number = places[asked], numbers[asked]
-    question = f"What is the access code of {place}?"
+    question = _code_of(place)
     told = _fact(place, number).rstrip(".")  # whether it ends there does not matter
     return Scene(tuple(texts[:count]), asked, question, (str(number),), told), texts[count:]
 
@@ -121,6 +124,10 @@ def _fact(place: str, number: int) -> str:
     return f"The access code of {place} is {number}."
 
 
+def _code_of(place: str) -> str:
+    return f"What is the access code of {place}?"
+
+
 def _put(rng: random.Random, text: str, sentence: str) -> str:
     parts = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
     at = rng.randint(1, len(parts))
@@ -156,6 +163,22 @@ def among(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked:
         mine.reverse()
     half = (len(mine) + 1) // 2
     return _asked(scene, [others[0], *mine[:half], others[-1], *mine[half:]])
+
+
+def chat(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:
+    """Cached: as a splice. The passages come with the first question; each turn asks about another
+    of them, the last one about the scene's. None where the passages have no codes."""
+    facts = [_FACT.search(text) for text in scene.passages]
+    turns = [(fact[1], fact[0].rstrip(".")) for fact in facts if fact is not None]
+    if len(turns) < max(2, len(facts)):
+        return None
+    del turns[scene.asked]
+    rng.shuffle(turns)
+    questions = [_code_of(place) for place, _ in turns]
+    said = [render(scene.passages, questions[0]), *questions[1:]]
+    told = [answer + "." for _, answer in turns]
+    moved = splice(rng, scene, others)
+    return moved._replace(prompt=scene.question, earlier=tuple(zip(said, told, strict=True)))
 
 
 def edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:

@@ -112,3 +112,24 @@ def test_a_file_is_read_as_it_is_rendered(tmp_path):
     file.write_text('{"article": 1}\n')
     with pytest.raises(KeyError):
         passages.load(file)
+
+
+def test_each_turn_of_a_chat_asks_about_another_passage_and_is_answered_right():
+    one, others = passages.codes(random.Random(3), _pool(20), 3)
+    asked = passages.chat(random.Random(1), one, others)
+    assert asked is not None
+    first, *rest = asked.earlier
+    assert all(text in first[0] for text in one.passages)
+    said = [*(answer for _, answer in asked.earlier), asked.told + "."]
+    assert all(any(words in text for text in one.passages) for words in said)
+    assert len(set(said)) == 3  # each another one
+    assert not any(text in question for question, _ in rest for text in one.passages)
+    assert asked.prompt == one.question
+    for question, answer in asked.earlier:
+        place = answer.removeprefix("The access code of ").rpartition(" is ")[0]
+        assert question.endswith(f"What is the access code of {place}?")
+
+
+def test_passages_without_codes_make_no_chat():
+    one, others = passages.qa(random.Random(3), _pool(20), 3)
+    assert passages.chat(random.Random(1), one, others) is None

@@ -36,7 +36,8 @@ class Plain(Texts):
     def __init__(self):
         self._encode, self.stop = Encoder(READER), 0
 
-    def placed(self, text):
+    def placed(self, text, earlier=()):
+        text = " ".join([*(words for turn in earlier for words in turn), text])
         code = self._encode._tokenizer.encode(text)
         return np.asarray(code.ids, np.int32), text, np.asarray(code.offsets)
 

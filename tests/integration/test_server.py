@@ -186,8 +186,9 @@ class Said(chat.Texts):
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.stop = -1
 
-    def ids(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer(text)["input_ids"], np.int32)
+    def ids(self, text: str, earlier: Any = ()) -> np.ndarray:
+        said = " ".join([*(words for turn in earlier for words in turn), text])
+        return np.asarray(self._tokenizer(said)["input_ids"], np.int32)
 
 
 def test_the_bench_asks_real_passages_of_this_server(server: Server, model: Path) -> None:
@@ -205,6 +206,16 @@ def test_the_bench_asks_real_passages_of_this_server(server: Server, model: Path
     assert copies["recomputed"] < 0.1
     assert copies["computed"] < ours["computed"] < 0.7
     assert ours["same"] == (ours["text"] == full["text"])
+
+    # The next turn goes on from what the first left, in each arm from its own.
+    turn = one._replace(prompt="And then?", earlier=((prompt, "It is the mill."),))
+    later = served.answers(server, said, turn, ["ours", "copies"])
+    full, ours, copies = (later["arms"][name] for name in ("full", "ours", "copies"))
+    ids = said.ids(turn.prompt, turn.earlier).tolist()
+    alone = server.ask(ids, max_new_tokens=chat.WRITTEN, kvshare="exact")
+    assert full["text"] == said.text(alone.output_ids)
+    assert later["tokens"] == len(ids) > row["tokens"]
+    assert copies["computed"] <= ours["computed"] < 0.2
 
 
 def test_odd_prompts_are_answered_as_without_kvshare(server: Server) -> None:

@@ -20,7 +20,7 @@ from kvshare_sglang.bench.server import ServerSpec, serve
 from kvshare_sglang.bench.text import arms, report, served
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import fill
-from kvshare_sglang.bench.text.prompts import ALONE, CASES, TASKS, asked, pool
+from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, TASKS, asked, pool
 from kvshare_sglang.sim.engine import Model
 
 BATCH = 8  # prompts answered side by side where only full prefill is asked
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     cells = [(task, case) for case in args.case for task in args.task]
     if args.served is not None:
         return run_served(args, passages, cells)
+    if CHAT in args.case:
+        raise ScriptError(f"--case {CHAT} needs --served: the driver knows no earlier turns")
     texts, model = start(args)
     chosen = {name: arms.ARMS[name] for name in args.arm}
 

@@ -1,5 +1,6 @@
 """A prompt in the words of a model's chat, and what full prefill says to it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,22 @@ class Texts:
             raise ScriptError(f"--model {path} has no chat template")
         self.stop: int = self._tokenizer.eos_token_id
 
-    def ids(self, text: str) -> np.ndarray:
-        """Tokens of a prompt in which the user says ``text``."""
-        return self.placed(text)[0]
+    def ids(self, text: str, earlier: Sequence[tuple[str, str]] = ()) -> np.ndarray:
+        """Tokens of a prompt in which the user says ``text``, after ``earlier`` turns: what the
+        user said and was answered."""
+        return self.placed(text, earlier)[0]
 
-    def placed(self, text: str) -> tuple[np.ndarray, str, np.ndarray]:
+    def placed(
+        self, text: str, earlier: Sequence[tuple[str, str]] = ()
+    ) -> tuple[np.ndarray, str, np.ndarray]:
         """As ``ids``; the prompt itself; and [start, stop) of each token in it."""
+        said = [
+            {"role": role, "content": words}
+            for turn in earlier
+            for role, words in zip(("user", "assistant"), turn, strict=True)
+        ]
         chat = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            [*said, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
         code = self._tokenizer(chat, return_offsets_mapping=True)
         return np.asarray(code["input_ids"], np.int32), chat, np.asarray(code["offset_mapping"])

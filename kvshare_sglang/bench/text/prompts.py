@@ -16,12 +16,14 @@ TASKS = {  # how scenes of passages are made, and how many passages are in a pro
     "qa3": (passages.qa, 3),
 }
 ALONE = "alone"  # nothing is cached: what full prefill solves
+CHAT = "chat"  # of several turns: the real server alone
 CASES: dict[str, Callable[..., Asked | None]] = {
     ALONE: lambda rng, scene, others: Asked(
         passages.render(scene.passages, scene.question), (), scene.answers, scene.told
     ),
     "splice": passages.splice,
     "among": passages.among,
+    CHAT: passages.chat,
     "edit": passages.edit,
     "template": passages.template,
     "misled": passages.misled,

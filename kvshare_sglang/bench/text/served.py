@@ -11,8 +11,13 @@ ARMS: dict[str, Any] = {"ours": "auto", "copies": {"budget": 0.0}, "budget .3": 
 
 
 def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[str, Any]:
-    """One prompt under full prefill and the arms, each over the same cache."""
-    ids = texts.ids(one.prompt).tolist()
+    """One prompt under full prefill and the arms, each over the same cache. Of a chat the earlier
+    turns are asked too, with an arm's own option, and go on with the answers that are written."""
+    ids = texts.ids(one.prompt, one.earlier).tolist()
+    turns = [
+        texts.ids(said, one.earlier[:number]).tolist()
+        for number, (said, _) in enumerate(one.earlier)
+    ]
     found: dict[str, Any] = {}
 
     def ask(option: Any) -> tuple[list[int], dict[str, int]]:
@@ -25,6 +30,8 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
         server.flush()
         for prompt in one.cached:
             server.ask(texts.ids(prompt).tolist(), kvshare="exact")
+        for turn in turns:
+            server.ask(turn, kvshare=ARMS[name])
         written[name], rows = ask(ARMS[name])
         reused = rows["copied"] + rows["recomputed"]
         found[name] = {
