@@ -369,7 +369,8 @@ def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
         cache.sources.note_use(state)
     prefix_len = versions.prefix_len(req)
     if prefix_len:
-        cache.usage.touch_path(req.last_node, cache.root_node)
+        new = len(req.origin_input_ids) - prefix_len - cache.page_size
+        cache.usage.touch_path(req.last_node, cache.root_node, new=new)
     known = req.customized_info or {}
     state.told = "kvshare" in known  # it was retracted: its answer says how it began
     state.admit(prefix_len=prefix_len)

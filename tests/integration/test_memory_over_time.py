@@ -37,15 +37,18 @@ def test_a_conversation_that_began_with_reuse_stays_at_one_depth(kv_lab: Lab, te
 def test_text_that_paid_stays_when_memory_gets_short(
     eviction: str, stays: bool, llama: Path, texts: Texts
 ) -> None:
+    """Whether it was copied, behind other words, or asked for again as it is."""
     with lab(llama, kvshare=True, kvshare_eviction=eviction, max_total_tokens=1500) as it:
-        paid = texts.passage(300)
-        it.one(paid)
-        for _ in range(2):
-            assert it.one(texts.passage(9) + paid, new=1)["kvshare"]["copied_tokens"] > 200
-        for _ in range(5):  # none of it is ever asked for again
-            it.one(texts.passage(300), new=1)
-        last = it.one(texts.passage(9) + paid, new=1)["kvshare"]
-        assert (last["copied_tokens"] > 200) == stays, last
+        for words in (9, 0):
+            paid = texts.passage(300)
+            it.one(paid)
+            for _ in range(2):
+                told = it.one(texts.passage(words) + paid, new=1)["kvshare"]
+                assert told["copied_tokens"] + told["exact_tokens"] > 200
+            for _ in range(5):  # none of it is ever asked for again
+                it.one(texts.passage(300), new=1)
+            last = it.one(texts.passage(words) + paid, new=1)["kvshare"]
+            assert (last["copied_tokens"] + last["exact_tokens"] > 200) == stays, (words, last)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +201,10 @@ def test_long_fresh_text_is_stored_in_a_chain_of_pieces(llama: Path, texts: Text
 
 
 def programs(texts: Texts, *, clock: bool) -> list[list[int]]:
-    """Prompts of twelve programs of six turns, four at a time in any order, and in between of users
+    """Prompts of nine programs of six turns, four at a time in any order, and in between of users
     who ask once. With a clock each turn begins with new words."""
     shared = texts.passage(40)
-    waiting = [[*shared, *texts.passage(90)] for _ in range(12)]
+    waiting = [[*shared, *texts.passage(90)] for _ in range(9)]
     live, turns, prompts = [waiting.pop() for _ in range(4)], [0] * 4, []
     while live:
         if texts.rng.random() < 0.2:
@@ -223,7 +226,8 @@ def test_programs_in_a_full_pool_run_no_more_than_under_sglangs_own_eviction(
     llama: Path, texts: Texts
 ) -> None:
     """Where frequency counted a conversation's own turns, what had ended outlived what went on:
-    nearly twice the rows. Answers are not compared: rows alone."""
+    nearly twice the rows. Answers of one token leave nothing behind; of longer ones the history
+    keeps nothing either, as clients do with thoughts, and they hang beside what goes on."""
     plain, clock = (programs(texts, clock=clock) for clock in (False, True))
     rows: dict[str, list[int]] = {}
     for name, settings in {
@@ -231,15 +235,17 @@ def test_programs_in_a_full_pool_run_no_more_than_under_sglangs_own_eviction(
         "lru": {"kvshare": True, "kvshare_eviction": "sglang"},
         "ours": {"kvshare": True},
     }.items():
+        rows[name] = []
         with lab(llama, max_total_tokens=1500, **settings) as it:
-            for prompts in (plain, clock):
+            for prompts, new in ((plain, 1), (plain, 6), (clock, 6)):
                 it.flush()
                 ran = 0
                 for prompt in prompts:
-                    answer = it.one(prompt, new=1)
+                    answer = it.one(prompt, new=new)
                     told = answer.get("kvshare")
                     ran += computed(told) if told else len(prompt) - answer["cached"]
-                rows.setdefault(name, []).append(ran)
-    assert rows["ours"][0] <= 1.05 * rows["stock"][0]
-    assert rows["ours"][1] <= 1.05 * rows["lru"][1]
-    assert rows["ours"][1] < 0.8 * rows["stock"][1]
+                rows[name].append(ran)
+    assert rows["ours"][0] <= 1.02 * rows["stock"][0]
+    assert rows["ours"][1] <= 1.05 * rows["stock"][1]
+    assert rows["ours"][2] <= 1.05 * rows["lru"][2]
+    assert rows["ours"][2] < 0.8 * rows["stock"][2]

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
 
+OPENING = 4  # tokens at the end of a prompt that may be missing from it in the next turn
+
+
 class Usage:
     """Counts uses of nodes. ``fills``: tokens taken in, in units of the pool's size."""
 
@@ -31,17 +34,38 @@ class Usage:
         copied = note.segment is None
         note.frequency = gone_on(note.frequency, now=self.fills, copied=copied)
 
-    def touch_path(self, node: "TreeNode", root: "TreeNode") -> None:
-        """The path to ``node`` serves a request as its exact prefix. One that goes on from the end
-        of a leaf is the next turn of a conversation, and what no other text hangs on is its own."""
-        own = not node.children
+    def touch_path(self, node: "TreeNode", root: "TreeNode", *, new: int) -> None:
+        """The path to ``node`` serves a request as its exact prefix; ``new`` tokens follow there.
+        The next turn of a conversation goes on from the end of its text, and what no other text
+        hangs on is its own. Next to no new text is the same prompt again, which is a use."""
+        own = new > 0 and ends_a_turn(node)
         while node is not root:
-            own = own and len(node.children) <= 1
+            own = own and _num_others(node) <= 1
             if own:
                 self.go_on(node)
             else:
                 self.touch(node, 1.0)
             node = node.parent
+
+
+def ends_a_turn(node: "TreeNode") -> bool:
+    """Whether nothing goes on from a node but one answer, or several: clients leave a model's
+    thoughts out of what they send with the next turn, so that it parts where the answer began."""
+    return _num_others(node) == 0
+
+
+def _num_others(node: "TreeNode") -> int:
+    """Texts that go on from a node, without those that one request answered."""
+    return sum(not _is_answer(child) for child in node.children.values())
+
+
+def _is_answer(node: "TreeNode") -> bool:
+    """Whether there is nothing here but what one request answered, and the last words of its
+    prompt: templates open the thoughts there."""
+    note = node.kvshare
+    if note.start + OPENING < note.answers_from or len(node.children) > 1:
+        return False
+    return not any(child.children for child in node.children.values())
 
 
 class ByFrequency(EvictionStrategy):

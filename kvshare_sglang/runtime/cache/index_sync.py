@@ -68,7 +68,8 @@ class NodeNote:
     """What a tree node carries as ``node.kvshare``: the path position where it starts, the segment
     it is part of (None where it is no source), and how often it was used. In a blended branch also
     ``open`` [len], its rows that are copies, and ``depth``, of text computed after it.
-    ``pins``: how many finished turns keep it."""
+    ``pins``: how many finished turns keep it. ``answers_from``: position where the prompt ended of
+    the request that left it."""
 
     segment: Segment | None
     start: int
@@ -76,6 +77,7 @@ class NodeNote:
     open: npt.NDArray[np.bool_] | None = None
     depth: int = 0
     pins: int = 0
+    answers_from: int = 0
 
 
 class IndexSync:
@@ -84,16 +86,17 @@ class IndexSync:
 
     def __init__(self, fuzzy: FuzzyTree) -> None:
         self.fuzzy = fuzzy
-        self.weights = self._made_by = 0
+        self.weights = self._made_by = self._answers_from = 0
 
     def new_weights(self) -> None:
         self.weights += 1
         self._made_by = self.weights
 
     @contextlib.contextmanager
-    def made_by(self, weights: int) -> Iterator[None]:
-        """What is added meanwhile was made by these weights: a request may outlive its own."""
-        self._made_by = weights
+    def made_by(self, weights: int, *, answers_from: int) -> Iterator[None]:
+        """What is added meanwhile was made by these weights: a request may outlive its own. Its
+        prompt ends at ``answers_from``."""
+        self._made_by, self._answers_from = weights, answers_from
         try:
             yield
         finally:
@@ -116,7 +119,7 @@ class IndexSync:
             space, as_tokens(node.key.token_ids), start=start, parent=parent
         )
         segment.payload = NodeSpan(start, node)
-        node.kvshare = NodeNote(segment, start)
+        node.kvshare = NodeNote(segment, start, answers_from=self._answers_from)
 
     def added_blended(
         self,
@@ -132,7 +135,9 @@ class IndexSync:
         """``node`` of a blended branch is new. A source (with a depth) that goes on right after
         another one is of the same path; ``before``: all tokens before it."""
         node.key.extra_key.num_nodes += 1
-        node.kvshare = NodeNote(None, start, open=open_rows, depth=depth)
+        node.kvshare = NodeNote(
+            None, start, open=open_rows, depth=depth, answers_from=self._answers_from
+        )
         if source_depth is None:
             return
         space = self.space_of(space)

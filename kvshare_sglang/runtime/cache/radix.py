@@ -230,7 +230,8 @@ class FuzzyRadixCache(RadixCache):
     def _made_by_those_of(self, req: "Req") -> AbstractContextManager[None]:
         """What the request leaves was made by the weights that it was admitted under."""
         state: RequestReuse | None = getattr(req, "kvshare", None)
-        return self.sync.made_by(self.sync.weights if state is None else state.weights)
+        weights = self.sync.weights if state is None else state.weights
+        return self.sync.made_by(weights, answers_from=len(req.origin_input_ids))
 
     def _reusing(self, req: "Req") -> RequestReuse | None:
         return None if self.disable else reuse_of(req)

@@ -77,9 +77,10 @@ class Retainer:
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx]
         still_open = state.plan.open - state.closed
         mine = Row(slots, row.cache_protected_len, state.private, still_open)
-        node, state.private = self._branches.store(
-            req, state.plan, token_ids, mine, above, ended=ended
-        )
+        with cache.sync.made_by(state.weights, answers_from=len(req.origin_input_ids)):
+            node, state.private = self._branches.store(
+                req, state.plan, token_ids, mine, above, ended=ended
+            )
         return node, len(token_ids) // cache.page_size * cache.page_size
 
     def _store_exact_part(
@@ -96,7 +97,8 @@ class Retainer:
         protected = row.cache_protected_len
         if protected < exact_len:
             value = slots.to(dtype=torch.int64, copy=True)
-            with cache.sync.made_by(state.weights):
+            answers_from = len(req.origin_input_ids)
+            with cache.sync.made_by(state.weights, answers_from=answers_from):
                 result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
             if protected < result.prefix_len:
                 cache.token_to_kv_pool_allocator.free_segment(

@@ -12,7 +12,7 @@ import torch
 
 from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
-from kvshare_sglang.runtime.cache.eviction import Usage
+from kvshare_sglang.runtime.cache.eviction import Usage, ends_a_turn
 from kvshare_sglang.runtime.request import RequestReuse
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Sources:
             ]
             last, _, end = pieces[-1]
             # The next turn of a conversation, as for prefixes (``Usage.touch_path``).
-            goes_on = run.join is not Join.SEAM and end == len(last.value) and not last.children
+            goes_on = run.join is not Join.SEAM and end == len(last.value) and ends_a_turn(last)
             for node, lo, hi in pieces:
                 slots.append(node.value[lo:hi])
                 state.touched.append((node, 0.0 if goes_on else (hi - lo) / len(node.value)))
