@@ -107,7 +107,9 @@ class TextCache:
         assert job.prompt is not None
         tree.walk(job.space, job.prompt[:-1])
         going = [
-            Range(run.dst_start, run.dst_stop) for run in plan.runs if run.join is not Join.SEAM
+            Range(run.dst_start, run.dst_stop)
+            for run in plan.runs
+            if run.join is not Join.SEAM and run.dst_stop + 1 < plan.prompt_len
         ]
         for copy in plan.copies:
             self._life.touch(copy, going=going)

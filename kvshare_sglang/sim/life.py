@@ -33,7 +33,7 @@ class Served(NamedTuple):
     insert_s: float
     inserted: int  # tokens
     unequal: int  # mapped tokens that differ in source and destination, or whose source is gone
-    going: tuple[Range, ...] = ()  # of the prompt, where cached text goes on as it did
+    going: tuple[Range, ...] = ()  # of the prompt, where cached text goes on, and new text after it
 
     @property
     def found(self) -> int:
@@ -131,7 +131,9 @@ class Life:
         runs = self._joined(found)
         kept = useful(runs, stop=len(prompt) - 1)
         going = tuple(
-            Range(run.dst_start, run.dst_stop) for run in found if run.join is not Join.SEAM
+            Range(run.dst_start, run.dst_stop)
+            for run in found
+            if run.join is not Join.SEAM and run.dst_stop + 1 < len(prompt)
         )
         seen = Served(len(prompt), prefix_len, runs, kept, lookup_s, 0.0, 0, unequal, going)
         return node, seen

@@ -42,7 +42,9 @@ class Sources:
             ]
             last, _, end = pieces[-1]
             # The next turn of a conversation, as for prefixes (``Usage.touch_path``).
-            goes_on = run.join is not Join.SEAM and end == len(last.value) and ends_a_turn(last)
+            new = state.plan.prompt_len - run.dst_stop - cache.page_size
+            whole = end == len(last.value) and ends_a_turn(last)
+            goes_on = run.join is not Join.SEAM and new > 0 and whole
             for node, lo, hi in pieces:
                 slots.append(node.value[lo:hi])
                 state.touched.append((node, 0.0 if goes_on else (hi - lo) / len(node.value)))
