@@ -60,7 +60,10 @@ stage() { # TITLE COMMAND...
     echo "[$stage_num/$num_stages] ok in $((SECONDS - start)) s"
 }
 
-run_pytest() { python -m pytest -p scripts._gate_report --hypothesis-profile=ci "$@"; }
+run_pytest() {
+    python -m pytest -p scripts._gate_report --hypothesis-profile=ci \
+        --durations=12 --durations-min=10 "$@"
+}
 
 # Two workers, each on one thread; who has nothing left takes half of what the other has.
 side_by_side=()

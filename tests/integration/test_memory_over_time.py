@@ -222,8 +222,9 @@ def programs(texts: Texts, *, clock: bool) -> list[list[int]]:
     return prompts
 
 
+@pytest.mark.parametrize("page", [1, 16])
 def test_programs_in_a_full_pool_run_no_more_than_under_sglangs_own_eviction(
-    llama: Path, texts: Texts
+    page: int, llama: Path, texts: Texts
 ) -> None:
     """Where frequency counted a conversation's own turns, what had ended outlived what went on:
     nearly twice the rows. Answers of one token leave nothing behind; of longer ones the history
@@ -236,7 +237,7 @@ def test_programs_in_a_full_pool_run_no_more_than_under_sglangs_own_eviction(
         "ours": {"kvshare": True},
     }.items():
         rows[name] = []
-        with lab(llama, max_total_tokens=1500, **settings) as it:
+        with lab(llama, max_total_tokens=1504, page_size=page, **settings) as it:
             for prompts, new in ((plain, 1), (plain, 6), (clock, 6)):
                 it.flush()
                 ran = 0

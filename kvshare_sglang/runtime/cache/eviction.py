@@ -1,5 +1,6 @@
 """Evict first what was used least, with age: the counts that SGLang's tree nodes carry."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
 
+MANY = 16  # children of a node that no conversation alone has
 OPENING = 4  # tokens at the end of a prompt that may be missing from it in the next turn
 
 
@@ -40,7 +42,7 @@ class Usage:
         hangs on is its own. Next to no new text is the same prompt again, which is a use."""
         own = new > 0 and ends_a_turn(node)
         while node is not root:
-            own = own and _num_others(node) <= 1
+            own = own and _num_others(node, most=1) <= 1
             if own:
                 self.go_on(node)
             else:
@@ -51,12 +53,16 @@ class Usage:
 def ends_a_turn(node: "TreeNode") -> bool:
     """Whether nothing goes on from a node but one answer, or several: clients leave a model's
     thoughts out of what they send with the next turn, so that it parts where the answer began."""
-    return _num_others(node) == 0
+    return _num_others(node, most=0) == 0
 
 
-def _num_others(node: "TreeNode") -> int:
-    """Texts that go on from a node, without those that one request answered."""
-    return sum(not _is_answer(child) for child in node.children.values())
+def _num_others(node: "TreeNode", *, most: int) -> int:
+    """Texts that go on from a node, without what single requests answered. Counted until there are
+    more than ``most``; of many children all count, for a shared text may have thousands."""
+    if len(node.children) > MANY:
+        return len(node.children)
+    others = (child for child in node.children.values() if not _is_answer(child))
+    return sum(1 for _ in itertools.islice(others, most + 1))
 
 
 def _is_answer(node: "TreeNode") -> bool:

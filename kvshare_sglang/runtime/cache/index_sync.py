@@ -68,8 +68,8 @@ class NodeNote:
     """What a tree node carries as ``node.kvshare``: the path position where it starts, the segment
     it is part of (None where it is no source), and how often it was used. In a blended branch also
     ``open`` [len], its rows that are copies, and ``depth``, of text computed after it.
-    ``pins``: how many finished turns keep it. ``answers_from``: position where the prompt ended of
-    the request that left it."""
+    ``pins``: how many finished turns keep it. ``answers_from``: position where the prompt of the
+    request that left it ended, in whole pages."""
 
     segment: Segment | None
     start: int

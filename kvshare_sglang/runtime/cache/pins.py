@@ -143,7 +143,7 @@ class Pins:
         last = prompt = cache.match_prefix(MatchPrefixParams(key=key, req=req)).last_device_node
         if last is cache.root_node:
             return
-        border = len(req.origin_input_ids) // cache.page_size * cache.page_size
+        border = cache.prompt_end(req)
         while prompt.kvshare.start >= border and prompt.parent is not cache.root_node:
             prompt = prompt.parent
         if (before := self._turns.pop(prompt.id, None)) is not None:

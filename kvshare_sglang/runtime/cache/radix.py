@@ -231,7 +231,11 @@ class FuzzyRadixCache(RadixCache):
         """What the request leaves was made by the weights that it was admitted under."""
         state: RequestReuse | None = getattr(req, "kvshare", None)
         weights = self.sync.weights if state is None else state.weights
-        return self.sync.made_by(weights, answers_from=len(req.origin_input_ids))
+        return self.sync.made_by(weights, answers_from=self.prompt_end(req))
+
+    def prompt_end(self, req: "Req") -> int:
+        """Where the last whole page of its prompt ends."""
+        return len(req.origin_input_ids) // self.page_size * self.page_size
 
     def _reusing(self, req: "Req") -> RequestReuse | None:
         return None if self.disable else reuse_of(req)

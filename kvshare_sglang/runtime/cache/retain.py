@@ -77,7 +77,7 @@ class Retainer:
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx]
         still_open = state.plan.open - state.closed
         mine = Row(slots, row.cache_protected_len, state.private, still_open)
-        with cache.sync.made_by(state.weights, answers_from=len(req.origin_input_ids)):
+        with cache.sync.made_by(state.weights, answers_from=cache.prompt_end(req)):
             node, state.private = self._branches.store(
                 req, state.plan, token_ids, mine, above, ended=ended
             )
@@ -97,8 +97,7 @@ class Retainer:
         protected = row.cache_protected_len
         if protected < exact_len:
             value = slots.to(dtype=torch.int64, copy=True)
-            answers_from = len(req.origin_input_ids)
-            with cache.sync.made_by(state.weights, answers_from=answers_from):
+            with cache.sync.made_by(state.weights, answers_from=cache.prompt_end(req)):
                 result = cache.insert(versions.insert_params(key, value, req, chunked=chunked))
             if protected < result.prefix_len:
                 cache.token_to_kv_pool_allocator.free_segment(
