@@ -84,10 +84,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    for name in ("programs", "turns", "rate", "tool_s", "tool_tokens", "new_tokens", "repeats"):
+    for name in ("programs", "rate", "tool_s", "tool_tokens", "new_tokens", "repeats"):
         if not getattr(args, name) > 0:
             flag = "--" + name.replace("_", "-")
             raise ScriptError(f"{flag} must be above 0, got {getattr(args, name)}")
+    if args.turns < 2:
+        raise ScriptError(f"--turns must be 2 or more, got {args.turns}")
     if args.others < 0:
         raise ScriptError(f"--others must be 0 or more, got {args.others}")
     if args.context <= SHARED:

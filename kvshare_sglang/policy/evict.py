@@ -6,7 +6,7 @@ each time the cache has taken in as many tokens as it holds, and what was used a
 goes by recency. No clock but tokens: the same requests give the same evictions.
 
 The next turn of a conversation is no such use. Counted, a conversation that ended would outlive one
-that goes on, of which the newest text has no use yet: agents in a full pool ran up to twice LRU's
+that goes on, of which the newest text has no use yet: agents in a full pool ran 1.6 times LRU's
 rows. So what is one conversation's own goes by recency, as under LRU.
 """
 

@@ -156,7 +156,7 @@ def stays(device: Any) -> bool:
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _part_of(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:

@@ -365,14 +365,14 @@ def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
         cache.queue.admitted(req, state)
     if cache.pins is not None:
         cache.pins.came(req)
-    if state.plan is not None:
-        cache.sources.note_use(state)
-    prefix_len = versions.prefix_len(req)
-    if prefix_len:
-        new = len(req.origin_input_ids) - prefix_len - cache.page_size
-        cache.usage.touch_path(req.last_node, cache.root_node, new=new)
     known = req.customized_info or {}
     state.told = "kvshare" in known  # it was retracted: its answer says how it began
+    if state.plan is not None:
+        cache.sources.note_use(state, again=state.told)
+    prefix_len = versions.prefix_len(req)
+    if prefix_len and not state.told:
+        new = len(req.origin_input_ids) - prefix_len - cache.page_size
+        cache.usage.touch_path(req.last_node, cache.root_node, new=new)
     state.admit(prefix_len=prefix_len)
     if not state.told:
         req.customized_info = {**known, "kvshare": OncePerAnswer(state.record, req)}

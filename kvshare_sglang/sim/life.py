@@ -169,6 +169,7 @@ class Life:
             and not nodes[0].children
         )
         for node in nodes:
+            goes_on = goes_on and self.tree.is_own(node)
             num = min(node.stop, run.src_stop) - max(node.start, run.src_start)
             self.tree.touch(node, 0.0 if goes_on else num / len(node))
         return nodes[0]

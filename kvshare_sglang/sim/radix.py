@@ -109,8 +109,14 @@ class RadixTree:
         return self._ids[node.segment]
 
     def walk(self, space: object, tokens: Tokens) -> tuple[Node, int]:
-        """The node at which the longest cached prefix ends, and its length. May split a node;
-        counts as a use of all on the way, but for what only a conversation has that goes on."""
+        """As ``_walk``, and counts as a use of all on the way, but for what only a conversation has
+        that goes on."""
+        node, at = self._walk(space, tokens)
+        self._touch_path(node)
+        return node, at
+
+    def _walk(self, space: object, tokens: Tokens) -> tuple[Node, int]:
+        """The node at which the longest cached prefix ends, and its length. May split a node."""
         if space not in self._roots:
             self._roots[space] = Node(0, 0, parent=None, now=self.now)
         node, at = self._roots[space], 0
@@ -121,16 +127,19 @@ class RadixTree:
             if size < len(child):
                 node = self._split(child, child.start + size)
                 break
-        self._touch_path(node)
         return node, at
 
     def _touch_path(self, node: Node) -> None:
         """As the plug-in does, ``runtime.cache.eviction``."""
         own, at = not node.children, node
         while at.parent is not None:
-            own = own and len(at.children) <= 1
+            own = own and self.is_own(at)
             self.touch(at, 0.0 if own else 1.0)
             at = at.parent
+
+    def is_own(self, node: Node) -> bool:
+        """Whether nothing else hangs on what a conversation goes on from, nor did lately."""
+        return len(node.children) <= 1 and evict.rank(node.frequency, now=self.fills) <= 0
 
     def prefix_len(self, space: object, tokens: Tokens) -> int:
         """The length of the longest cached prefix. Changes nothing."""
@@ -167,7 +176,7 @@ class RadixTree:
 
     def store(self, space: object, tokens: Tokens) -> None:
         """Put tokens in the plain branch."""
-        node, have = self.walk(space, tokens)
+        node, have = self._walk(space, tokens)
         if have < len(tokens):
             text = Text(space, tokens, start=have)
             self.add(node, text, key=int(tokens[have]))

@@ -94,6 +94,7 @@ def test_arms_are_held_against_the_first_in_the_same_repeat():
     ("words", "told"),
     [
         (["--programs", "0"], "--programs must be above 0, got 0"),
+        (["--turns", "1"], "--turns must be 2 or more, got 1"),
         (["--tool-s", "-1"], "--tool-s must be above 0, got -1.0"),
         (["--others", "-1"], "--others must be 0 or more, got -1"),
         (["--context", "300"], "--context must be above 300, got 300"),

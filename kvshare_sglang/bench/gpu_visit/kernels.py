@@ -52,9 +52,14 @@ def copy_case(box: Box, tokens: int) -> Case:
     new = at.flip(0)
 
     def run() -> None:
-        ops.copy_kv(keys, values, src, dst, at, new, angles, is_neox=True)
+        ops.copy_kv(keys, values, src, dst, at, new, angles, is_neox=True, backend=_backend(box))
 
     return Case(run, moved=float(2 * 2 * LAYERS * tokens * keys[0][0].numel() * keys[0].itemsize))
+
+
+def _backend(box: Box) -> str:
+    """By name: what is measured here must not give way to torch."""
+    return "triton" if ops.has_triton(box.device) else "torch"
 
 
 def copy_checks(box: Box) -> Checks:
@@ -70,7 +75,8 @@ def copy_checks(box: Box) -> Checks:
             on_k, on_v = ([one.to(box.device) for one in side] for side in (k, v))
             slots = (src.to(box.device), dst.to(box.device))
             places = (old.to(box.device), new.to(box.device))
-            ops.copy_kv(on_k, on_v, *slots, *places, angles, is_neox=is_neox)
+            how: dict[str, Any] = {"is_neox": is_neox, "backend": _backend(box)}
+            ops.copy_kv(on_k, on_v, *slots, *places, angles, **how)
             want = reference.rotate_keys(k[-1][src], new - old, freq, is_neox=is_neox)
             name = f"{dtype} {'neox' if is_neox else 'gptj'}"
             yield f"{name} K", dtype, far(on_k[-1][dst], want)

@@ -170,7 +170,7 @@ def simulated(
 
 def cache_of(reuse: str, size: int, *, counted: bool) -> Cache:
     """What a worker holds, of so many tokens. With reuse for *free* no row of what is found runs
-    again, however deep and little it is: no choice of rows can save more, whatever it answers."""
+    again, however deep: beside stretches too short to be copied no choice of rows saves more."""
     if counted:
         budget = {"budget": 0.0} if reuse == "free" else {}
         return DocumentCache(capacity=size, reuse=reuse != "off", **budget)

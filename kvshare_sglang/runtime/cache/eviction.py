@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 MANY = 16  # children of a node that no conversation alone has
+MOST_PIECES = 64  # of an answer that is looked at; a longer one counts as another text
 OPENING = 4  # tokens at the end of a prompt that may be missing from it in the next turn
 
 
@@ -36,18 +37,29 @@ class Usage:
         copied = note.segment is None
         note.frequency = gone_on(note.frequency, now=self.fills, copied=copied)
 
+    def rank(self, node: "TreeNode") -> int:
+        """What has the smallest goes first. What is no source, the copies of blended branches,
+        counts for less: it can be copied again."""
+        note = node.kvshare
+        return rank(note.frequency, now=self.fills, less=COPY if note.segment is None else 0)
+
     def touch_path(self, node: "TreeNode", root: "TreeNode", *, new: int) -> None:
         """The path to ``node`` serves a request as its exact prefix; ``new`` tokens follow there.
-        The next turn of a conversation goes on from the end of its text, and what no other text
-        hangs on is its own. Next to no new text is the same prompt again, which is a use."""
-        own = new > 0 and ends_a_turn(node)
+        The next turn of a conversation goes on from the end of its text. Next to no new text is
+        the same prompt again, which is a use."""
+        own = new > OPENING and ends_a_turn(node)
         while node is not root:
-            own = own and _num_others(node, most=1) <= 1
+            own = own and self.is_own(node)
             if own:
                 self.go_on(node)
             else:
                 self.touch(node, 1.0)
             node = node.parent
+
+    def is_own(self, node: "TreeNode") -> bool:
+        """Whether what a conversation goes on from is its own: nothing else hangs on it, and
+        nothing else did lately, or it would rank above text that was never used."""
+        return _num_others(node, most=1) <= 1 and self.rank(node) <= 0
 
 
 def ends_a_turn(node: "TreeNode") -> bool:
@@ -66,22 +78,27 @@ def _num_others(node: "TreeNode", *, most: int) -> int:
 
 
 def _is_answer(node: "TreeNode") -> bool:
-    """Whether there is nothing here but what one request answered, and the last words of its
-    prompt: templates open the thoughts there."""
-    note = node.kvshare
-    if note.start + OPENING < note.answers_from or len(node.children) > 1:
+    """Whether there is nothing here but what one request answered, in a branch in several pieces,
+    and the last words of its prompt: templates open the thoughts there."""
+    answers_from = node.kvshare.answers_from
+    if node.kvshare.start + OPENING < answers_from:
         return False
-    return not any(child.children for child in node.children.values())
+    for _ in range(MOST_PIECES):
+        if not node.children:
+            return True
+        if len(node.children) > 1:
+            return False
+        (node,) = node.children.values()
+        if node.kvshare.answers_from != answers_from:
+            return False
+    return False
 
 
 class ByFrequency(EvictionStrategy):
-    """SGLang evicts the leaf of smallest priority: ties go to what was used longest ago. What is
-    no source, the copies of blended branches, counts for less: it can be copied again."""
+    """SGLang evicts the leaf of smallest priority: ties go to what was used longest ago."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
 
     def get_priority(self, node: "TreeNode") -> tuple[int, float]:
-        note = node.kvshare
-        less = COPY if note.segment is None else 0
-        return rank(note.frequency, now=self._usage.fills, less=less), node.last_access_time
+        return self._usage.rank(node), node.last_access_time

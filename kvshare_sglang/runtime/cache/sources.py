@@ -12,7 +12,7 @@ import torch
 
 from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
-from kvshare_sglang.runtime.cache.eviction import Usage, ends_a_turn
+from kvshare_sglang.runtime.cache.eviction import OPENING, Usage, ends_a_turn
 from kvshare_sglang.runtime.request import RequestReuse
 
 if TYPE_CHECKING:
@@ -44,21 +44,24 @@ class Sources:
             # The next turn of a conversation, as for prefixes (``Usage.touch_path``).
             new = state.plan.prompt_len - run.dst_stop - cache.page_size
             whole = end == len(last.value) and ends_a_turn(last)
-            goes_on = run.join is not Join.SEAM and new > 0 and whole
-            for node, lo, hi in pieces:
-                slots.append(node.value[lo:hi])
-                state.touched.append((node, 0.0 if goes_on else (hi - lo) / len(node.value)))
+            own = run.join is not Join.SEAM and new > OPENING and whole
+            for node, lo, hi in reversed(pieces):
+                own = own and self._usage.is_own(node)
+                state.touched.append((node, 0.0 if own else (hi - lo) / len(node.value)))
+            slots += [node.value[lo:hi] for node, lo, hi in pieces]
             pin = cache.fuzzy.pin(run)
             cache.inc_lock_ref(last)
             state.locked.append((pin, last))
         state.src_slots = torch.cat(slots) if slots else None
 
-    def note_use(self, state: RequestReuse) -> None:
-        """The request was admitted: its sources, locked a moment ago, are used."""
+    def note_use(self, state: RequestReuse, *, again: bool) -> None:
+        """The request was admitted: its sources, locked a moment ago, are used. ``again``: as they
+        were before it was retracted."""
         now = time.monotonic()
         for node, share in state.touched:
             node.last_access_time = now
-            self._usage.touch(node, share)
+            if not again:
+                self._usage.touch(node, share)
         state.touched.clear()
 
     def unlock(self, state: RequestReuse) -> None:
