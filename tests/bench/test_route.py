@@ -100,9 +100,17 @@ def test_a_result_says_what_was_reused_added_and_lost():
     *_, cut, killed = (line.split() for line in text.splitlines())
     assert cut == "stream cut router 9 1 2 3.0 s 1.5 s".split()
     assert killed == "kill -9 router router 9 1 2 3.0 s -".split()
-    same = {"at once": 0.5, "at once, rows": 0.25, "after a beat": 1.0, "after a beat, rows": 0.75}
+    same = {
+        "found": 0.6,
+        "at once": 0.5,
+        "at once, rows": 0.25,
+        "after a beat": 1.0,
+        "after a beat, rows": 0.75,
+    }
     text = show(
         {"arms": arms, "ratio": 1.5, "added": added, "two_routers": {"requests": 4, **same}}
     )
     line = text.splitlines()[-1]
-    assert [word for word in line.split() if "%" in word] == ["50.0%", "100.0%", "25.0%,", "75.0%"]
+    assert [word for word in line.split() if "%" in word] == [
+        "60.0%;", "50.0%", "100.0%", "25.0%,", "75.0%"
+    ]  # fmt: skip

@@ -133,9 +133,9 @@ def show(result: dict[str, Any]) -> str:
         )
     if "two_routers" in result:
         parts.append(
-            "two routers, {requests} prompts, the same worker: {at once:.1%} at once,"
-            " {after a beat:.1%} after a beat; the same rows: {at once, rows:.1%},"
-            " {after a beat, rows:.1%}".format(**result["two_routers"])
+            "two routers, {requests} prompts, text found for {found:.1%}; the same worker:"
+            " {at once:.1%} at once, {after a beat:.1%} after a beat; the same rows:"
+            " {at once, rows:.1%}, {after a beat, rows:.1%}".format(**result["two_routers"])
         )
     return "\n\n".join(parts)
 

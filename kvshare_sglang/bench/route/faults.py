@@ -36,55 +36,65 @@ BEAT_S = 0.5  # a worker tells five times a second what waits
 def measure(
     arm: str, servers: list[Server], streams: Sequence[str], model: Path, prompts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """For each fault how its requests fared, and with a router ``recovered_s``: how long after the
-    fault's end it heard all workers again. No server is left frozen, and the one that is killed is
-    started again, in its place in ``servers``."""
+    """For each fault how its requests fared. With a router, where the fault takes its index away,
+    also ``recovered_s``: how long after the stream is mended, or the worker answers again, the
+    router has all of it. No server is left frozen, and the one that is killed is started again, in
+    its place in ``servers``."""
     out = {}
     with _relays(streams) as relays, Stack(arm, servers, list(relays), model) as stack:
 
-        def try_one(name: str, fault: Callable[[], Any], mend: Callable[[], Any]) -> None:
+        def try_one(name: str, fault: Callable[[], Any]) -> None:
             out[name] = during(stack, prompts, fault)
-            mend()
-            if stack.router is not None:
-                waited = stack.wait(stack.has_index, f"{name}: the index")
-                out[name]["recovered_s"] = waited
 
-        def restart() -> None:
-            servers[0].stop()
-            servers[0] = start_again(servers[0])
+        def wait_for_index(name: str) -> None:
+            if stack.router is not None:
+                out[name]["recovered_s"] = stack.wait(stack.has_index, f"{name}: the index")
 
         first = next(iter(relays.values()))
-        try_one("none", nothing, nothing)
+        try_one("none", nothing)
         if stack.router is not None:
-            try_one("stream cut", first.cut, first.mend)
-            try_one("stream lags", lambda: first.lag(LAG_S), lambda: first.lag(0))
-        try_one("frozen worker", lambda: freeze(servers[0]), nothing)
-        try_one("kill -9 worker", lambda: kill(servers[0]), restart)
+            try_one("stream cut", first.cut)
+            first.mend()
+            wait_for_index("stream cut")
+            try_one("stream lags", lambda: first.lag(LAG_S))
+            first.lag(0)
+        try_one("frozen worker", lambda: freeze(servers[0]))
+        try_one("kill -9 worker", lambda: kill(servers[0]))
+        servers[0].stop()
+        servers[0] = start_again(servers[0])
+        wait_for_index("kill -9 worker")
         if stack.router is not None:
-            out["kill -9 router"] = during(stack, prompts, stack.router.kill)
+            try_one("kill -9 router", stack.router.kill)
     return out
 
 
 def agreement(
     servers: Sequence[Server], streams: Sequence[str], model: Path, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """Two routers side by side, each prompt through one of them by turns: how often both name the
-    same worker for a prompt, at once and a little more than a beat after the last was answered."""
+    """Two routers side by side over empty caches, each prompt through one of them by turns: how
+    often both name the same worker for the next prompt, and the same rows, at once and a little
+    more than a beat after the last was answered; and for how many prompts there was text to find
+    (``found``)."""
     same: Counter[str] = Counter()
+    for server in servers:
+        server.flush()
     with Stack("router", servers, streams, model) as stack, client() as http:
         urls = (stack.url, stack.second_router())
 
-        def compare(when: str, prompt: str) -> None:
+        def compare(when: str, prompt: str) -> bool:
             told = [http.post(f"{url}/pick", json=body(prompt, 4)).json() for url in urls]
             same[when] += told[0]["worker"] == told[1]["worker"]
             same[f"{when}, rows"] += told[0]["predicted_rows"] == told[1]["predicted_rows"]
+            return bool(told[0]["predicted_rows"] < told[0]["prompt_tokens"])
 
-        for turn, (prompt, following) in enumerate(itertools.pairwise(prompts)):
+        pairs = list(itertools.pairwise(prompts))
+        for turn, (prompt, following) in enumerate(pairs):
             http.post(f"{urls[turn % 2]}/generate", json=body(prompt, 4)).raise_for_status()
             compare("at once", following)
             time.sleep(BEAT_S)
-            compare("after a beat", following)
-    return {"requests": turn + 1, **{when: count / (turn + 1) for when, count in same.items()}}
+            same["found"] += compare("after a beat", following)
+    shares = {when: count / len(pairs) for when, count in same.items()}
+    return {"requests": len(pairs), **shares}
 
 
 @contextlib.contextmanager
