@@ -170,7 +170,7 @@ def test_a_request_that_waits_for_memory_makes_its_sources_no_dearer(
         script = [
             request("busy", texts.passage(700), new=480),
             ("polls", 12),
-            request("waits", texts.passage(9) + source + texts.passage(200), new=4),
+            request("waits", texts.passage(90) + source + texts.passage(120), new=4),
         ]
         answers = it.play(script)
         assert answers["waits"]["kvshare"]["copied_tokens"] > 200, answers["waits"]["kvshare"]
@@ -208,10 +208,10 @@ def test_long_fresh_text_is_stored_in_a_chain_of_pieces(llama: Path, texts: Text
 
 
 def programs(texts: Texts, *, clock: bool) -> list[list[int]]:
-    """Prompts of nine programs of six turns, four at a time in any order, and in between of users
+    """Prompts of six programs of six turns, four at a time in any order, and in between of users
     who ask once. With a clock each turn begins with new words."""
     shared = texts.passage(40)
-    waiting = [[*shared, *texts.passage(90)] for _ in range(9)]
+    waiting = [[*shared, *texts.passage(90)] for _ in range(6)]
     live, turns, prompts = [waiting.pop() for _ in range(4)], [0] * 4, []
     while live:
         if texts.rng.random() < 0.2:
