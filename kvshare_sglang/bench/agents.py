@@ -18,6 +18,7 @@ import numpy as np
 
 from kvshare_sglang.bench import common, models
 from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.conversation.rows import rows_of
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
 
 ARMS: dict[str, tuple[str, ...]] = {
@@ -145,7 +146,7 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
     begun, lock = time.perf_counter(), threading.Lock()
     taken: dict[bool, list[float]] = {True: [], False: []}
     ttft: list[float] = []
-    counts = {"tokens": 0, "cached": 0}
+    counts = {"tokens": 0, "ran": 0}
     pinned: list[float] = []
     before = pins(server)
     done = threading.Event()
@@ -159,7 +160,7 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
             with lock:
                 ttft.append(answer.ttft_s)
                 counts["tokens"] += answer.meta["prompt_tokens"]
-                counts["cached"] += reused(answer.meta)
+                counts["ran"] += rows_of(answer, stock=not answer.meta.get("kvshare"))
             time.sleep(gap or 0)
         took = time.perf_counter() - begun - program.due_s - sum(program.gaps)
         with lock:
@@ -183,26 +184,16 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
             done.set()
             watcher.join()
     after = pins(server)
-    ran = counts["tokens"] - counts["cached"]
     return {
         "arm": server.spec.name,
         "program_s": taken[True],
         "once_s": taken[False],
         "ttft_mean_s": float(np.mean(ttft)),
-        "tokens": counts["tokens"],
-        "ran": ran,
+        **counts,
         "pinned_mean": float(np.mean(pinned or [0])) / args.max_total_tokens,
         "pinned_most": max(pinned, default=0.0) / args.max_total_tokens,
         "pins": {event: after[event] - before.get(event, 0) for event in after},
     }
-
-
-def reused(meta: dict[str, Any]) -> int:
-    """Tokens of a prompt that did not run."""
-    if meta.get("kvshare"):
-        record = meta["kvshare"][0]
-        return sum(int(record[f"{kind}_tokens"]) for kind in ("exact", "blended", "copied"))
-    return int(meta["cached_tokens"])
 
 
 def pins(server: Server) -> dict[str, int]:

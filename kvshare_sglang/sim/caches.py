@@ -4,13 +4,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvshare_sglang.config import KVShareConfig
-from kvshare_sglang.plan import Join, Range, ReusePlan, Run
+from kvshare_sglang.plan import ReusePlan, Run
 from kvshare_sglang.policy.admit import pays
 from kvshare_sglang.policy.retain import fresh_stretches
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import NEW
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
-from kvshare_sglang.sim.life import Life
+from kvshare_sglang.sim.life import Life, going_on
 from kvshare_sglang.sim.matcher import KVShare, Piece, Text
 from kvshare_sglang.sim.radix import by_frequency, lru
 from kvshare_sglang.sim.serving import Job, Work
@@ -106,11 +106,7 @@ class TextCache:
         tree.now += 1
         assert job.prompt is not None
         tree.walk(job.space, job.prompt[:-1])
-        going = [
-            Range(run.dst_start, run.dst_stop)
-            for run in plan.runs
-            if run.join is not Join.SEAM and run.dst_stop + 1 < plan.prompt_len
-        ]
+        going = going_on(plan.runs, plan.prompt_len)
         for copy in plan.copies:
             self._life.touch(copy, going=going)
         job.note = (id(self), -1, plan)  # what it was let in with stays, whatever changes

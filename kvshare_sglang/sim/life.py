@@ -58,6 +58,15 @@ class Served(NamedTuple):
         return ReusePlan(self.prompt_len, self.prefix_len, tuple(used), tuple(self.useful))
 
 
+def going_on(runs: Sequence[Run], prompt_len: int) -> tuple[Range, ...]:
+    """Where in a prompt cached text goes on as it did, and new text follows."""
+    return tuple(
+        Range(run.dst_start, run.dst_stop)
+        for run in runs
+        if run.join is not Join.SEAM and run.dst_stop + 1 < prompt_len
+    )
+
+
 class Life:
     """A cache of ``capacity`` tokens (None: without limit) and the matcher that follows it.
 
@@ -130,11 +139,7 @@ class Life:
         unequal = sum(self.tree.num_unequal(run, prompt) for run in found)
         runs = self._joined(found)
         kept = useful(runs, stop=len(prompt) - 1)
-        going = tuple(
-            Range(run.dst_start, run.dst_stop)
-            for run in found
-            if run.join is not Join.SEAM and run.dst_stop + 1 < len(prompt)
-        )
+        going = going_on(found, len(prompt))
         seen = Served(len(prompt), prefix_len, runs, kept, lookup_s, 0.0, 0, unequal, going)
         return node, seen
 

@@ -72,8 +72,10 @@ def test_a_program_asks_with_all_that_was_said_and_tools_are_not_its_time(monkey
 
 def test_what_reused_did_not_run():
     record = {"exact_tokens": 5, "blended_tokens": 4, "copied_tokens": 3, "recomputed_tokens": 9}
-    assert agents.reused({"cached_tokens": 5, "kvshare": [record]}) == 12
-    assert agents.reused({"cached_tokens": 5}) == 5
+    meta = {"prompt_tokens": 21, "cached_tokens": 5}
+    ours = Answer(0.1, 0.2, [], {**meta, "kvshare": [record]})
+    assert 21 - agents.rows_of(ours, stock=False) == 12
+    assert 21 - agents.rows_of(Answer(0.1, 0.2, [], meta), stock=True) == 5
 
 
 def test_arms_are_held_against_the_first_in_the_same_repeat():

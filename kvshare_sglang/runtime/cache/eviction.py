@@ -44,10 +44,8 @@ class Usage:
         return rank(note.frequency, now=self.fills, less=COPY if note.segment is None else 0)
 
     def touch_path(self, node: "TreeNode", root: "TreeNode", *, new: int) -> None:
-        """The path to ``node`` serves a request as its exact prefix; ``new`` tokens follow there.
-        The next turn of a conversation goes on from the end of its text. Next to no new text is
-        the same prompt again, which is a use."""
-        own = new > OPENING and ends_a_turn(node)
+        """The path to ``node`` serves a request as its exact prefix; ``new`` tokens follow."""
+        own = is_next_turn(node, new=new)
         while node is not root:
             own = own and self.is_own(node)
             if own:
@@ -62,10 +60,12 @@ class Usage:
         return _num_others(node, most=1) <= 1 and self.rank(node) <= 0
 
 
-def ends_a_turn(node: "TreeNode") -> bool:
-    """Whether nothing goes on from a node but one answer, or several: clients leave a model's
-    thoughts out of what they send with the next turn, so that it parts where the answer began."""
-    return _num_others(node, most=0) == 0
+def is_next_turn(node: "TreeNode", *, new: int) -> bool:
+    """Whether ``new`` tokens behind a node are the next turn of a conversation: nothing goes on
+    from there but one answer, or several. Clients leave a model's thoughts out of what they send
+    with the next turn, so that it parts where the answer began. Next to no new text is the same
+    prompt again."""
+    return new > OPENING and _num_others(node, most=0) == 0
 
 
 def _num_others(node: "TreeNode", *, most: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
-from kvshare_sglang.runtime.cache.eviction import OPENING, Usage, ends_a_turn
+from kvshare_sglang.runtime.cache.eviction import Usage, is_next_turn
 from kvshare_sglang.runtime.request import RequestReuse
 
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ class Sources:
                 for node, lo, hi in segment.payload.covering(start, stop)
             ]
             last, _, end = pieces[-1]
-            # The next turn of a conversation, as for prefixes (``Usage.touch_path``).
             new = state.plan.prompt_len - run.dst_stop - cache.page_size
-            whole = end == len(last.value) and ends_a_turn(last)
-            own = run.join is not Join.SEAM and new > OPENING and whole
+            goes_on = run.join is not Join.SEAM and end == len(last.value)
+            own = goes_on and is_next_turn(last, new=new)
             for node, lo, hi in reversed(pieces):
                 own = own and self._usage.is_own(node)
                 state.touched.append((node, 0.0 if own else (hi - lo) / len(node.value)))
