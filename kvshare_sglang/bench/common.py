@@ -41,6 +41,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def threads() -> int:
+    """OpenMP threads for work of this process: ``OMP_NUM_THREADS`` where it says so, else a thread
+    a core. Two processes with a thread a core each spend most of their time waiting."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else cores()
+
+
 class Spread(NamedTuple):
     """Median and quartiles."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvshare_sglang.bench import __main__ as bench
-from kvshare_sglang.bench.common import read_result, settings, write_result
+from kvshare_sglang.bench.common import cores, read_result, settings, threads, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
 THERE = [name for name, module in bench.COMMANDS.items() if importlib.util.find_spec(module)]
@@ -79,3 +79,13 @@ def test_the_table_of_match_is_written_from_an_earlier_result(tmp_path):
     page.write_text("<!-- match -->\n<!-- /match -->\n")
     assert bench.main(["match", "--result", str(result), "--table", str(page)]) == 0
     assert "| rag | 40.0% | 99.0% | 35.0% | 35.0% | 35.0% | 35.0% |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"), [("1", 1), ("3", 3), ("", None), ("0", None), ("two", None)]
+)
+def test_work_of_this_process_takes_the_threads_that_the_environment_says(
+    asked, wanted, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads() == (wanted or cores())

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe-at", type=float, nargs="+", default=list(DEPTHS), metavar="DEPTH",
         help=f"candidates (default: {' '.join(map(str, DEPTHS))})")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    add("--threads", type=int, help="on a CPU (default: all cores)")
+    add("--threads", type=int, help="on a CPU (default: OMP_NUM_THREADS, else all cores)")
     add("--out", type=Path, metavar="FILE",
         help=f"default: a file in {calibration.home()}, where servers look for it")  # fmt: skip
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     mark = calibration.fingerprint(folder)
     on_cpu = args.device == "cpu"
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    args.threads = args.threads or common.cores()
+    args.threads = args.threads or common.threads()
     torch.set_num_threads(args.threads)
     started = time.monotonic()
     logging.disable_progress_bar()

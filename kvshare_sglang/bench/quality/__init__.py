@@ -85,7 +85,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         layer=args.layer, n=args.n, facts=args.facts, rouge=args.rouge,
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    threads = max(1, common.cores() // args.workers)
+    threads = max(1, common.threads() // args.workers)
     context = multiprocessing.get_context("spawn")
     with (
         common.Progress(len(todo), unit=" cases") as bar,

@@ -25,15 +25,17 @@ def _held_out(name: str) -> bool:
     return sum(name.encode()) % 10 == 0
 
 
-def _paragraphs() -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
+@cache
+def _paragraphs() -> tuple[tuple[str, str], ...]:
+    found, seen = [], set[str]()
     for name, doc in _docs():
         for part in re.split(r"\n\s*\n", doc):
             text = re.sub(r"\s+", " ", part).strip()
             letters = sum(c.isalpha() or c in " ,." for c in text)
             if 120 <= len(text) <= 1200 and letters > 0.95 * len(text) and text not in seen:
                 seen.add(text)
-                yield name, text
+                found.append((name, text))
+    return tuple(found)
 
 
 def _docs() -> Iterator[tuple[str, str]]:

@@ -368,7 +368,8 @@ def check_choice(case: Case, model: Path) -> Checks:
                 it.one(donor, extra_key="donor", new=1, kvshare="exact")
                 full = it.one(prompt, extra_key=f"full{i}", kvshare="exact", new=case.unread)
                 rows = [(0, 20), (length - 5, length)]
-                part = it.one(prompt, forced=rows, extra_key=f"part{i}", new=12)
+                written = 5 if case.interpreted else 12
+                part = it.one(prompt, forced=rows, extra_key=f"part{i}", new=written)
                 told = part["kvshare"]
                 checks.equal(f"{select}: declined", told["declined"], None)
                 checks.at_least(f"{select}: copied", told["copied_tokens"], length // 2)
@@ -411,9 +412,9 @@ def check_exact(case: Case, model: Path) -> Checks:
     checks, texts = Checks(), Texts(100 + case.page_size)
     reference = Reference(model, case.device)
     chunks = {} if case.page_size == 1 else {"chunked_prefill_size": 128}
-    sources, prompts = _corpus(texts)
+    sources, prompts = _corpus(texts, parts=2 if case.interpreted else 1)
     prompts = prompts if case.on_gpu else prompts[:1]
-    written = 12 if case.on_gpu else 4  # each token takes seconds in an interpreter
+    written = 12 if case.on_gpu else 3  # each token takes seconds in an interpreter
     seen: dict[str, list[float]] = {k: [] for k in ("alone", "first", "again", "twin", "fuzzy")}
     gaps: dict[str, list[float]] = {"theirs": [], "ours": []}
     offs, wanted, same_bits, moved = [], [], 0, []
@@ -573,10 +574,12 @@ def _slack(off: float, wanted: list[Any]) -> float:
     return 8 * off * max(rms(logits[-1]) for logits, _ in wanted)
 
 
-def _corpus(texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
-    """Sources, and prompts that share their passages: moved, edited, repeated."""
-    a, b, c, d = (texts.passage(n) for n in (210, 190, 170, 140))
-    edited = a[:90] + texts.passage(3) + a[95:]
+def _corpus(texts: Texts, *, parts: int = 1) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources, and prompts that share their passages: moved, edited, repeated. ``parts``: each
+    passage is one of so many parts of its length."""
+    a, b, c, d = (texts.passage(n // parts) for n in (210, 190, 170, 140))
+    at = 90 // parts
+    edited = a[:at] + texts.passage(3) + a[at + 5 :]
     return [a + b, c + d], [
         texts.passage(5) + b + a + texts.passage(20),
         b + c + edited + texts.passage(11),
