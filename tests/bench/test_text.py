@@ -67,6 +67,20 @@ def test_prompts_of_a_task_and_case_are_always_the_same_ones():
     assert next(prompts.asked(_pool(12), "codes3", "alone")).cached == ()
 
 
+@pytest.mark.parametrize(
+    ("task", "case"),
+    # a chat asks for codes
+    [(t, c) for t in prompts.TASKS for c in prompts.CASES if c != prompts.CHAT or "codes" in t],
+)
+def test_the_sample_that_comes_with_the_project_has_prompts_of_each_task_and_case(task, case):
+    pool = prompts.pool(prompts.SAMPLE, longest=700)
+    assert all(any(a in p.text for a in answers) for p in pool for _, answers in p.qas)
+    for one in itertools.islice(prompts.asked(pool, task, case), 3):
+        assert passages.is_right(one.told, one.answers)
+        said = " ".join([one.prompt, *(user for user, _ in one.earlier)])
+        assert sum(p.text[:40] in said for p in pool) >= prompts.TASKS[task][1] - 1
+
+
 def test_too_few_passages_are_refused_with_how_many_there_are():
     with pytest.raises(common.ScriptError, match=r"codes3 needs 6 passages .* got 5"):
         next(prompts.asked(_pool(5), "codes3", "splice"))

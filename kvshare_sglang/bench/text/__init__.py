@@ -20,7 +20,7 @@ from kvshare_sglang.bench.server import ServerSpec, serve
 from kvshare_sglang.bench.text import arms, report, served
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import fill
-from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, TASKS, asked, pool
+from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, SAMPLE, TASKS, asked, pool
 from kvshare_sglang.sim.engine import Model
 
 BATCH = 8  # prompts answered side by side where only full prefill is asked
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The options that ``why`` has too."""
     add = parser.add_argument
-    add("--passages", type=Path, required=True, metavar="FILE", help="passages with questions")
+    add("--passages", type=Path, default=SAMPLE, metavar="FILE",
+        help="with questions (default: 24 paragraphs, benchmarks/passages)")  # fmt: skip
     options.add_model(parser, default=Path(models.FETCHED))
     add("--longest", type=int, default=700, metavar="CHARACTERS", help="of a passage")
     add("--n", type=int, default=40, help="prompts of each task and case")

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvshare_sglang.bench import passages
-from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.common import ROOT, ScriptError
 from kvshare_sglang.bench.passages import Asked, Passage
 
+SAMPLE = ROOT / "benchmarks" / "passages" / "xquad_sample.jsonl"
 TASKS = {  # how scenes of passages are made, and how many passages are in a prompt
     "codes3": (passages.codes, 3),
     "codes5": (passages.codes, 5),
