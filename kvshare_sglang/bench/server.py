@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from kvshare_sglang.bench import models
 from kvshare_sglang.bench.common import Progress, ScriptError, cores
 from kvshare_sglang.bench.processes import (
     free_port,
@@ -25,7 +26,6 @@ from kvshare_sglang.bench.processes import (
     signals_raise,
     stop_group,
 )
-from kvshare_sglang.runtime import calibration
 
 START_TIMEOUT_S = 600
 _CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -93,11 +93,11 @@ class ServerSpec:
 
     @property
     def _has_no_answers(self) -> bool:
-        """A model that was never measured has random weights here: there is no answer to be
-        careful with, so it is served as one whose answers hold."""
+        """Random weights that were made here: there is no answer to be careful with, so the model
+        is served as one whose answers hold. Any other is served as users would have it."""
         if "--kvshare" not in self.args or "--kvshare-calibration" in self.args:
             return False
-        return calibration.find(str(self.model)) is None
+        return models.is_made(self.model)
 
     def environment(self) -> dict[str, str]:
         """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""

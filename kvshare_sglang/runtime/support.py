@@ -94,8 +94,11 @@ WITH_OUR_ORDER = (
     Setting("enable_priority_scheduling", "priority scheduling with --schedule-policy kvshare"),
 )
 
-# Judged where the model is: SGLang may choose the backends itself.
+# Judged where the model is: SGLang may choose backends and layouts itself.
 TWO_BACKENDS = "different attention backends for prefill and decode"
+SLIDING = "sliding-window and Mamba models"
+SHORT_TABLE = "a RoPE table shorter than the context"
+HEADS_FIRST = "a KV cache with heads before tokens"
 
 
 def check_settings(server_args: "ServerArgs", settings: tuple[Setting, ...] = SETTINGS) -> None:
@@ -121,7 +124,7 @@ def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
     check_architecture(runner.model_config.hf_config)
     sliding = getattr(runner, "sliding_window_size", None)
     if (ctx is not None and (ctx.is_hybrid_swa or ctx.is_hybrid_ssm)) or sliding not in (None, -1):
-        raise UnsupportedError("sliding-window and Mamba models", "--kvshare or the model")
+        raise UnsupportedError(SLIDING, "--kvshare or the model")
     # It calls the backends inside it, so nothing of ours in front of it would ever run.
     if isinstance(getattr(runner, "attn_backend", None), HybridAttnBackend):
         raise UnsupportedError(
@@ -135,10 +138,10 @@ def check_model(runner: "ModelRunner", ctx: Any = None) -> None:
         raise UnsupportedError("models without one RoPE table", "--kvshare or the model")
     # SGLang makes the table as long as the context, so no request has a position past its end.
     if len(table) < runner.model_config.context_len:
-        raise UnsupportedError("a RoPE table shorter than the context", "--context-length")
+        raise UnsupportedError(SHORT_TABLE, "--context-length")
     # Copies address K and V as [slot, head, dim].
     if getattr(runner.token_to_kv_pool, "kv_cache_layout", "nhd") != "nhd":
-        raise UnsupportedError("a KV cache with heads before tokens", "SGLANG_USE_HND_KVCACHE")
+        raise UnsupportedError(HEADS_FIRST, "SGLANG_USE_HND_KVCACHE")
 
 
 def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
@@ -205,7 +208,9 @@ DECLINED = {"lora": "LoRA adapters", "prefill_only": "scores without an answer"}
 
 def as_markdown() -> str:
     """The README's table of limits."""
-    refused = ", ".join(dict.fromkeys([*(setting.what for setting in SETTINGS), TWO_BACKENDS]))
+    settings = [setting.what for setting in (*SETTINGS, *WITH_OUR_ORDER)]
+    at_the_model = [TWO_BACKENDS, SLIDING, SHORT_TABLE, HEADS_FIRST]
+    refused = ", ".join(dict.fromkeys([*settings, *at_the_model]))
     names = [name for name in RequestView._fields if name != "mode"]
     declined = ", ".join(DECLINED.get(name, name.replace("_", " ")) for name in names)
     rows = (

@@ -8,6 +8,7 @@ Models are kept under ``.cache/models`` in the project's root and made only once
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ SHAPES = Path(__file__).resolve().parent
 READER = ROOT / "tests" / "data" / "reader"  # a small trained model, where the tests hold one
 FETCHED = "smollm2"  # name of the model with real weights
 
+_HOME = ROOT / ".cache" / "models"
 _RECIPE = 1  # raise it when the same shape should give another model
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _BPE_VOCAB = 4096
@@ -66,14 +68,13 @@ def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
     config = json.loads(shape.read_text())
     recipe = json.dumps([_RECIPE, config, seed, weights, sys.version_info[:2]], sort_keys=True)
     key = hashlib.sha256(recipe.encode()).hexdigest()[:10]
-    home = ROOT / ".cache" / "models"
-    path = home / f"{shape.stem}-{key}"
+    path = _HOME / f"{shape.stem}-{key}"
     if path.exists():
         return load(path)
-    home.mkdir(parents=True, exist_ok=True)
+    _HOME.mkdir(parents=True, exist_ok=True)
     (ROOT / ".cache" / ".gitignore").write_text("*\n")
     print(f"making {path.name} (once)", file=sys.stderr, flush=True)
-    draft = Path(tempfile.mkdtemp(dir=home, prefix="draft-"))
+    draft = Path(tempfile.mkdtemp(dir=_HOME, prefix="draft-"))
     try:
         _save_tokenizer(draft, max_len=config["max_position_embeddings"])
         if weights:
@@ -87,6 +88,14 @@ def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return load(path)
+
+
+def is_made(path: Path) -> bool:
+    """Whether ``make`` made it: random weights, so no answers that anyone could be careful with."""
+    return (
+        path.resolve().parent == _HOME.resolve()
+        and re.fullmatch(r".+-[0-9a-f]{10}", path.name) is not None
+    )
 
 
 def open_model(name: str, *, dummy: bool = False) -> Model:

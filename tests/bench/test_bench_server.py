@@ -1,0 +1,40 @@
+"""A bench serves a model as its users would; only weights that it made itself need no care."""
+
+import json
+
+import pytest
+
+from kvshare_sglang.bench import models
+from kvshare_sglang.bench.models import READER
+from kvshare_sglang.bench.server import ServerSpec
+
+FLAG = "--kvshare-calibration"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_HOME", tmp_path)
+    shape = tmp_path / "tiny.json"
+    shape.write_text(json.dumps({"max_position_embeddings": 64, "vocab_size": 300}))
+    return models.make(shape, weights=False).path
+
+
+def command(model, *args):
+    return ServerSpec("it", model, args=args).command(1)
+
+
+def test_random_weights_that_were_made_here_are_served_as_a_model_whose_answers_hold(made):
+    said = command(made, "--kvshare")
+    assert said[said.index(FLAG) + 1] == "off"
+
+
+def test_any_other_model_gets_the_care_that_its_users_get(made, tmp_path):
+    copied = tmp_path / "elsewhere" / made.name
+    made.rename(copied.parent.parent / "kept")
+    for model in (READER, tmp_path / "kept", copied):
+        assert FLAG not in command(model, "--kvshare")
+
+
+def test_what_is_asked_for_stands_and_a_plain_server_is_told_nothing(made):
+    assert command(made, "--kvshare", FLAG, "auto").count(FLAG) == 1
+    assert FLAG not in command(made)
