@@ -272,6 +272,15 @@ class Blend(NamedTuple):
     depth: int
 
 
+class Rest(NamedTuple):
+    """Text that was computed over copies which ran again only after it: no copy may be left in
+    front of it, and it is not exact all the same. ``start``: where it begins. ``depth``: of text
+    that is computed after it."""
+
+    start: int
+    depth: int
+
+
 def check_runs(runs: Sequence[Run], *, start: int, stop: int) -> None:
     """Raise ValueError unless the runs ascend, are disjoint and lie in ``[start, stop)``."""
     end = start
@@ -286,8 +295,8 @@ class ReusePlan:
     """What one request copies; all else of ``[prefix_len, prompt_len)`` is computed.
 
     ``runs`` are the accepted runs, ``copies`` what of them is copied: at least something of each.
-    ``blend``: what of the prefix hit is not exact, None where all of it is. Raises ValueError
-    where that does not hold.
+    ``blend``: what of the prefix hit is not exact, None where all of it is. ``rest``: from where
+    on text rests on copies that are none any more. Raises ValueError where that does not hold.
     """
 
     prompt_len: int
@@ -295,6 +304,7 @@ class ReusePlan:
     runs: tuple[Run, ...]
     copies: tuple[Run, ...]
     blend: Blend | None = None
+    rest: Rest | None = None
 
     def __post_init__(self) -> None:
         check_runs(self.runs, start=self.prefix_len, stop=self.prompt_len)
@@ -386,15 +396,16 @@ class ReusePlan:
     @property
     def exact_len(self) -> int:
         """Length of the exact part: nothing after the first row that was copied, here or for the
-        prefix hit, is exact."""
+        prefix hit, is exact, nor what was computed over a copy before that ran again."""
         if self.blend:
             return self.blend.start
-        return self.copies[0].dst_start if self.copies else self.prompt_len
+        copied = self.copies[0].dst_start if self.copies else self.prompt_len
+        return min(copied, self.rest.start) if self.rest else copied
 
     @property
     def inexact(self) -> bool:
-        """Whether any of the prompt's KV was copied, here or for the prefix hit."""
-        return bool(self.copies) or self.blend is not None
+        """Whether any of the prompt's KV was copied, here or for the prefix hit, or rests on it."""
+        return bool(self.copies) or self.blend is not None or self.rest is not None
 
     @cached_property
     def open(self) -> Rows:
@@ -408,11 +419,20 @@ class ReusePlan:
         hit = self.blend.depth if self.blend else 0
         return max([hit, *(run.depth for run in self.copies)])
 
-    def recompute(self, rows: Rows) -> "ReusePlan":
+    def recompute(self, rows: Rows, *, early: Rows | None = None) -> "ReusePlan":
         """The plan that runs ``rows``, all new text among them, and copies all else of its runs.
-        Rows of the prefix hit that run are open no more."""
+        Rows of the prefix hit that run are open no more. ``early``: of ``rows``, those that ran, in
+        any layer, while every copy was still one, and not again from the bottom since."""
         blend = self.blend and self.blend._replace(open=self.blend.open - rows)
-        return self._with(rows.clip(self.prefix_len, self.prompt_len), self.runs, blend)
+        plan = self._with(rows.clip(self.prefix_len, self.prompt_len), self.runs, blend)
+        behind = (
+            early.clip(self.runs[0].dst_start, self.prompt_len) if early and self.runs else None
+        )
+        if not behind or behind.ranges[0].start >= plan.exact_len:
+            return plan
+        start = behind.ranges[0].start
+        depth = max(run.depth_after for run in self.runs if run.dst_start <= start)
+        return dataclasses.replace(plan, rest=Rest(start, depth))
 
     def behind(self, blend: Blend | None) -> "ReusePlan":
         """The same plan, behind a prefix hit of which ``blend`` is not exact."""
@@ -423,9 +443,10 @@ class ReusePlan:
         return dataclasses.replace(self, runs=(), copies=())
 
     def _with(self, rows: Rows, runs: Sequence[Run], blend: Blend | None) -> "ReusePlan":
-        return ReusePlan.computing(
+        plan = ReusePlan.computing(
             rows, prompt_len=self.prompt_len, prefix_len=self.prefix_len, runs=runs, blend=blend
         )
+        return dataclasses.replace(plan, rest=self.rest) if self.rest else plan
 
     def stop_at(self, stop: int) -> "ReusePlan":
         """The plan that copies nothing from prompt position ``stop`` on: all there is new text."""
@@ -452,4 +473,5 @@ class ReusePlan:
                 if not any(run.dst_start <= copy.dst_start < run.dst_stop for run in gone)
             ),
             self.blend,
+            self.rest,
         )

@@ -1,5 +1,6 @@
 """Rows are sets of positions, runs map positions, plans partition a prompt and edit themselves."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import prompts_with_runs
 
 from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run, check_runs, merge_ranges
+from kvshare_sglang.policy.retain import depth_after
 
 SETS = st.sets(st.integers(0, 60))
 
@@ -211,6 +213,27 @@ def test_recompute_runs_those_rows_and_copies_all_else(case, more):
     new = plan.recompute(rows)
     assert new.compute == rows
     assert new == recomputed_by_definition(plan, rows)
+
+
+@given(plans(), st.sets(st.integers(0, 3000), max_size=200), st.sets(st.integers(0, 3000)))
+def test_text_that_ran_while_there_were_copies_before_it_is_not_exact(case, more, early):
+    plan, _ = case
+    rows = plan.fresh_rows | rows_of(more & set(range(plan.prefix_len, plan.prompt_len)))
+    ran_early = rows_of(early & set(rows.positions.tolist()))
+    new = plan.recompute(rows, early=ran_early)
+    first = plan.runs[0].dst_start if plan.runs else plan.prompt_len
+    ran, ran_early = set(rows.positions.tolist()), set(ran_early.positions.tolist())
+    exact = plan.prefix_len  # row by row: run from the bottom, or before any copy, all before exact
+    while exact in ran and not (exact in ran_early and exact >= first):
+        exact += 1
+    assert new.exact_len == exact
+    assert new.inexact == (exact < plan.prompt_len)
+    assert dataclasses.replace(new, rest=None) == plan.recompute(rows)
+    if new.rest:
+        deepest = max(run.depth_after for run in plan.runs if run.dst_start <= exact)
+        assert depth_after(new, exact) >= deepest
+        assert new.nothing().exact_len == exact
+        assert new.stop_at(plan.prompt_len).rest == new.rest
 
 
 @given(plans(), st.integers(0, 3000))

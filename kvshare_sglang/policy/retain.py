@@ -23,6 +23,8 @@ def depth_after(plan: ReusePlan, position: int) -> int:
     depths = [run.depth_after for run in plan.runs if run.dst_start < position]
     if plan.blend:
         depths.append(plan.blend.depth)
+    if plan.rest and plan.rest.start <= position:
+        depths.append(plan.rest.depth)
     return max(depths, default=0)
 
 

@@ -7,7 +7,7 @@ that the steps found among those that are computed again.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,11 +118,12 @@ class TraceStage:
             before = rows[job.number].clip(0, job.chunk.start)
             if before:
                 earlier.append(make(before))
-        kept = {}
+        kept: dict[int, tuple[Rows, carry.First]] = {}
         for job, trace, first in zip(self.jobs, traces, firsts, strict=False):
             if carried := trace.carried():
                 kept[job.number] = (carried, first)
-        return _Chosen(rows, earlier, self._plans(rows), kept)
+        halves = {number: mine for number, (mine, _) in kept.items()}
+        return _Chosen(rows, earlier, self._plans(rows, halves), kept)
 
     def _run_chosen(
         self, chosen: "_Chosen", fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
@@ -177,16 +178,23 @@ class TraceStage:
         rows = list(self.rows)
         for job, ran in zip(self.jobs, coming.wait(), strict=True):
             rows[job.number] = ran
-        self._settle(self._plans(rows))
+        self._settle(self._plans(rows, {}))
         self.on_done(rows)
         return out
 
     def _layer(self, runner: "ModelRunner") -> int:
         return probe_layer(len(runner.model.model.layers), self.probe_at)
 
-    def _plans(self, rows: Sequence[Rows]) -> list[ReusePlan]:
-        """By job: what is copied once ``rows`` ran."""
-        return [job.plan.recompute(rows[job.number] | _ran(job)) for job in self.jobs]
+    def _plans(self, rows: Sequence[Rows], carried: Mapping[int, Rows]) -> list[ReusePlan]:
+        """By job: what is copied once ``rows`` ran, of which those ``carried`` ran their lower
+        layers before it was chosen what else runs."""
+        plans = []
+        for job in self.jobs:
+            now, ran = rows[job.number], _ran(job)
+            halves = carried.get(job.number, Rows())
+            early = _over_copies(job, ran) - (now - halves) | halves
+            plans.append(job.plan.recompute(now | ran, early=early))
+        return plans
 
     def _settle(self, plans: Sequence[ReusePlan]) -> None:
         for job, plan in zip(self.jobs, plans, strict=True):
@@ -206,6 +214,12 @@ class _Chosen(NamedTuple):
 def _ran(job: BatchedRequest) -> Rows:
     """The rows that earlier chunks of the prompt have computed."""
     return job.plan.compute.clip(job.plan.prefix_len, job.chunk.start)
+
+
+def _over_copies(job: BatchedRequest, ran: Rows) -> Rows:
+    """Of rows that earlier chunks computed, those behind the first row that they copied."""
+    copies = job.plan.copies
+    return ran.clip(copies[0].dst_start, job.chunk.start) if copies else Rows()
 
 
 def follow(

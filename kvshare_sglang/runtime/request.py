@@ -102,7 +102,7 @@ class RequestReuse:
     def fall_back(self, reason: Decline) -> None:
         """Copy nothing: all after the prefix hit is computed. Records and counts the reason."""
         assert self.plan is not None
-        self.plan = self.plan.nothing() if self.plan.blend else None
+        self.plan = self.plan.nothing() if self.plan.blend or self.plan.rest else None
         self.watch = None
         self.decline = reason
         self.record["declined"] = reason.value

@@ -118,6 +118,21 @@ def look_at(child: Any, depth: float) -> None:
     child.cache.config = dataclasses.replace(child.cache.config, probe_at=depth)
 
 
+def attend_to(child: Any, start: int, stop: int) -> None:
+    """Let every trace see attention to prompt ``[start, stop)`` alone; to no row: as it was."""
+    from kvshare_sglang.policy.select.attention_trace import Trace
+
+    real = getattr(Trace, "_real", Trace.feed)
+    Trace._real = real  # type: ignore[attr-defined]
+
+    def feed(self: Any, mass: Any) -> None:
+        mass = mass * 0
+        mass[start:stop] = 1
+        real(self, mass)
+
+    Trace.feed = feed if stop > start else real  # type: ignore[method-assign]
+
+
 def switch(child: Any, settings: dict[str, float]) -> bool:
     """What POST /set_internal_state does in the scheduler."""
     from sglang.srt.managers.io_struct import SetInternalStateReq

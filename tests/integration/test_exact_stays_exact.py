@@ -13,7 +13,8 @@ from lab import Lab, lab, request
 
 SETTINGS = {
     "whole": {},
-    "chunked, page 16, overlap": {
+    "trace, chunked, page 16, overlap": {
+        "kvshare_select": "trace",
         "chunked_prefill_size": 128,
         "page_size": 16,
         "disable_overlap_schedule": False,
@@ -103,6 +104,31 @@ def test_exact_then_fuzzy_then_exact_again(both: tuple[Lab, Lab], texts: Texts) 
         cached = ours.one(prompt, kvshare="exact")
         assert cached["output"] == alone["output"]
         assert ours.ask("probes:plain_keys_of_depth") <= {0}
+
+
+def test_new_text_behind_copies_that_all_ran_again_is_not_exact(
+    both: tuple[Lab, Lab], texts: Texts
+) -> None:
+    """It was computed, in its lower layers or in an earlier chunk, while they were copies."""
+    ours, theirs = both
+    first, new, last = (texts.passage(n) for n in (80, 300, 200))
+    prompt = first + new + last + texts.passage(20)
+    ours.flush()
+    ours.one(texts.passage(48) + first + texts.passage(16))
+    ours.one(texts.passage(32) + last + texts.passage(16))
+    ours.ask("probes:attend_to", 0, len(first))
+    fuzzy = ours.one(prompt)["kvshare"]
+    ours.ask("probes:attend_to", 0, 0)
+    if fuzzy["select"] == "trace":
+        assert fuzzy["recomputed_tokens"] >= len(first), fuzzy
+    assert fuzzy["copied_tokens"] > 50, fuzzy
+    again = ours.one(prompt, kvshare="exact", keep="kv")
+    alone = theirs.play([("flush",), request("x", prompt, keep="kv")])["x"]
+    split = max(again["kvshare"]["exact_tokens"], 1)
+    before = [("flush",), request("p", prompt[:split], new=1), ("idle",)]
+    noisy = theirs.play([*before, request("x", prompt, keep="kv")])["x"]
+    assert again["output"] == alone["output"], again["kvshare"]
+    assert kv_gap(again, alone) <= max(2 * kv_gap(noisy, alone), 1e-5), again["kvshare"]
 
 
 def test_exact_beside_its_fuzzy_twin(both: tuple[Lab, Lab], texts: Texts) -> None:

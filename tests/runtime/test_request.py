@@ -10,6 +10,7 @@ from strategies import prompts_with_runs
 
 from kvshare_sglang.plan import Range, ReusePlan, Rows, Run
 from kvshare_sglang.policy.admit import Decline
+from kvshare_sglang.policy.retain import fresh_stretches
 from kvshare_sglang.policy.select.base import copy_all
 from kvshare_sglang.policy.select.window import Window
 from kvshare_sglang.runtime.report import Fallback, Report
@@ -81,6 +82,25 @@ def test_what_was_copied_stays_inexact_when_copying_stops(
     if state.plan is not None:
         assert state.plan.exact_len == plan.exact_len
         assert all(copy.dst_stop <= borders[1] for copy in state.plan.copies)
+
+
+def test_where_every_copy_ran_again_what_was_computed_over_them_stays_inexact() -> None:
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    behind = plan.fresh_rows.clip(plan.runs[0].dst_stop, 200)
+    assert behind
+    for early, exact_len in ((behind, behind.ranges[0].start), (Rows(), None)):
+        state = planned(plan)
+        state.admit(prefix_len=0)
+        ran = plan.recompute(Rows([(0, 200)]), early=early)
+        assert not ran.copies
+        state.settle(ran, watch=True, otherwise=Decline.TOO_LITTLE)
+        assert state.record["declined"] == "too_little"
+        assert state.watch is None
+        assert (state.plan and state.plan.exact_len) == exact_len
+        if state.plan is not None:
+            assert state.plan.inexact
+            stored = fresh_stretches(state.plan, 200, max_depth=9)
+            assert stored == [(exact_len, 200, max(run.depth_after for run in plan.runs[:1]))]
 
 
 def test_a_fallback_is_named_and_counted_once_where_the_request_reuses() -> None:

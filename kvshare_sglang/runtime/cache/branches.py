@@ -159,6 +159,8 @@ class Branches:
         cache, page = self._cache, self._cache.page_size
         exact = plan.exact_len // page * page
         stop = len(tokens) // page * page
+        if stop <= exact:  # no page to store: nor a key, which goes only with its last node
+            return above, Rows()
         space = versions.namespace(req)
         mine = self._keys.setdefault(space, BranchKey(space))
         key = versions.make_key(tokens[exact:stop], req, extra_key=mine)
