@@ -363,6 +363,23 @@ def test_a_batch_shares_a_cache_however_it_is_asked(together):
     ]
 
 
+def test_ways_that_gave_the_same_answers_share_a_line():
+    def row(chunk, mixed, together, *, lost=0, rows=65.2):
+        return {
+            "task": "hops", "case": "splice", "server": "ours", "chunk": chunk, "mixed": mixed,
+            "together": together, "n": 200, "right": 0.9, "minus_full": -0.005 * lost, "lost": lost,
+            "won": 0, "rows": rows, "recomputed": 0.164, "select": "trace",
+        }  # fmt: skip
+
+    found = [row(128, False, 1), row(128, True, 8), row(-1, True, 8, rows=67), row(256, True, 1)]
+    shown = conversation.table("load", [*found, row(512, False, 1, lost=1)])[2:]
+    same, other = ([cell.strip() for cell in line.split("|")[3:-1]] for line in shown)
+    assert same[:4] == ["128, whole, 256", "off, on", "1, 8", "4"]
+    assert same[-3:] == ["65 to 67", "16.4%", "trace"]
+    assert other[:4] == ["512", "off", "1", "1"]
+    assert sum(line.count("hops splice") for line in shown) == 2
+
+
 # ---- the whole of it -------------------------------------------------------------------------
 
 

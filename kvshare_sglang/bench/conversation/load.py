@@ -1,7 +1,7 @@
 """Answers and rows at each chunk size, alone and with others at once, mixed chunks on and off."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -92,25 +92,48 @@ COLUMNS = {
     "chunk": "{chunk}",
     "mixed": "{mixed}",
     "at_once": "{together}",
+    "ways": "{ways}",
     "n": "{n}",
     "right": "{right:.3f}",
     "minus_full": "{minus_full}",
     "lost": "{lost}",
     "won": "{won}",
-    "rows": "{rows:.0f}",
-    "recomputed": "{recomputed:.1%}",
+    "rows": "{rows}",
+    "recomputed": "{recomputed}",
     "select": "{select}",
 }
+_SAME = ("task", "case", "server", "n", "right", "minus_full", "lost", "won", "select")
 
 
 def told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a table, numbers that stand for a word as that word."""
+    """The rows of a table: ways to be served that gave the same answers share one, which says how
+    many they are. Numbers that stand for a word as that word."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row[name] for name in _SAME), []).append(row)
     return [
         {
-            **row,
-            "chunk": "whole" if row["chunk"] < 0 else row["chunk"],
-            "mixed": "on" if row["mixed"] else "off",
-            "minus_full": "-" if row["minus_full"] is None else f"{row['minus_full']:+.3f}",
+            **some[0],
+            "chunk": _each(("whole" if row["chunk"] < 0 else str(row["chunk"])) for row in some),
+            "mixed": _each(("on" if row["mixed"] else "off") for row in some),
+            "together": _each(str(row["together"]) for row in some),
+            "ways": len(some),
+            "minus_full": "-" if some[0]["minus_full"] is None else f"{some[0]['minus_full']:+.3f}",
+            "rows": _range([f"{row['rows']:.0f}" for row in some]),
+            "recomputed": _range([f"{row['recomputed']:.1%}" for row in some]),
         }
-        for row in rows
+        for some in alike.values()
     ]
+
+
+def _each(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
+
+
+def _range(shown: list[str]) -> str:
+    low, high = min(shown, key=_number), max(shown, key=_number)
+    return low if low == high else f"{low} to {high}"
+
+
+def _number(shown: str) -> float:
+    return float(shown.rstrip("%"))
