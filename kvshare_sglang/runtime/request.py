@@ -59,6 +59,7 @@ class RequestReuse:
     spare: Any = None
     private: Rows = field(default_factory=Rows)
     closed: Rows = field(default_factory=Rows)
+    again: Rows = field(default_factory=Rows)  # reused rows that ran, chunks before the next
     record: dict[str, Any] = field(default_factory=dict)
     told: bool = False
 
@@ -78,6 +79,7 @@ class RequestReuse:
         elif self.fallback is not None and self.selector is not None:
             self.report.fell_back(asked=self.asked, ran=self.selector.name, reason=self.fallback)
         # Rows are counted as they run.
+        self.again = Rows()
         self.record = {
             "exact_tokens": blend.start if blend else prefix_len,
             "blended_tokens": prefix_len - blend.start if blend else 0,
@@ -144,6 +146,9 @@ class RequestReuse:
             record["fresh_tokens"] += chunk.num
             return 0
         here, before = rows.clip(*chunk), rows.clip(0, chunk.start)
+        reused = before - (before - plan.reused_rows)
+        copied_before = (reused - self.again).num  # a chunk's last row ran there in any case
+        self.again |= reused | (here - (here - plan.reused_rows))
         copied = chunk.num - here.num
         found = plan.reused_rows.clip(*chunk).num
         record["copied_tokens"] += copied
@@ -152,7 +157,6 @@ class RequestReuse:
         if before:
             record["repaired_tokens"] = record.get("repaired_tokens", 0) + before.num
             blended = before.clip(0, plan.prefix_len).num
-            copied_before = before.num - (before - plan.reused_rows).num
             record["blended_tokens"] -= blended
             record["copied_tokens"] -= copied_before
             record["recomputed_tokens"] += blended + copied_before

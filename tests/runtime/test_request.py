@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +83,25 @@ def test_what_was_copied_stays_inexact_when_copying_stops(
     if state.plan is not None:
         assert state.plan.exact_len == plan.exact_len
         assert all(copy.dst_stop <= borders[1] for copy in state.plan.copies)
+
+
+@given(st.sets(st.integers(0, 199)), st.sets(st.integers(0, 199)), st.integers(1, 199))
+def test_a_row_that_runs_in_two_chunks_is_counted_once(
+    first: set[int], second: set[int], border: int
+) -> None:
+    """The last row of a chunk runs there, and a trace may choose it again with the last chunk."""
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    new = set(plan.fresh_rows.positions.tolist())
+    rows = [{p for p in first | new if p < border}, {p for p in second if p < border}]
+    rows[1] |= {p for p in second | new if p >= border}
+    state = planned(plan)
+    state.admit(prefix_len=0)
+    for chunk, mine in zip((Range(0, border), Range(border, 200)), rows, strict=True):
+        state.ran(chunk, Rows.at(np.array(sorted(mine), np.int64)), plan)
+    ran = rows[0] | rows[1]
+    assert state.record["recomputed_tokens"] == len(ran - new)
+    assert state.record["copied_tokens"] == 200 - len(ran | new)
+    assert state.record["fresh_tokens"] == len(new)
 
 
 def test_where_every_copy_ran_again_what_was_computed_over_them_stays_inexact() -> None:
