@@ -72,7 +72,7 @@ def make(shape: Path, *, seed: int = 0, weights: bool = True) -> Model:
     if path.exists():
         return load(path)
     _HOME.mkdir(parents=True, exist_ok=True)
-    (ROOT / ".cache" / ".gitignore").write_text("*\n")
+    (_HOME.parent / ".gitignore").write_text("*\n")
     print(f"making {path.name} (once)", file=sys.stderr, flush=True)
     draft = Path(tempfile.mkdtemp(dir=_HOME, prefix="draft-"))
     try:
