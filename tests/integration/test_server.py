@@ -397,7 +397,7 @@ def test_another_version_starts_reuses_and_stays_exact(
     a, b = texts.passage(300), texts.passage(200)
     prompt = b + texts.passage(6) + a + texts.passage(10)
     expected = greedy(model, prompt, 8)
-    with serve(model, tmp_path, "--kvshare", sglang=folder) as it:
+    with serve(model, tmp_path, "--kvshare", "--kvshare-calibration", "off", sglang=folder) as it:
         it.generate(a + b)
         seen = info(it.generate(prompt, custom={"kvshare": "exact"}))
         assert seen["declined"] == "exact_requested"
