@@ -146,9 +146,6 @@ class RequestReuse:
             record["fresh_tokens"] += chunk.num
             return 0
         here, before = rows.clip(*chunk), rows.clip(0, chunk.start)
-        reused = before - (before - plan.reused_rows)
-        copied_before = (reused - self.again).num  # a chunk's last row ran there in any case
-        self.again |= reused | (here - (here - plan.reused_rows))
         copied = chunk.num - here.num
         found = plan.reused_rows.clip(*chunk).num
         record["copied_tokens"] += copied
@@ -157,9 +154,14 @@ class RequestReuse:
         if before:
             record["repaired_tokens"] = record.get("repaired_tokens", 0) + before.num
             blended = before.clip(0, plan.prefix_len).num
+            reused = before - (before - plan.reused_rows)
+            copied_before = (reused - self.again).num  # a chunk's last row ran there in any case
+            self.again |= reused
             record["blended_tokens"] -= blended
             record["copied_tokens"] -= copied_before
             record["recomputed_tokens"] += blended + copied_before
+        if chunk.stop < plan.prompt_len:  # a later chunk may run some of them once more
+            self.again |= here - (here - plan.reused_rows)
         return copied
 
     def advance(self, stop: int) -> bool:
