@@ -169,6 +169,12 @@ def takes_any_ranges(runner: "ModelRunner") -> bool:
     return bool(runner.attn_backend.kvshare.own)
 
 
+def pads(runner: "ModelRunner") -> bool:
+    """Whether SGLang's own attention pads each request's rows to all of its tokens, as it does with
+    torch's on a CPU: there ours costs less wherever it may run."""
+    return bool(runner.attn_backend.kvshare.how == "blocks")
+
+
 def few_enough(rows: Sequence[Rows], runner: "ModelRunner") -> list[Rows]:
     """The rows in no more ranges than the attention backend has room for."""
     if takes_any_ranges(runner):

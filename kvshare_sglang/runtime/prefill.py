@@ -15,7 +15,7 @@ from kvshare_sglang.policy.select.base import Sees
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.runtime import copying, support
 from kvshare_sglang.runtime.attention_trace import TraceStage
-from kvshare_sglang.runtime.batch import BatchedRequest, BatchReuse, cut_tokens, few_enough
+from kvshare_sglang.runtime.batch import BatchedRequest, BatchReuse, cut_tokens, few_enough, pads
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.dhd import DhdObserver
 from kvshare_sglang.runtime.request import RequestReuse, Stage, reuse_of
@@ -82,6 +82,9 @@ def narrow(
         reuse = narrowed
     else:
         _count(batch, members, every_row)
+        if reuse is None and pads(runner) and any(m.plan and m.plan.blend for m in members):
+            # Rows over text that reused, as samples are: not bound to SGLang's own sums.
+            reuse = BatchReuse(rows=every_row)
     for member in members:
         # Whatever overwrites the sources later is enqueued after the copies.
         if member.state and (member.state.plan is None or member.state.advance(member.chunk.stop)):

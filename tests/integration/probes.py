@@ -133,6 +133,27 @@ def attend_to(child: Any, start: int, stop: int) -> None:
     Trace.feed = feed if stop > start else real  # type: ignore[method-assign]
 
 
+def watch_padding(child: Any) -> None:
+    """Note for each prompt's part that torch's attention pads: tokens that it is padded by, once
+    for all layers."""
+    kind = type(child.runner.attn_backend).__mro__[1]
+    real, child.padded = kind._run_sdpa_forward_extend, []
+
+    def padding(self: Any, *args: Any, **kw: Any) -> Any:
+        prefixes = kw.get("extend_prefix_lens", args[7] if len(args) > 7 else None)
+        if not child.padded or child.padded[-1] is not prefixes:
+            child.padded.append(prefixes)
+        return real(self, *args, **kw)
+
+    kind._run_sdpa_forward_extend = padding
+
+
+def padded(child: Any) -> list[int]:
+    """Tokens that prompts were padded by since it was last asked."""
+    noted, child.padded = child.padded, []
+    return [int(n) for prefixes in noted for n in prefixes if n > 0]
+
+
 def switch(child: Any, settings: dict[str, float]) -> bool:
     """What POST /set_internal_state does in the scheduler."""
     from sglang.srt.managers.io_struct import SetInternalStateReq

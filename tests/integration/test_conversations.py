@@ -100,6 +100,26 @@ def test_the_same_prompt_again_costs_one_row(talk: Lab, texts: Texts) -> None:
     assert_clean(talk)
 
 
+def test_rows_over_text_that_reused_are_padded_by_no_one(llama: Path, texts: Texts) -> None:
+    """Samples of a prompt run a row each, which torch's attention on a CPU pads to the prompt."""
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        it.ask("probes:watch_padding")
+        document = texts.passage(400)
+        prompt = texts.passage(30) + document + texts.passage(50)
+        it.one(document)
+        first = it.one(prompt)
+        assert first["kvshare"]["copied_tokens"] > 200
+        four = it.play([[request(f"{i}", prompt) for i in range(4)]])
+        for one in four.values():
+            assert one["output"] == first["output"]
+            torch.testing.assert_close(one["logits"], first["logits"], **TOL)
+        assert it.ask("probes:padded") == []
+        # Exact KV is SGLang's own to the last bit, so its sums stay SGLang's.
+        turn = document + texts.passage(8)
+        assert it.one(turn, kvshare="exact")["kvshare"]["exact_tokens"] == 400
+        assert it.ask("probes:padded") == [400]
+
+
 def test_turns_after_an_edit_cost_what_they_cost_without_us(talk: Lab, texts: Texts) -> None:
     talk.flush()
     stock = Stock(talk.page)
