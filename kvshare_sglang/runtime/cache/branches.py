@@ -120,11 +120,9 @@ class Branches:
         """How many tokens of ``key`` hang under ``node``. Changes nothing."""
         page, done = self._cache.page_size, 0
         while len(key) - done >= page:
-            rest = key[done:]
-            child = node.children.get(rest.child_key(page))
+            child, same = _next(node, key, done, page)
             if child is None:
                 break
-            same = child.key.match(rest, page_size=page)
             done += same
             if same < len(child.key):
                 break
@@ -171,11 +169,9 @@ class Branches:
         still_private = np.zeros(stop, bool)
         freed: list[torch.Tensor] = []
         while at < stop:
-            rest = key[at - exact :]
-            child = node.children.get(rest.child_key(page))
+            child, same = _next(node, key, at - exact, page)
             if child is None:
                 break
-            same = child.key.match(rest, page_size=page)
             if same < len(child.key):
                 child = cache._split_node(child.key, child, same)
             here = Range(at, at + same)
@@ -291,6 +287,15 @@ def _with_gaps(sources: Sequence[_Piece], start: int, stop: int) -> list[_Piece]
 
 def _under(key: "RadixKey", mine: BranchKey, start: int, stop: int) -> "RadixKey":
     return versions.make_key(key.token_ids[start:stop], None, extra_key=mine)
+
+
+def _next(node: "TreeNode", key: "RadixKey", at: int, page: int) -> tuple[Any, int]:
+    """The child of ``node`` that goes on like ``key`` from ``at`` on, None if none does, and for
+    how many tokens. O(tokens of the child), not of what is left of the key."""
+    child = node.children.get(key[at : at + page].child_key(page))
+    if child is None:
+        return None, 0
+    return child, child.key.match(key[at : at + len(child.key)], page_size=page)
 
 
 def _path(node: Any) -> set[int]:
