@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Texts
 from lab import lab, request
-from server import SGLANG, SPEC, environment, forked, main, unmeasured
+from server import SGLANG, SPEC, environment, forked, main, serve, unmeasured
 
 from kvshare_sglang.config import KVShareConfig
 
@@ -227,6 +228,39 @@ if __name__ == "__main__":
     configs = [unmeasured(), unmeasured(seam=8)]
     said = done.stdout + done.stderr
     assert all(said.count(config) == 1 for config in configs)
+
+
+def test_the_rust_front_end_takes_options_by_generate_and_says_the_rest_in_the_log(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Texts
+) -> None:
+    """Requests go from Rust to the scheduler: no process of ours judges them, none may hurt it."""
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with serve(model, tmp_path, "--kvshare", "--enable-metrics") as it:
+        document = texts.passage(200)
+
+        def ask(option: Any, *codes: int) -> bool:
+            """Whether the request copied something."""
+            prompt = [*texts.passage(9), *document, *texts.passage(9)]
+            said = {"max_new_tokens": 3, "custom_params": {"kvshare": option}}
+            before = it.log.read_text().count("#copied-token")
+            reply = it.post("/generate", {"input_ids": prompt, "sampling_params": said})
+            assert reply.status_code in (200, *codes), reply.text
+            if reply.status_code == 200:
+                assert len(reply.json()["output_ids"]) == 3
+            return it.log.read_text().count("#copied-token") > before
+
+        assert not ask(None)
+        assert ask("auto")
+        assert ask({"budget": 0.5})
+        assert not ask("exact")
+        assert not ask("exakt")
+        why = "reuses nothing: custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
+        assert why in it.log.read_text()
+        for odd in ({"a": 1}, {"budget": "x"}, {"budget": -1}, {"mode": "x" * 999}, 7, 10**30):
+            assert not ask(odd), odd
+        for odd in ([["exact"]], {"mode": {}}, {"budget": [1]}):  # it refuses some itself
+            assert not ask(odd, 400), odd
+        assert "Traceback" not in it.log.read_text().split("KVShare is on", 1)[1]
 
 
 # ---- benchmarks ------------------------------------------------------------------------------

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import front_ends
+import grpc
 import pytest
 import requests
 from lab import computed
 from server import Server, forked, script, serve, unmeasured
+
+from kvshare_sglang.bench.processes import free_port
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
 
@@ -33,10 +37,19 @@ SHARED = 16
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started as ``sglang serve``, by a file of options."""
-    folder = tmp_path_factory.mktemp("doors")
-    with serve(model, folder, "--enable-cache-report", *NAMED, options=OPTIONS) as it:
+    folder, grpc_port = tmp_path_factory.mktemp("doors"), free_port()
+    args = ("--enable-cache-report", "--grpc-port", str(grpc_port), *NAMED)
+    with serve(model, folder, *args, options=OPTIONS) as it:
+        it.grpc_port = grpc_port  # type: ignore[attr-defined]
         begin(it)
         yield it
+
+
+@pytest.fixture(scope="module")
+def behind_smg(server: Server) -> Iterator[str]:
+    """The address of the real gateway in front of the real server."""
+    with front_ends.smg(server.url) as url:
+        yield url
 
 
 def begin(server: Server) -> None:
@@ -355,6 +368,73 @@ def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> No
             reply = server.post(door.path, body, headers={"X-KVShare": "exact"})
             declined = [record["declined"] for record in told(door, reply)]
             assert declined == ["exact_requested"] * 3
+
+
+GRPC = [(door, name) for door, name in zip(DOORS[1:3], ("Complete", "ChatComplete"), strict=True)]
+
+
+@pytest.mark.parametrize(("door", "method"), GRPC, ids=[name for _, name in GRPC])
+@both_ways
+def test_native_grpc_is_a_door_as_http_is(
+    server: Server, door: Door, method: str, stream: bool
+) -> None:
+    port = server.grpc_port  # type: ignore[attr-defined]
+
+    def ask(body: dict[str, Any], **headers: str) -> list[dict[str, Any]]:
+        return front_ends.openai(port, method, body, **headers)
+
+    def seen(answers: list[dict[str, Any]]) -> dict[str, Any]:
+        (record,) = next(a["usage"]["kvshare"] for a in reversed(answers) if a.get("usage"))
+        return dict(record)
+
+    def text(what: str) -> str:
+        return fresh(door, stream, f"gRPC {what}")
+
+    assert seen(ask(door.body(text("auto"), stream=stream)))["copied_tokens"] > 64
+    by_header = ask(door.body(text("header"), stream=stream), **{"x-kvshare": "exact"})
+    assert seen(by_header)["declined"] == "exact_requested"
+    by_body = ask(door.asking(text("body"), "exact", stream=stream))
+    assert seen(by_body)["declined"] == "exact_requested"
+    for refused in (
+        ask(door.asking("text", "exakt", stream=stream)),
+        ask(door.body("text", stream=stream), **{"x-kvshare": "exakt"}),
+    ):
+        (error,) = refused
+        assert error["code"] == 400
+        assert error["message"].endswith("got 'exakt'")
+    odd = random.Random(stream)
+    for option in [odd_options(odd) for _ in range(20)]:
+        with contextlib.suppress(grpc.RpcError):
+            ask(door.asking("text", option, stream=stream))
+    assert len(server.generate([5], new=3)["output_ids"]) == 3
+
+
+def test_native_grpc_without_options_gets_the_servers_default(server: Server) -> None:
+    text = fresh(DOORS[0], False, "gRPC text")
+    (seen,) = json.loads(front_ends.text(server.grpc_port, text)["kvshare"])  # type: ignore[attr-defined]
+    assert seen["copied_tokens"] > 64
+
+
+@pytest.mark.parametrize("door", DOORS[:3], ids=lambda door: door.path)
+@both_ways
+def test_behind_the_gateway(server: Server, behind_smg: str, door: Door, stream: bool) -> None:
+    """smg hands on what the body says and what the answer tells; it drops our header."""
+
+    def ask(body: dict[str, Any], **headers: str) -> requests.Response:
+        return requests.post(behind_smg + door.path, json=body, headers=headers, timeout=60)
+
+    def text(what: str) -> str:
+        return fresh(door, stream, f"smg {what}")
+
+    (auto,) = told(door, ask(door.body(text("auto"), stream=stream)))
+    assert auto["copied_tokens"] > 64
+    (exact,) = told(door, ask(door.asking(text("exact"), "exact", stream=stream)))
+    assert exact["declined"] == "exact_requested"
+    (dropped,) = told(door, ask(door.body(text("header"), stream=stream), **{"X-KVShare": "exact"}))
+    assert dropped["declined"] is None
+    refused = ask(door.asking("text", "exakt", stream=stream))
+    assert refused.status_code == 400 or (stream and door.path == "/generate")
+    assert "got 'exakt'" in refused.text
 
 
 @contextlib.contextmanager
