@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, default=2048, help="--chunked-prefill-size (default: SGLang's on CPU)")
     add("--max-total-tokens", type=int, default=131072, help="KV tokens of each server")
     add("--seed", type=int, default=0)
+    add("--ours-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for servers with kvshare, as --ours-arg=--kvshare-budget")  # fmt: skip
     add("--own-answers", action="store_true",
         help="histories go on with what each server answered, not with written words")  # fmt: skip
     add("--file", type=Path, nargs="+", default=[], metavar="FILE",
@@ -166,7 +168,7 @@ def measure_costs(
 def spec(args: argparse.Namespace, name: str, model: Path, **other: Any) -> ServerSpec:
     """``stock`` is SGLang's own server, any other name one with kvshare's defaults."""
     flags = other.pop("flags", memory.FLAGS)
-    kvshare = () if name.startswith("stock") else ("--kvshare",)
+    kvshare = () if name.startswith("stock") else ("--kvshare", *args.ours_arg)
     return ServerSpec(
         name, model, args.device, threads=args.threads, chunk=other.pop("chunk", args.chunk),
         max_total_tokens=args.max_total_tokens, args=(*kvshare, *flags, *args.server_arg),
