@@ -274,11 +274,11 @@ class Blend(NamedTuple):
 
 class Rest(NamedTuple):
     """Text that was computed over copies which ran again only after it: no copy may be left in
-    front of it, and it is not exact all the same. ``start``: where it begins. ``depth``: of text
-    that is computed after it."""
+    front of it, and it is not exact all the same, nor less deep. ``start``: where it begins.
+    ``runs``: those that were copied then."""
 
     start: int
-    depth: int
+    runs: tuple[Run, ...]
 
 
 def check_runs(runs: Sequence[Run], *, start: int, stop: int) -> None:
@@ -428,11 +428,12 @@ class ReusePlan:
         behind = (
             early.clip(self.runs[0].dst_start, self.prompt_len) if early and self.runs else None
         )
-        if not behind or behind.ranges[0].start >= plan.exact_len:
+        if not behind:
             return plan
         start = behind.ranges[0].start
-        depth = max(run.depth_after for run in self.runs if run.dst_start <= start)
-        return dataclasses.replace(plan, rest=Rest(start, depth))
+        if start >= plan.exact_len and plan.runs == self.runs:  # its copies tell as much
+            return plan
+        return dataclasses.replace(plan, rest=Rest(start, self.runs))
 
     def behind(self, blend: Blend | None) -> "ReusePlan":
         """The same plan, behind a prefix hit of which ``blend`` is not exact."""

@@ -24,7 +24,7 @@ def depth_after(plan: ReusePlan, position: int) -> int:
     if plan.blend:
         depths.append(plan.blend.depth)
     if plan.rest and plan.rest.start <= position:
-        depths.append(plan.rest.depth)
+        depths += [run.depth_after for run in plan.rest.runs if run.dst_start <= position]
     return max(depths, default=0)
 
 

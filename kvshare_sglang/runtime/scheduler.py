@@ -236,6 +236,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     based_on = (
         stamp,
         cache.sync.weights,
+        cache.shadow.default,
         prefix_len,
         req.last_node,
         len(req.full_untruncated_fill_ids),
@@ -245,13 +246,14 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         return known
     cache.release(req)
     state = RequestReuse(cache.report, based_on=based_on, weights=cache.sync.weights)
+    of_an_adapter = _of_an_adapter(cache, req)
     try:
         options = parse_options(req.sampling_params.custom_params, default=cache.shadow.default)
     except ConfigError as error:  # whatever process took the request let it pass
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS
         return state
-    state.decline = _of_an_adapter(cache, req) or may_reuse(support.view_of(req, options.mode))
+    state.decline = of_an_adapter or may_reuse(support.view_of(req, options.mode))
     if state.decline is Decline.EXACT_REQUESTED and _says_nothing(cache, req):
         state.decline = Decline.SHADOW
     if state.decline is not None:

@@ -6,7 +6,8 @@ takes few ranges. KV is stored in place, so a prompt's later rows see what its e
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def passes(fb: Any, runner: "ModelRunner") -> Iterator[Any]:
         yield fb
         return
     rows = on_host(reuse.rows)
-    parts = sliced(rows, most=chunk)
+    parts = sliced(rows, most=chunk, whole=_with_logprobs(fb))
     for part in parts[:-1]:
         view = copy.copy(fb)
         view.return_logprob = False
@@ -57,26 +58,46 @@ def passes(fb: Any, runner: "ModelRunner") -> Iterator[Any]:
     yield fb
 
 
-def sliced(rows: Sequence[Rows], *, most: int) -> list[list[Rows]]:
+def _with_logprobs(fb: Any) -> set[int]:
+    """Which requests of a batch want logprobs of their prompt: SGLang looks for them in one pass.
+    They were charged whole."""
+    if not fb.return_logprob:
+        return set()
+    wanted = zip(fb.extend_logprob_start_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
+    return {i for i, (start, length) in enumerate(wanted) if start < length}
+
+
+def sliced(rows: Sequence[Rows], *, most: int, whole: Collection[int] = ()) -> list[list[Rows]]:
     """The rows of a batch, by request, in parts of at most ``most`` rows, or one more than there
     are requests. Ascending; each part has a row of every request, its last one if no other, and
-    the last part has the last row of all. No part has more ranges than ``rows``.
+    the last part has the last row of all. No part has more ranges than ``rows``. Of requests in
+    ``whole`` the last part has every row, and may be larger for that.
 
     >>> sliced([Rows([(0, 5)]), Rows([(7, 9)])], most=4)
     [[Rows([(0, 2)]), Rows([(8, 9)])], [Rows([(2, 4)]), Rows([(8, 9)])], [Rows([(4, 5)]), \
 Rows([(7, 9)])]]
+    >>> sliced([Rows([(0, 5)]), Rows([(7, 9)])], most=4, whole={1})
+    [[Rows([(0, 2)]), Rows([(8, 9)])], [Rows([(2, 3)]), Rows([(8, 9)])], [Rows([(3, 5)]), \
+Rows([(7, 9)])]]
     """
     if sum(one.num for one in rows) <= max(most, len(rows) + 1):
         return [list(rows)]
-    room = max(most - len(rows), 1)
-    stops = np.cumsum([one.num - 1 for one in rows])
+    counts = [0 if i in whole else one.num - 1 for i, one in enumerate(rows)]
+    stops = np.cumsum(counts)
+    total, room = int(stops[-1]), max(most - len(rows), 1)
+    at_the_end = sum(one.num - 1 for i, one in enumerate(rows) if i in whole)
+    starts = list(range(0, total, room)) or [0]
+    left = total - starts[-1]
+    if left > max(room - at_the_end, 0) and at_the_end:
+        starts.append(total - max(room - at_the_end, 0))
     parts = []
-    for at in range(0, int(stops[-1]), room):
-        last = at + room >= stops[-1]
-        part = []
-        for one, stop in zip(rows, stops, strict=True):
-            start = stop - (one.num - 1)
-            mine = one.positions[:-1][max(at - start, 0) : max(at + room - start, 0)]
+    for at, end in pairwise([*starts, total]):
+        part, last = [], at == starts[-1]
+        for i, (one, stop, count) in enumerate(zip(rows, stops, counts, strict=True)):
+            start = stop - count
+            mine = one.positions[max(at - start, 0) : max(min(end, stop) - start, 0)]
+            if i in whole and last:
+                mine = one.positions[:-1]
             if last or not len(mine):
                 mine = np.append(mine, one.positions[-1])
             part.append(Rows.at(mine))

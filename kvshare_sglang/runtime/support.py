@@ -165,7 +165,10 @@ def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
 
 def view_of(req: "Req", mode: str) -> RequestView:
     """What admission may see of a request."""
-    prompt_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
+    # Planned anew after it was retracted, its answer so far is prompt too, and SGLang computes the
+    # logprobs of that once more.
+    length = max(len(req.origin_input_ids), len(req.full_untruncated_fill_ids))
+    prompt_logprobs = req.return_logprob and 0 <= req.logprob_start_len < length
     inputs = (
         req.multimodal_inputs,
         req.input_embeds,

@@ -94,6 +94,31 @@ def test_a_prompt_of_more_rows_than_a_chunk_is_traced_with_its_last_chunk(
     assert -16 <= computed(mine["kvshare"]) - computed(whole["kvshare"]) <= chunks
 
 
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_rows_of_several_chunks_over_exact_copies_are_full_prefill(
+    llama: Path, texts: Texts, budget: float
+) -> None:
+    """An oracle for which rows run when, and in which order: where all copies are exact, whatever
+    runs again beside them and in whatever chunk, logits and KV are those of full prefill. With half
+    of the rows the repair itself is several chunks."""
+    settings = {"chunked_prefill_size": CHUNK, "kvshare_select": "trace"}
+    with lab(llama, kvshare=True, kvshare_budget=budget, **settings) as it:
+        it.ask("probes:force_plans")
+        prompt = texts.passage(700)
+        it.one(prompt + texts.passage(32), extra_key="donor", new=1, kvshare="exact")
+        full = it.one(prompt, extra_key="full", kvshare="exact", keep="kv")
+        rows = [(150, 280), (500, 560), (680, 700)]
+        part = it.one(prompt, forced=rows, extra_key="part", keep="kv")
+        told = part["kvshare"]
+        assert (told["select"], told["declined"]) == ("trace", None)
+        assert told["repaired_tokens"] > 0
+        assert computed(told) > CHUNK * budget * 5
+        assert part["output"] == full["output"]
+        torch.testing.assert_close(part["logits"], full["logits"], **TOL)
+        for mine, theirs in zip(part["kv"], full["kv"], strict=True):
+            torch.testing.assert_close(mine, theirs, **TOL)
+
+
 def test_prompts_at_once_share_batches_and_each_reuses_what_it_does_alone(
     small: Lab, texts: Texts
 ) -> None:

@@ -51,6 +51,9 @@ def assert_clean(it: Lab) -> None:
     assert state["available"] + state["evictable"] == state["total"]
 
 
+KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
+
+
 def make_prompt(rng: random.Random, passages: list[list[int]], texts: Texts) -> list[int]:
     parts = rng.sample(passages, rng.randrange(1, 4))
     if rng.random() < 0.4:  # an edit
@@ -64,7 +67,8 @@ def make_prompt(rng: random.Random, passages: list[list[int]], texts: Texts) -> 
 def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
     rng = random.Random(5)
     passages = [texts.passage(rng.randrange(60, 200)) for _ in range(8)]
-    reused = 0
+    reused, whole = 0, 0
+    lengths: dict[str, int] = {}
     before = tight.ask("probes:counts")["tokens"]
     for round_ in range(6):
         script: list = []
@@ -73,10 +77,12 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
         for i in range(16):
             rid = f"{round_}-{i}"
             sent.append(rid)
+            prompt = make_prompt(rng, passages, texts)
+            lengths[rid] = len(prompt)
             script.append(
                 request(
                     rid,
-                    make_prompt(rng, passages, texts),
+                    prompt,
                     new=rng.randrange(1, 60),
                     kvshare=rng.choice([None, None, None, "exact", {"budget": 0.5}]),
                     extra_key=rng.choice([None, None, "tenant"]),
@@ -96,11 +102,20 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
             # leaves no reason on the request.
             kind = (answer["finish"] or {"type": "abort"})["type"]
             assert kind == "length" or rid in aborted, (rid, answer["finish"])
+            if kind == "length":
+                whole += lengths[rid]
+                # Planned anew, its answer so far is prompt too.
+                told = sum(answer["kvshare"][f"{of}_tokens"] for of in KINDS)
+                again = told - lengths[rid]
+                assert 0 <= again <= len(answer["output"]) * bool(answer["retractions"])
         reused += sum((a["kvshare"] or {}).get("copied_tokens", 0) > 0 for a in answers.values())
         assert_clean(tight)
     assert reused > 10, "the mix must really reuse"
     after = tight.ask("probes:counts")["tokens"]
     assert after["copied"] > before.get("copied", 0)
+    # Each request is counted once, whatever became of it.
+    counted = sum(after.get(of, 0) - before.get(of, 0) for of in KINDS)
+    assert whole <= counted <= sum(lengths.values())
 
 
 def test_retracted_requests_give_the_answers_of_calm_ones(llama: Path, texts: Texts) -> None:
@@ -117,11 +132,61 @@ def test_retracted_requests_give_the_answers_of_calm_ones(llama: Path, texts: Te
             request(f"e{i}", p, new=120, kvshare="exact", extra_key="e")
             for i, p in enumerate(prompts)
         ]
+        before = it.ask("probes:counts")["tokens"]
         answers = it.play([script])
         assert sum(answer["retractions"] for answer in answers.values()) > 0
+        after = it.ask("probes:counts")["tokens"]
+        counted = sum(after.get(of, 0) - before.get(of, 0) for of in KINDS)
+        assert counted == 2 * sum(map(len, prompts))
         for i, expected in enumerate(exact):
             assert answers[f"e{i}"]["output"] == expected
             assert len(answers[f"f{i}"]["output"]) == 200
+        assert_clean(it)
+
+
+def test_retracted_requests_with_logprobs_are_served(llama: Path, texts: Texts) -> None:
+    """Planned anew, the answer so far is prompt too, and SGLang wants the logprobs of all of it."""
+    a, b = texts.passage(150), texts.passage(130)
+    prompts = [texts.passage(7) + b + a, a[20:] + b[10:], b + texts.passage(20) + a[:100]]
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        it.one(a + b)
+        it.ask("probes:retract_every", 20)
+        script = [request(f"{i}", p, new=120, logprob_start=-1) for i, p in enumerate(prompts)]
+        script += [request("plain", texts.passage(40), new=120)]
+        answers = it.play([script])
+        assert sum(answers[f"{i}"]["retractions"] for i in range(3)) > 0
+        for i in range(3):
+            assert answers[f"{i}"]["kvshare"]["copied_tokens"] > 100
+        assert all(len(answer["output"]) == 120 for answer in answers.values())
+        assert_clean(it)
+
+
+@pytest.mark.parametrize("turn", ["of a branch", "of a long prompt"])
+def test_prompt_logprobs_beside_a_repair_that_does_not_fit_the_chunk(
+    llama: Path, texts: Texts, turn: str
+) -> None:
+    """SGLang fills the chunk with a prompt whose logprobs are wanted, and rows before the chunk run
+    besides: more passes than one, of which one must have all of these."""
+    settings = {"chunked_prefill_size": 128, "kvshare_select": "trace", "kvshare_budget": 0.5}
+    a, wanted = texts.passage(500), texts.passage(300)
+    with lab(llama, kvshare=True, **settings) as it:
+        alone = it.one(wanted, logprob_start=0, extra_key="x")
+        it.one(a)
+        prompt = texts.passage(9) + a[:200] + texts.passage(30)
+        if turn == "of a branch":
+            assert it.one(prompt)["kvshare"]["copied_tokens"] > 60
+            prompt = prompt + texts.passage(70)
+        else:
+            prompt = texts.passage(5) + a[250:] + texts.passage(40) + a[:240] + texts.passage(20)
+        both = it.play([[
+            request("turn", prompt),
+            request("wanted", wanted, logprob_start=0, extra_key="y"),
+        ]])  # fmt: skip
+        assert both["turn"]["kvshare"]["repaired_tokens"] > 0
+        ours, theirs = (one["input_logprobs"][1:] for one in (both["wanted"], alone))
+        assert len(ours) == len(theirs) == len(wanted) - 1
+        assert ours == pytest.approx(theirs, abs=2e-3)
+        assert both["wanted"]["output"] == alone["output"]
         assert_clean(it)
 
 

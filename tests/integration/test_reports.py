@@ -147,13 +147,20 @@ def test_a_base_request_never_copies_kv_of_an_adapter(
     extra_key, and then shares exact prefixes with the adapter."""
     settings = {"enable_lora": True, "lora_paths": [str(make_adapter(models))]}
     settings |= {"lora_backend": "torch_native", "max_loras_per_batch": 2}
+    settings |= {"kvshare_select": "trace", "mutation": "probes:no_pinning"}
     document = texts.passage(300)
     prompt = texts.passage(9) + document + texts.passage(20)
-    with lab(llama, kvshare=True, mutation="probes:no_pinning", **settings) as it:
+    with lab(llama, kvshare=True, **settings) as it:
         (adapter,) = it.ask("test_reports:lora_ids")
         it.one(document, lora=True)
         told = it.one(prompt, extra_key=adapter)["kvshare"]
         assert (told["copied_tokens"], told["declined"]) == (0, "lora")
+        # Its own text a base request copies, by the selector that is served beside adapters.
+        it.one(document)
+        told = it.one(prompt)["kvshare"]
+        assert told["copied_tokens"] > 200
+        assert (told["select"], told["select_reason"]) == ("window", "lora")
+        assert it.ask("probes:counts")["fallbacks"] == {("trace", "window", "lora"): 1}
 
 
 def test_samples_of_one_prompt_reuse_as_a_single_one_does(llama: Path, texts: Texts) -> None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-total-tokens", type=int, default=131072, help="KV tokens of each server")
     add("--seed", type=int, default=0)
     add("--ours-arg", action="append", default=[], metavar="ARG",
-        help="one more argument for servers with kvshare, as --ours-arg=--kvshare-budget")  # fmt: skip
+        help="one more argument for servers with kvshare, as --ours-arg=--flag")  # fmt: skip
     add("--own-answers", action="store_true",
         help="histories go on with what each server answered, not with written words")  # fmt: skip
     add("--file", type=Path, nargs="+", default=[], metavar="FILE",

@@ -18,8 +18,9 @@ MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it save
 MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
 REACH = 2048  # tokens that a change reaches on in its own text; more where more care is asked for
-REPAIR = 1.5  # a new row buys as many open rows before it as so many reused ones do
-FEWEST, TURN = 4, 120  # tokens of new text that may ask something, and that it counts as at least
+CARE = 0.3  # the budget of a model that was never measured; from here on more buys more everywhere
+REPAIR = 0.25  # open rows before it that a new row buys: what a turn may cost beside its text
+FEWEST, TURN = 4, 60  # tokens of new text that may ask something, and that it counts as at least
 QUERY = 64  # of so many rows the attention is looked at, the last ones
 
 
@@ -87,21 +88,21 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
     new ones before the last of them. The more new text is there, the more copies may be off; a
     question after them changes none. The one definition for every selector.
 
-    Text that goes on behind a change counts so far only as the change reaches, ``REACH`` tokens or
-    six times ``budget / (1 - budget)`` of that: so a turn of a long conversation costs what it
+    Text that goes on behind a change counts so far only as the change reaches, ``REACH`` tokens,
+    and further where the budget is above ``CARE``: so a turn of a long conversation costs what it
     costs in a short one. A run that was moved counts whole, and a budget of 1 buys every row.
 
     >>> budget_rows([Run(1, 0, 10, 90)], prefix_len=0, budget=0.1)
     11
     >>> clock = [Run(1, 20, 20, 500), Run(2, 520, 520, 9000, join=Join.ON)]
     >>> [budget_rows(clock, prefix_len=0, budget=budget) for budget in (0.15, 0.3, 1.0)]
-    [331, 1591, 9500]
+    [313, 626, 9500]
     """
     if not runs:
         return 0
     reused = sum(run.length for run in runs)
     new = runs[-1].dst_stop - prefix_len - reused
-    reach = REACH * max(1, 6 * budget / (1 - budget)) if budget < 1 else math.inf
+    reach = REACH * max(1, _odds(budget) / _odds(CARE)) if budget < 1 else math.inf
     counted, changed = 0.0, prefix_len  # where the text before was last changed
     for run in runs:
         if run.join in (Join.SEAM, Join.EDIT):
@@ -112,22 +113,28 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
 
 
 def repair_rows(plan: ReusePlan, *, budget: float) -> int:
-    """How many open rows of the prefix hit a budget buys: a share of ``REPAIR`` times the new text
-    of the turn, which counts as ``TURN`` tokens at least, whatever the length of the conversation:
-    a short question rests on as many rows as a long one. Bounds what a turn costs beside its text.
+    """How many open rows of the prefix hit a budget buys: a share of the new text of the turn,
+    which counts as ``TURN`` tokens at least, whatever the length of the conversation. The share
+    is ``REPAIR`` for budgets of .15 to ``CARE``, less below and up to 1 above.
 
     >>> from kvshare_sglang.plan import Blend
     >>> blend = Blend(0, Rows([(10, 900)]), depth=1)
     >>> plans = [ReusePlan(1000 + new, 1000, (), (), blend) for new in (1, 9, 400)]
-    >>> [repair_rows(plan, budget=0.2) for plan in plans]
-    [0, 36, 120]
+    >>> [[repair_rows(plan, budget=budget) for plan in plans] for budget in (0.06, 0.15, 0.3, 1)]
+    [[0, 6, 40], [0, 15, 100], [0, 15, 100], [0, 60, 400]]
     """
     if plan.blend is None:
         return 0
     new = plan.prompt_len - plan.prefix_len - plan.reused
     if new < FEWEST:  # the same prompt again
         return 0
-    return min(plan.blend.open.num, int(REPAIR * budget * max(new, TURN)))
+    more = 1 - (1 - REPAIR) * (1 - budget) / (1 - CARE)  # a line from REPAIR at CARE to 1 at 1
+    share = max(min(REPAIR, budget * REPAIR / 0.15), more)
+    return min(plan.blend.open.num, int(share * max(new, TURN) + 1e-9))
+
+
+def _odds(share: float) -> float:
+    return share / (1 - share)
 
 
 def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:

@@ -152,7 +152,8 @@ class Branches:
         request takes over the tree's slots, unless its own rows are nearer to full prefill and no
         one else reads the old ones: then the tree takes over the request's.
 
-        Returns the last node, and the rows that are still the request's own, none if it ``ended``.
+        Returns the last node, and the rows that are still the request's own, none if it ``ended``:
+        those that it repaired, or that are a copy in the tree and none here.
         """
         cache, page = self._cache, self._cache.page_size
         exact = plan.exact_len // page * page
@@ -178,7 +179,9 @@ class Branches:
             others = child.lock_ref > (child.id in locked)
             taken = self._take_over(child, here, own, open_rows, others=others)
             left = own[here.start : here.stop] & ~taken
-            private = left & was_private[here.start : here.stop]
+            # It goes on to read its own: what it repaired, or computed where the tree has a copy.
+            nearer = (child.kvshare.open & ~open_rows[here.start : here.stop]).reshape(-1, page)
+            private = left & (was_private[here.start : here.stop] | np.repeat(nearer.any(1), page))
             if ended:
                 private[:] = False
             still_private[here.start : here.stop] = private

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wishes import SEAM, WINDOW, copied_whole, runs_in_a_prompt, wishes
 
-from kvshare_sglang.plan import Join, Rows, Run
+from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import (
     NEW,
@@ -15,6 +15,8 @@ from kvshare_sglang.policy.select.base import (
     Sees,
     SelectionRequest,
     budget_rows,
+    copy_all,
+    repair_rows,
     required_rows,
 )
 from kvshare_sglang.policy.select.baselines import SCORES, baseline
@@ -57,7 +59,9 @@ def test_a_plan_holds_whatever_selector_made_it(case, budget):
         )
         if selector.sees is Sees.NOTHING:
             assert most == plan.computed, selector.name
-            bought = budget_rows(plan.runs, prefix_len=prefix_len, budget=budget)
+            # Of a run that is chosen but for less than a copy is worth nothing is left.
+            every = copy_all(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=SEAM)
+            bought = budget_rows(every.runs, prefix_len=prefix_len, budget=budget)
             extra = plan.compute - required_rows(plan, suffix=SEAM)
             assert selector.name == "full" or extra.num <= bought, selector.name
         else:
@@ -162,7 +166,7 @@ def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget
         run._replace(dst_start=run.dst_start * times, length=run.length * times) for run in runs
     ]
     prefix_len *= times
-    reach = REACH if budget <= 1 / 7 else REACH * 6 * budget / (1 - min(budget, 1 - 1e-9))
+    reach = REACH if budget <= 0.3 else REACH * 7 / 3 * budget / (1 - min(budget, 1 - 1e-9))
     counted, changed = 0, prefix_len
     for run in long:
         if run.join in (Join.SEAM, Join.EDIT):
@@ -178,11 +182,26 @@ def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget
         assert bought == min(every, int(budget * (every + NEW * new)))
 
 
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(4, 5000))
+def test_a_turn_costs_a_quarter_of_its_text_more_and_more_only_where_it_is_asked_for(
+    budget, more, new
+):
+    def repair(share):
+        open_rows = Blend(0, Rows([(0, 9000)]), depth=1)
+        return repair_rows(ReusePlan(9000 + new, 9000, (), (), open_rows), budget=share)
+
+    assert repair(min(budget, more)) <= repair(max(budget, more))
+    for share in (0.15, 0.3):  # the defaults: of a measured model, and of one that never was
+        assert repair(share) == max(new, 60) // 4
+    assert repair(1.0) == max(new, 60)
+    assert repair(0.0) == 0
+
+
 def test_a_longer_conversation_buys_no_more_behind_the_same_edit():
     bought = []
     for turns in range(1, 60):
-        document = Run(1, 20, 20, 2000)
-        said = [Run(2 + i, at := 2020 + 120 * i, at, 120, join=Join.ON) for i in range(turns)]
+        document = Run(1, 20, 20, 1800)
+        said = [Run(2 + i, at := 1820 + 120 * i, at, 120, join=Join.ON) for i in range(turns)]
         bought.append(budget_rows([document, *said], prefix_len=0, budget=0.15))
     assert bought == sorted(bought)
-    assert bought[0] < bought[-1] == bought[2] == int(0.15 * (REACH * 6 * 3 / 17 + NEW * 20))
+    assert bought[0] < bought[-1] == bought[2] == int(0.15 * (REACH + NEW * 20))
