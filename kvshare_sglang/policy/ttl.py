@@ -50,7 +50,7 @@ class Learned:
     def __init__(self) -> None:
         self._gaps: deque[float] = deque(maxlen=KEEP)
         self.wait = 0.0  # mean seconds in the queue
-        self.row = 0.0  # mean seconds for each row of a prompt, as it was felt
+        self._rows = self._prefill = 0.0  # mean rows of a prompt, and seconds that it took
 
     def gap(self, seconds: float) -> None:
         """A turn came back after so long; infinite: it did not."""
@@ -58,10 +58,16 @@ class Learned:
 
     def served(self, *, wait: float, prefill: float, rows: int) -> None:
         """A request waited, and its prompt took so long for so many rows."""
-        first = not self.row
-        weight = 1.0 if first else WEIGHT
+        weight = WEIGHT if self._rows else 1.0
         self.wait += weight * (max(wait, 0.0) - self.wait)
-        self.row += weight * (max(prefill, 0.0) / max(rows, 1) - self.row)
+        self._rows += weight * (max(rows, 1) - self._rows)
+        self._prefill += weight * (max(prefill, 0.0) - self._prefill)
+
+    @property
+    def row(self) -> float:
+        """Seconds for each row of a prompt, as it was felt. Of means, not the mean of ratios: one
+        row takes a step, and so do hundreds."""
+        return self._prefill / self._rows if self._rows else 0.0
 
     def ttl(self, context: int) -> float:
         """Seconds to keep a context of so many tokens."""

@@ -27,6 +27,7 @@ class Decision(NamedTuple):
     choice: Choice | None = None
     body: bytes | None = None  # what to hand on in place of what came
     ticket: int = 0
+    streams: bool = False
 
 
 class Brain:
@@ -126,10 +127,10 @@ class Brain:
         best, second = choice.order[0], choice.order[min(1, len(choice.order) - 1)]
         if named is None:
             self.metrics.decided.labels(by="gateway").inc()
-            return Decision(None, best, second, choice, body)
+            return Decision(None, best, second, choice, body, streams=reading.streams)
         by = "load" if choice.work is None else "index"
         self.metrics.decided.labels(by=by).inc()
-        return Decision(named[0], best, named[1], choice, body)
+        return Decision(named[0], best, named[1], choice, body, streams=reading.streams)
 
     def _choose(self, reading: Reading, now: float) -> Choice:
         if reading.tokens is None:
@@ -140,7 +141,9 @@ class Brain:
         """The request goes out: it counts as work of its worker until ``answered``."""
         if decision.key is None or decision.choice is None:
             return decision
-        ticket = self.index.route(decision.best, decision.choice, self._clock())
+        ticket = self.index.route(
+            decision.best, decision.choice, self._clock(), streams=decision.streams
+        )
         return decision._replace(ticket=ticket)
 
     def answered(self, decision: Decision) -> None:

@@ -5,6 +5,7 @@ few by what they would really do with it (``Mirror`` and the worker's own select
 routed a moment ago counts as held for some seconds. Times are seconds of any one clock.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,8 +60,8 @@ class Recent:
 @dataclass(slots=True)
 class Worker:
     """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
-    ``routed``: rows of requests that were sent
-    there and have not begun to answer, by ticket. ``sent``: tokens in all."""
+    ``routed``: of requests that were sent there and have not begun to answer, by ticket, the rows
+    and when that was, never for an answer that comes whole. ``sent``: tokens in all."""
 
     mirror: Mirror | None = None
     run: int = 0
@@ -68,7 +69,7 @@ class Worker:
     heard: float | None = None
     suspect: float = 0.0  # until then
     failures: int = 0
-    routed: dict[int, int] = field(default_factory=dict)
+    routed: dict[int, tuple[int, float]] = field(default_factory=dict)
     sent: int = 0
 
 
@@ -115,12 +116,18 @@ class Index:
         self._joint.drop(worker)
         self._recent.drop(worker)
 
+    def reads(self, worker: int, now: float) -> None:
+        """Its snapshot is being taken in, and what it says meanwhile waits."""
+        self.workers[worker].heard = now
+
     def hear(self, worker: int, message: wire.Changes | wire.Beat, now: float) -> bool:
         """Take changes or a beat in; False where they do not follow on what is here, and all of
         the worker is forgotten: a snapshot is needed."""
         one = self.workers[worker]
         mirror = one.mirror
-        if mirror is None or message.run != mirror.run:
+        if mirror is None:
+            return False
+        if message.run != mirror.run:
             self.forget(worker)
             return False
         if isinstance(message, wire.Beat):
@@ -141,11 +148,13 @@ class Index:
 
     # ---- what becomes of requests ------------------------------------------------------------
 
-    def route(self, worker: int, choice: Choice, now: float) -> int:
-        """A request goes there; a ticket for ``answers``."""
+    def route(self, worker: int, choice: Choice, now: float, *, streams: bool = True) -> int:
+        """A request goes there; a ticket for ``answers``. Of an answer that does not ``stream`` it
+        is not seen when its prompt is through: soon the worker's own beats say what waits."""
         self._tickets += 1
         one = self.workers[worker]
-        one.routed[self._tickets] = choice.work.rows if choice.work else choice.tokens
+        rows = choice.work.rows if choice.work else choice.tokens
+        one.routed[self._tickets] = rows, math.inf if streams else now
         one.sent += choice.tokens
         self._recent.add(choice.hashes, worker, now)
         return self._tickets
@@ -172,8 +181,10 @@ class Index:
         one = self.workers[worker]
         quiet = now - one.heard if one.heard is not None else 0.0
         beat = one.beat if quiet < SILENT_S else None
+        since = now - 2 * wire.BEAT_S if beat else -math.inf
+        sent = sum(rows for rows, at in one.routed.values() if at >= since)
         return Standing(
-            rows=max(beat.rows if beat else 0, sum(one.routed.values())),
+            rows=max(beat.rows if beat else 0, sent),
             running=beat.running if beat else 0,
             rows_per_s=beat.rows_per_s if beat else 0.0,
             held=one.mirror.num_tokens if one.mirror else one.sent,

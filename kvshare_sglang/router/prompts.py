@@ -18,6 +18,8 @@ GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completi
 PATHS = (GENERATE, CHAT, COMPLETIONS)
 OPTION_PATHS = (*PATHS, "/invocations")  # where a body can carry what X-KVShare asks for
 MOST_TEXT = 4 << 20  # characters that are tokenised, about a million tokens; with more: by load
+MOST_IDS = 1 << 20  # tokens; a longer prompt is handed on unread
+_ROLES = ("system", "user", "assistant")  # as SGLang writes them: it may change others
 # Fields that leave the prompt what it is. A body with any other keeps its text.
 _SAMPLING = frozenset(
     "model stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p"
@@ -39,12 +41,14 @@ _TRIALS = (
 
 
 class Reading(NamedTuple):
-    """``tokens`` None: not known. ``body``: what to hand on, None: as it came."""
+    """``tokens`` None: not known. ``body``: what to hand on, None: as it came. ``streams``: whether
+    the answer comes token by token."""
 
     tokens: Tokens | None
     namespace: Namespace = (None, None)
     options: RequestOptions = RequestOptions()
     body: dict[str, Any] | None = None
+    streams: bool = False
 
 
 class Prompts:
@@ -99,6 +103,10 @@ class Prompts:
         tokens may be handed on. A body that is no request's is the worker's to refuse: unknown."""
         if not isinstance(body, dict):
             return Reading(None)
+        reading = self._read(path, body, header, sure=sure)
+        return reading._replace(streams=body.get("stream") is True)
+
+    def _read(self, path: str, body: dict[str, Any], header: str | None, *, sure: bool) -> Reading:
         changed = with_options(path, body, header)
         body = changed or body
         try:
@@ -109,6 +117,8 @@ class Prompts:
             options = RequestOptions("exact")
         namespace = _text(body.get("extra_key")), _text(body.get("cache_salt"))
         ids = body.get("input_ids")
+        if isinstance(ids, list) and len(ids) > MOST_IDS:
+            return Reading(None, namespace, options, changed)
         if _is_ids(ids):
             return Reading(np.array(ids, np.int32), namespace, options, changed)
         try:
@@ -153,7 +163,9 @@ def _is_plain(path: str, body: dict[str, Any]) -> bool:
     if path == GENERATE:
         return True
     return body["messages"][-1].get("role") == "user" and all(
-        message.keys() == {"role", "content"} and isinstance(message["content"], str)
+        message.keys() == {"role", "content"}
+        and message["role"] in _ROLES
+        and isinstance(message["content"], str)
         for message in body["messages"]
     )
 

@@ -28,6 +28,7 @@ from kvshare_sglang.router.stream import follow
 logger = logging.getLogger(__name__)
 
 KEY, SERVED = "x-smg-routing-key", "x-smg-routed-worker-id"
+TARGET = "x-smg-target-worker"  # comes before the key at the gateway
 MOST_BODY = 512 << 20  # bytes, as smg
 MOST_READ = 1 << 16  # bytes of an answer that are held for a client that does not read
 MOST_HEADER = 1 << 16  # bytes of one header of an answer
@@ -201,11 +202,11 @@ class Proxy:
                 await pump
 
     async def _decide(self, scope: Any, headers: Headers, body: bytes) -> Decision:
-        """A client that names a key itself has its way: no worker is named, its options are moved
-        all the same. So has one that sends what is no JSON."""
+        """A client that names a key or a worker itself has its way: we name none, its options are
+        moved all the same. So has one that sends what is no JSON."""
         path, given = scope["path"], dict(headers)
         asked = given.get(HEADER)
-        names = path in PATHS and KEY not in given
+        names = path in PATHS and KEY not in given and TARGET not in given
         if scope["method"] not in ("POST", "PUT") or path not in OPTION_PATHS:
             return Decision()
         if not names and asked is None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import zmq
 import zmq.asyncio
@@ -14,7 +14,7 @@ from kvshare_sglang.router.index import SILENT_S, Index
 
 logger = logging.getLogger(__name__)
 
-SLICE = 64  # segments of a snapshot that are taken in at a time, then requests have their turn
+SLICE = 4096  # tokens of a snapshot that are taken in at a time, then requests have their turn
 ASK_AGAIN_S = 1.2  # a worker answers once a second
 MOST_UNREAD = 4096  # messages; a worker forgets a router that lets more wait
 
@@ -64,15 +64,31 @@ async def _follow(
         message = wire.decode(await sock.recv())
         if isinstance(message, wire.Snapshot):
             mirror = index.begin(worker, message)
-            for at in range(0, len(message.segments), SLICE):
-                mirror.apply(message.segments[at : at + SLICE])
+            for part in _slices(message.segments):
+                mirror.apply(part)
+                index.reads(worker, clock())
                 await asyncio.sleep(0)
+                if clock() - alive >= wire.LAPSE_S / 4:  # or it takes us for gone
+                    alive = clock()
+                    await _say(sock, wire.ALIVE)
         elif not index.hear(worker, message, clock()) and clock() - asked >= ASK_AGAIN_S:
             asked = clock()
             await _say(sock, wire.SNAPSHOT)
         if clock() - alive >= wire.LAPSE_S / 4:
             alive = clock()
             await _say(sock, wire.ALIVE)
+
+
+def _slices(segments: Sequence[wire.Insert]) -> Iterator[list[wire.Insert]]:
+    part: list[wire.Insert] = []
+    size = 0
+    for one in segments:
+        part.append(one)
+        size += len(one.tokens) // 4
+        if size >= SLICE:
+            yield part
+            part, size = [], 0
+    yield part
 
 
 async def _say(sock: zmq.asyncio.Socket, what: bytes) -> None:

@@ -90,6 +90,9 @@ def hook_add_one_req(
         and cache.pins.give_back(_short_of(adder, req))
     ):
         result = _add_one_req(original, cache, adder, req, *args, **kw)
+    if result == versions.no_memory() and cache.pins.tokens:
+        # SGLang would not ask again before a request ends, and pins may end first.
+        return versions.full_batch()
     return result
 
 

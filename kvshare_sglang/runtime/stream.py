@@ -45,6 +45,7 @@ MOST_ROUTERS = 16
 MOST_EVENTS = 1024  # in one message
 POLL_S = 0.02
 SMOOTH = 0.2  # weight of the newest interval in the pace
+AGED_S = 10.0  # what a worker did under other load says nothing of what it will do
 
 
 class _Inserted(NamedTuple):
@@ -178,16 +179,22 @@ class Load(NamedTuple):
 
 
 class Pace:
-    """Rows per second at which a queue is worked off: counted while requests wait, smoothed."""
+    """Rows per second at which a queue is worked off: counted while requests wait, smoothed; 0,
+    not known, once none has waited for ``AGED_S``."""
 
     def __init__(self) -> None:
         self.rows_per_s = 0.0
         self._since: tuple[float, int] | None = None
+        self._waited = 0.0  # when requests did last
 
     def note(self, now: float, load: Load) -> None:
         if not load.waiting:
             self._since = None
-        elif self._since is None:
+            if now - self._waited >= AGED_S:
+                self.rows_per_s = 0.0
+            return
+        self._waited = now
+        if self._since is None:
             self._since = now, load.rows_done
         elif now - self._since[0] >= 2:
             pace = (load.rows_done - self._since[1]) / (now - self._since[0])

@@ -291,6 +291,15 @@ def break_learned(child: Any, on: bool) -> None:
         del learned.gap
 
 
+def note_ended(child: Any) -> None:
+    """Remember which requests of a script have ended by now."""
+    child.ended = [rid for rid, req in child.reqs.items() if req.finished()]
+
+
+def noted_ended(child: Any) -> list[str]:
+    return list(child.ended)
+
+
 def pins(child: Any) -> dict[str, Any]:
     """What finished turns keep, and what became of them so far."""
     it = child.cache.pins

@@ -76,6 +76,20 @@ def test_its_time_goes_by(it: Lab, texts: Texts) -> None:
     assert events(it, "expired") == [expired + 1]
 
 
+def test_a_request_that_waits_for_memory_comes_in_as_soon_as_a_pin_expires(
+    it: Lab, texts: Texts
+) -> None:
+    """Though another one runs on, whose end SGLang would wait for."""
+    turn(it, texts.passage(900), 60, new=2)
+    assert it.ask("probes:pins")["num"] == 1
+    long = request("long", texts.passage(200), new=300, kvshare={"ttl": 0})
+    short = request("short", texts.passage(900), new=4, kvshare={"ttl": 0})
+    script = [long, ("polls", 5), short, ("polls", 20), ("call", "probes:pass_time", 61.0)]
+    answers = it.play([*script, ("polls", 30), ("call", "probes:note_ended")])
+    assert it.ask("probes:noted_ended") == ["short"]
+    assert len(answers["long"]["output"]) == 300
+
+
 def test_what_runs_comes_first(it: Lab, texts: Texts) -> None:
     """A prompt that needs the memory, alone and while it decodes, is served; pins go one by one."""
     (given,) = events(it, "given_back")

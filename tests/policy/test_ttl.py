@@ -77,6 +77,10 @@ def test_means_follow_what_was_served() -> None:
     for _ in range(200):
         it.served(wait=3.0, prefill=2.0, rows=1000)
     assert (it.wait, it.row) == (pytest.approx(3.0), pytest.approx(0.002))
+    for _ in range(200):  # turns of one row take a step, and say nothing of a long text
+        it.served(wait=3.0, prefill=0.03, rows=1)
+        it.served(wait=3.0, prefill=2.0, rows=1000)
+    assert it.row == pytest.approx(0.002, rel=0.05)
     it.served(wait=-1.0, prefill=-1.0, rows=0)  # a clock that was set back
     assert it.wait >= 0
     assert it.row >= 0

@@ -8,7 +8,7 @@ from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_TEXT, Prompts
+from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_IDS, MOST_TEXT, Prompts
 
 URLS = ["http://a:1", "http://b:2", "http://c:3"]
 
@@ -28,7 +28,7 @@ def brain():
 def decide(brain, best):
     """A decision for a worker: the others have more to do."""
     for i, one in enumerate(brain.index.workers):
-        one.routed = {0: 0 if i == best else 10_000 + i}
+        one.routed = {0: (0 if i == best else 10_000 + i, 0.0)}
     decision = brain.decide(GENERATE, {"input_ids": [1, 2, 3]})
     assert decision.best == best
     return decision
@@ -112,6 +112,21 @@ class Letters:
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}]
 LONG = "x" * (MOST_TEXT + 1)
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
+
+
+def test_a_prompt_of_very_many_tokens_goes_by_load():
+    assert Prompts().read(GENERATE, {"input_ids": [1] * MOST_IDS}).tokens is not None
+    assert Prompts().read(GENERATE, {"input_ids": [1] * (MOST_IDS + 1)}).tokens is None
+
+
+@pytest.mark.parametrize(
+    ("role", "handed_on"), [("system", True), ("System", False), ("tool", False), ("dev", False)]
+)
+def test_tokens_of_roles_that_sglang_may_write_otherwise_are_not_handed_on(role, handed_on):
+    says = [{"role": role, "content": "a"}, {"role": "user", "content": "b"}]
+    reading = Prompts(Letters()).read(CHAT, {"messages": says}, sure=True)
+    assert reading.tokens is not None
+    assert (reading.body is not None) == handed_on
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Following a worker over a real socket: what is lost is asked for again, and once."""
 
 import asyncio
+import time
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ import zmq.asyncio
 from kvshare_sglang import wire
 from kvshare_sglang.router import stream
 from kvshare_sglang.router.index import Index
+from kvshare_sglang.router.mirror import Mirror
 
 
 def insert(number, length=50):
@@ -22,6 +24,7 @@ class Worker:
     """The other end of the stream, by hand."""
 
     def __init__(self, endpoint, run=1):
+        self.heard = []
         self.run, self.asked, self.who, self.segments, self.number = run, 0, None, [insert(1)], 1
         self.sock = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self.sock.bind(endpoint)
@@ -30,6 +33,7 @@ class Worker:
     async def _answer(self):
         while True:
             self.who, what = await self.sock.recv_multipart()
+            self.heard.append(what)
             if what == wire.SNAPSHOT:
                 self.asked += 1
                 await self.say(wire.Snapshot(self.run, self.number, 0, 1, {}, self.segments))
@@ -92,6 +96,31 @@ def test_changes_are_followed_and_a_gap_brings_a_new_snapshot(tmp_path, monkeypa
         await held(250)
         await worker.change(wire.Clear())
         await held(0)
+        await worker.stop()
+
+    following(tmp_path, monkeypatch, story)
+
+
+def test_a_snapshot_that_takes_long_leaves_the_worker_alive_and_in_touch(tmp_path, monkeypatch):
+    """It forgets a router that says nothing, and what it says meanwhile waits unread."""
+    monkeypatch.setattr(wire, "LAPSE_S", 0.2)
+    monkeypatch.setattr(stream, "SLICE", 1)
+    apply = Mirror.apply
+
+    def slow(self, events):
+        time.sleep(0.02)
+        apply(self, events)
+
+    monkeypatch.setattr(Mirror, "apply", slow)
+
+    async def story(worker, held, endpoint):
+        worker.segments = [insert(i) for i in range(1, 31)]
+        worker.heard = []
+        await worker.change(insert(99), skip=1)
+        await asyncio.sleep(0.1)
+        await worker.beat()
+        await held(1500)
+        assert worker.heard.count(wire.ALIVE) >= 5
         await worker.stop()
 
     following(tmp_path, monkeypatch, story)

@@ -296,6 +296,11 @@ def test_options_of_a_header_are_moved_whoever_chooses_the_worker():
                     assert json.loads(got) == {**body, **params}
                     if headers is own:
                         assert request.headers.getall("x-smg-routing-key") == ["mine"]
+            # The gateway goes by the worker that a client names: no answer is taken for a stand-in.
+            target = {"x-smg-target-worker": "1", "x-kvshare": "exact"}
+            async with client.post(url + GENERATE, json={"input_ids": [1]}, headers=target):
+                pass
+            assert "x-smg-routing-key" not in gateway.seen[-1][0].headers
             async with client.post(url + "/v1/other", json=body, headers=own):
                 pass
             assert json.loads(gateway.seen[-1][1]) == body

@@ -401,6 +401,28 @@ def test_a_faster_worker_gets_the_longer_queue():
     assert order([Work(100, 0, 0)] * 2, standings, prompt_len=100)[0] == 0
 
 
+def test_a_pace_says_so_much_and_no_more():
+    """One that was slow under another load keeps the text that it holds."""
+    works = [Work(100, 1900, 0), Work(2000, 0, 0)]
+    standings = [Standing(rows_per_s=50), Standing(rows=2000, rows_per_s=5000)]
+    assert order(works, standings, prompt_len=2000)[0] == 0
+
+
+def test_an_answer_that_comes_whole_is_queue_until_the_beats_tell_of_it():
+    index, lives = filled([[DOCS[0]], [DOCS[1]]])
+    choice = index.choose(prompt_of(5), NONE, AUTO, 1.0)
+    index.route(0, choice, 1.0, streams=False)
+    index.route(1, choice, 1.0, streams=True)
+    for worker, told in enumerate(lives):
+        index.hear(worker, beat(told), 1.1)
+    assert index.standing(0, 1.1).rows == index.standing(1, 1.1).rows == choice.work.rows
+    for worker, told in enumerate(lives):
+        index.hear(worker, beat(told, running=1), 2.0)
+    assert index.standing(0, 2.0).rows == 0  # it decodes, and says so
+    assert index.standing(1, 2.0).rows == choice.work.rows
+    assert index.standing(0, 2.0 + SILENT_S).rows == choice.work.rows  # it says nothing any more
+
+
 def test_more_workers_than_bits_are_refused():
     with pytest.raises(ConfigError, match="64"):
         Index(65)

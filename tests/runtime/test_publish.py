@@ -134,6 +134,10 @@ def test_the_pace_is_that_of_rows_while_requests_wait():
     for now, waiting, done in ((0, 0, 0), (1, 3, 100), (2, 3, 200), (4, 3, 700), (5, 0, 9999)):
         pace.note(now, Load(waiting=waiting, rows_done=done))
     assert pace.rows_per_s == pytest.approx((700 - 100) / 3)
+    pace.note(13.9, Load(rows_done=9999))
+    assert pace.rows_per_s > 0
+    pace.note(14.1, Load(rows_done=9999))  # what it did under another load is long ago
+    assert pace.rows_per_s == 0
 
 
 # ---- over sockets --------------------------------------------------------------------------------

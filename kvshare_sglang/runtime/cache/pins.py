@@ -115,8 +115,10 @@ class Pins:
         return bool(pinned)
 
     def removed(self, node: "TreeNode") -> None:
-        """``node`` was evicted: whether its turn comes back cannot be seen."""
-        self._turns.pop(node.id, None)
+        """``node`` was evicted: its turn has not come back for so long as there was room for it,
+        which is what keeping it would have bought."""
+        if self._turns.pop(node.id, None) is not None:
+            self.learned.gap(math.inf)
 
     def forget(self, *, unlock: bool) -> None:
         """All text is gone, and its locks with it, or nobody is to find it (``unlock``)."""
