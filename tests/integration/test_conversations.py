@@ -364,6 +364,7 @@ STEPS = st.lists(
         st.tuples(st.just("many"), st.integers(0, 2), st.integers(2, 4)),
         st.tuples(st.just("abort"), st.integers(0, 2), st.integers(1, 6)),
         st.tuples(st.just("flush")),
+        st.tuples(st.just("weights")),
     ),
     min_size=4,
     max_size=14,
@@ -373,15 +374,16 @@ STEPS = st.lists(
 @settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
 @given(history=STEPS)
 def test_any_history_costs_at_most_stock_and_repair(
-    talk: Lab, plain_lab: Lab, history: list[tuple[Any, ...]]
+    talk: Lab, plain_lab: Lab, llama: Path, history: list[tuple[Any, ...]]
 ) -> None:
-    """Turns, edits, repeats, batches, aborts and flushes of three conversations."""
+    """Turns, edits, repeats, batches, aborts, flushes and new weights in three conversations: rows,
+    slots, and exact answers."""
     texts = Texts(11)
     talk.flush()
     stock = Stock(talk.page)
     talks = [texts.passage(160 + 90 * i) for i in range(3)]
     said = [list(text) for text in talks]
-    aborted = False
+    aborted, twice = False, 0
 
     def check(answer: dict[str, Any], prompt: list[int], would: int, mode: str | None) -> None:
         adds_up(answer, prompt)
@@ -393,9 +395,12 @@ def test_any_history_costs_at_most_stock_and_repair(
 
     for kind, *rest in history:
         i = rest[0] if rest else 0
-        if kind == "flush":
-            talk.flush()
-            stock, aborted = Stock(talk.page), False
+        if kind in ("flush", "weights"):
+            if kind == "flush":
+                talk.flush()
+            else:
+                talk.play([("call", "probes:update_weights", str(llama))])
+            stock, aborted, twice = Stock(talk.page), False, 0
             continue
         if kind == "turn":
             said[i] = said[i] + texts.passage(rest[1])
@@ -419,4 +424,8 @@ def test_any_history_costs_at_most_stock_and_repair(
             stock.served(prompt, answer["output"])
             if kind == "turn":
                 said[i] = said[i] + answer["output"]
+            if mode == "exact":  # and what reused beside it
+                twice += len(prompt) + len(answer["output"])
+        if not aborted:
+            assert talk.ask("probes:check")["resident"] <= stock.slots + twice
         assert_clean(talk)
