@@ -275,7 +275,7 @@ class Blend(NamedTuple):
 class Rest(NamedTuple):
     """Text that was computed over copies which ran again only after it: no copy may be left in
     front of it, and it is not exact all the same, nor less deep. ``start``: where it begins.
-    ``runs``: those that were copied then."""
+    ``runs``: those that were copied then, as deep as they count."""
 
     start: int
     runs: tuple[Run, ...]
@@ -419,21 +419,30 @@ class ReusePlan:
         hit = self.blend.depth if self.blend else 0
         return max([hit, *(run.depth for run in self.copies)])
 
-    def recompute(self, rows: Rows, *, early: Rows | None = None) -> "ReusePlan":
+    def recompute(
+        self, rows: Rows, *, early: Rows | None = None, carried: Rows | None = None
+    ) -> "ReusePlan":
         """The plan that runs ``rows``, all new text among them, and copies all else of its runs.
-        Rows of the prefix hit that run are open no more. ``early``: of ``rows``, those that ran, in
-        any layer, while every copy was still one, and not again from the bottom since."""
+        Rows of the prefix hit that run are open no more. Of ``rows`` some ran while every copy was
+        still one, and not again from the bottom since: ``early`` in all layers, ``carried`` in the
+        lower ones."""
         blend = self.blend and self.blend._replace(open=self.blend.open - rows)
         plan = self._with(rows.clip(self.prefix_len, self.prompt_len), self.runs, blend)
-        behind = (
-            early.clip(self.runs[0].dst_start, self.prompt_len) if early and self.runs else None
-        )
-        if not behind:
+        if not self.runs:
             return plan
-        start = behind.ranges[0].start
+        behind = [
+            (part or Rows()).clip(self.runs[0].dst_start, self.prompt_len)
+            for part in (early, carried)
+        ]
+        first = behind[0] | behind[1]
+        if not first:
+            return plan
+        start = first.ranges[0].start
         if start >= plan.exact_len and plan.runs == self.runs:  # its copies tell as much
             return plan
-        return dataclasses.replace(plan, rest=Rest(start, self.runs))
+        # What only began over copies counts as reused once, whatever these were.
+        gone = self.runs if behind[0] else tuple(run._replace(depth=0) for run in self.runs)
+        return dataclasses.replace(plan, rest=Rest(start, gone))
 
     def behind(self, blend: Blend | None) -> "ReusePlan":
         """The same plan, behind a prefix hit of which ``blend`` is not exact."""

@@ -192,8 +192,8 @@ class TraceStage:
         for job in self.jobs:
             now, ran = rows[job.number], _ran(job)
             halves = carried.get(job.number, Rows())
-            early = _over_copies(job, ran) - (now - halves) | halves
-            plans.append(job.plan.recompute(now | ran, early=early))
+            early = _over_copies(job, ran) - now
+            plans.append(job.plan.recompute(now | ran, early=early, carried=halves))
         return plans
 
     def _settle(self, plans: Sequence[ReusePlan]) -> None:
