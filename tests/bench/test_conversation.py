@@ -387,7 +387,7 @@ def test_ways_that_gave_the_same_answers_share_a_line():
 def test_the_bench_runs_on_real_servers(tmp_path):
     out = tmp_path / "it.json"
     command = [sys.executable, "-m", "kvshare_sglang.bench", "conversation", "--short"]
-    command += ["--case", "repeat", "memory", "--turns", "20", "--threads", "1"]
+    command += ["--case", "repeat", "memory", "--turns", "12", "--threads", "1"]
     done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

@@ -261,7 +261,7 @@ def check_partial(case: Case, model: Path) -> Checks:
     lengths = (40, 290, 700, 1500) if case.on_gpu else (40, 290)
     turns = 4
     if case.interpreted:
-        lengths, turns = (40, 200), 2
+        lengths, turns = (40, 200), 1
     prompts = [texts.passage(n) for n in lengths]
     with server(case, model, kvshare=True, **chunks) as it:
         it.ask("probes:force_plans")

@@ -15,12 +15,15 @@ pytestmark = pytest.mark.sglang
 
 
 def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
-    steps = "env,kernels,smoke,ttft"
+    # The laws have tests of their own.
+    words = ("--device", "cpu", "--steps", "env,kernels,ttft", "--seconds", "3600")
     done = subprocess.run(
-        [ROOT / "scripts" / "gpu_visit.sh", "run", tmp_path, "--device", "cpu", "--steps", steps],
-        capture_output=True, text=True, check=False, timeout=400,
+        [ROOT / "scripts" / "gpu_visit.sh", "run", tmp_path, *words],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["ok"]
@@ -28,7 +31,7 @@ def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
     assert found["commit"]
     verdicts = {name: stage["verdict"] for name, stage in found["stages"].items()}
     ttft = "ttft_plain-trace_torch_native"
-    assert verdicts == dict.fromkeys(["env", "kernels", "smoke_torch_native", ttft], "ok")
+    assert verdicts == dict.fromkeys(["env", "kernels", ttft], "ok")
     table = found["figures"]["kernels"]["rows"]
     assert {row["kernel"] for row in table} >= {"copy and rotate", "scattered rows"}
     assert all(row["of_ceiling"] > 0 for row in table)
