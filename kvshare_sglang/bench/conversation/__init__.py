@@ -22,6 +22,7 @@ from kvshare_sglang.bench.conversation.histories import History, Text
 from kvshare_sglang.bench.match import requests
 from kvshare_sglang.bench.quality.cases import CASES, SIZE, Encoder, NoPrompt, cells, prompts
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
+from kvshare_sglang.bench.tasks import TASKS
 from kvshare_sglang.bench.text.lines import fill
 
 ROWS = ("repeat", "edits", "header", "compaction", "file")
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--turns", type=int, default=1000, help="memory: requests")
     add("--n", type=int, default=300, help="tasks, load: prompts of each cell")
     add("--dialogue", type=int, nargs="+", default=questions.TURNS, help="tasks: turns of each")
-    add("--task", nargs="+", choices=questions.TASKS, default=questions.TASKS)
+    add("--task", nargs="+", choices=TASKS, default=questions.TASKS,
+        help="lookup and few for load alone")  # fmt: skip
     add("--of", nargs="+", choices=CASES, metavar="CASE",
         help=f"tasks, load: what was cached, of {', '.join(CASES)}")  # fmt: skip
     add("--facts", type=int, default=48, help="tasks, load: sentences in a prompt")
@@ -122,6 +124,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ScriptError("--case file needs --file")
     if set(args.case) & set(ANSWERS) and not args.out:
         raise ScriptError("--case tasks and load need --out, a folder")
+    if "tasks" in args.case and (flat := set(args.task) - set(questions.TASKS)):
+        raise ScriptError(f"--case tasks has no questions of {', '.join(sorted(flat))}")
     result: dict[str, Any] = {}
 
     def found(name: str, value: Any) -> None:
