@@ -61,7 +61,7 @@ class Recent:
 class Worker:
     """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
     ``routed``: of requests that were sent there and have not begun to answer, by ticket, the rows
-    and when that was, never for an answer that comes whole. ``sent``: tokens in all."""
+    and when that was, infinite where the first token will be seen. ``sent``: tokens in all."""
 
     mirror: Mirror | None = None
     run: int = 0
