@@ -18,7 +18,7 @@ MIN_COPY = 32  # copying fewer tokens in a row than this costs more than it save
 MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
 REACH = 2048  # tokens that a change reaches on in its own text; more where more care is asked for
-CARE = 0.3  # the budget of a model that was never measured; from here on more buys more everywhere
+USUAL, CARE = 0.15, 0.3  # the default budget, and that of a model that was never measured
 REPAIR = 0.25  # open rows before it that a new row buys: what a turn may cost beside its text
 FEWEST, TURN = 4, 60  # tokens of new text that may ask something, and that it counts as at least
 QUERY = 64  # of so many rows the attention is looked at, the last ones
@@ -115,7 +115,7 @@ def budget_rows(runs: Sequence[Run], *, prefix_len: int, budget: float) -> int:
 def repair_rows(plan: ReusePlan, *, budget: float) -> int:
     """How many open rows of the prefix hit a budget buys: a share of the new text of the turn,
     which counts as ``TURN`` tokens at least, whatever the length of the conversation. The share
-    is ``REPAIR`` for budgets of .15 to ``CARE``, less below and up to 1 above.
+    is ``REPAIR`` for budgets from ``USUAL`` to ``CARE``, less below and up to 1 above.
 
     >>> from kvshare_sglang.plan import Blend
     >>> blend = Blend(0, Rows([(10, 900)]), depth=1)
@@ -129,7 +129,7 @@ def repair_rows(plan: ReusePlan, *, budget: float) -> int:
     if new < FEWEST:  # the same prompt again
         return 0
     more = 1 - (1 - REPAIR) * (1 - budget) / (1 - CARE)  # a line from REPAIR at CARE to 1 at 1
-    share = max(min(REPAIR, budget * REPAIR / 0.15), more)
+    share = max(min(REPAIR, budget * REPAIR / USUAL), more)
     return min(plan.blend.open.num, int(share * max(new, TURN) + 1e-9))
 
 

@@ -355,8 +355,7 @@ def check_choice(case: Case, model: Path) -> Checks:
     reference = Reference(model, case.device)
     lengths = (300, 900) if case.on_gpu else (160,)
     watch = {"kvshare_refresh_every": 1, "kvshare_refresh_above": 0.0, "kvshare_refresh_rows": 8}
-    # By ranges, and interpreted, what is chosen runs as in ``partial``.
-    for select in ("trace",) if case.interpreted and not case.kernel else ("trace", "dhd"):
+    for select in ("trace", "dhd"):
         with server(case, model, kvshare=True, kvshare_select=select, **watch) as it:
             it.ask("probes:force_plans")
             if case.kernel and select == "trace":

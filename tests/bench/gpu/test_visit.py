@@ -15,8 +15,7 @@ pytestmark = pytest.mark.sglang
 
 
 def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
-    # The laws have tests of their own.
-    words = ("--device", "cpu", "--steps", "env,kernels,ttft", "--seconds", "3600")
+    words = ("--device", "cpu", "--steps", "env,kernels,smoke,ttft", "--seconds", "3600")
     done = subprocess.run(
         [ROOT / "scripts" / "gpu_visit.sh", "run", tmp_path, *words],
         capture_output=True,
@@ -31,7 +30,7 @@ def test_a_visit_measures_checks_and_tells(tmp_path: Path) -> None:
     assert found["commit"]
     verdicts = {name: stage["verdict"] for name, stage in found["stages"].items()}
     ttft = "ttft_plain-trace_torch_native"
-    assert verdicts == dict.fromkeys(["env", "kernels", ttft], "ok")
+    assert verdicts == dict.fromkeys(["env", "kernels", "smoke_torch_native", ttft], "ok")
     table = found["figures"]["kernels"]["rows"]
     assert {row["kernel"] for row in table} >= {"copy and rotate", "scattered rows"}
     assert all(row["of_ceiling"] > 0 for row in table)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wishes import SEAM, WINDOW, copied_whole, runs_in_a_prompt, wishes
 
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import (
@@ -22,6 +23,7 @@ from kvshare_sglang.policy.select.base import (
 from kvshare_sglang.policy.select.baselines import SCORES, baseline
 from kvshare_sglang.policy.select.dhd import DILATION, Dhd
 from kvshare_sglang.policy.select.window import Window
+from kvshare_sglang.runtime.calibration import UNMEASURED_BUDGET
 
 BASELINES = ("full", "copy", "epic", "random", *SCORES)
 ALL = [
@@ -191,7 +193,8 @@ def test_a_turn_costs_a_quarter_of_its_text_more_and_more_only_where_it_is_asked
         return repair_rows(ReusePlan(9000 + new, 9000, (), (), open_rows), budget=share)
 
     assert repair(min(budget, more)) <= repair(max(budget, more))
-    for share in (0.15, 0.3):  # the defaults: of a measured model, and of one that never was
+    default = KVShareConfig().budget
+    for share in (default, UNMEASURED_BUDGET * default):  # of a model that never was measured
         assert repair(share) == max(new, 60) // 4
     assert repair(1.0) == max(new, 60)
     assert repair(0.0) == 0
