@@ -37,6 +37,7 @@ LONG = (
     "test_doors_launch.py",
     "test_server.py",
     "test_doors_requests.py",
+    "test_doors_together.py",
     "test_visit.py",
     "test_reader.py",
     "test_life.py",

@@ -254,7 +254,14 @@ USED = (
     Used(f"{_SRT}.entrypoints.http_server", "app", "wrapped: bad headers are a 400"),
     Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
-    Used(_REQ, "already_computed", "written: blended tokens are not cached ones", True),
+    *(
+        Used(_REQ, name, "written: blended tokens are not cached ones", True)
+        for name in ("already_computed", "cached_tokens_device", "_cache_breakdown_computed")
+    ),
+    *(
+        Used(_ADDER, name, "written: blended tokens are not cached ones", True)
+        for name in ("log_hit_tokens", "reprocessed_log_hit_tokens")
+    ),
     Used(_RADIX, "_match_prefix_helper", "called: walk a blended branch"),
     Used(_ROTARY, "_ensure_cos_sin_cache_length", "called: as many rows as the model's own"),
     Used(_REQ, "customized_info", "written: the answer's record", True),

@@ -153,7 +153,7 @@ def _add_one_req(
                 logger.exception("KVShare could not plan request %s in chunks", req.rid)
                 cache.let_go(req, state)
                 state = _without(cache, state, Decline.FAULT)
-        _attach(cache, req, state)
+        _attach(cache, adder, req, state)
     else:
         req.kvshare = state
     return result
@@ -363,7 +363,7 @@ def _admitted(adder: "PrefillAdder", req: "Req") -> bool:
     return bool(adder.can_run_list) and adder.can_run_list[-1] is req
 
 
-def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
+def _attach(cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req", state: RequestReuse) -> None:
     """The request goes to prefill: remember, report and count its reuse."""
     req.kvshare = state
     if cache.queue is not None:
@@ -381,5 +381,20 @@ def _attach(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> None:
     state.admit(prefix_len=prefix_len)
     if not state.told:
         req.customized_info = {**known, "kvshare": OncePerAnswer(state.record, req)}
-        # SGLang counts a prefix hit as cached; for users that word stays with exact KV.
-        req.already_computed += state.record["blended_tokens"]
+    if state.record["blended_tokens"]:
+        _not_as_cached(adder, req, state)
+
+
+def _not_as_cached(adder: "PrefillAdder", req: "Req", state: RequestReuse) -> None:
+    """SGLang counts a prefix hit as cached: in an answer, its details, the log and the metrics. For
+    users that word stays with exact KV."""
+    blended = state.record["blended_tokens"]
+    adder.log_hit_tokens -= blended
+    if state.told:  # SGLang counts it as a hit of the second time, and for the answer no more
+        adder.reprocessed_log_hit_tokens -= blended
+        return
+    if hasattr(adder, "log_device_hit_tokens"):
+        adder.log_device_hit_tokens -= blended
+    req.already_computed += blended
+    req.cached_tokens_device = state.record["exact_tokens"]
+    req._cache_breakdown_computed = True

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -64,6 +65,33 @@ def test_moved_text_is_reused_and_reported(server: Server, texts: Texts) -> None
         assert f'kind="{kind}"' in page
     for name in ("lookup_seconds_count", "copy_seconds_count", "declined_requests_total"):
         assert f"sglang:kvshare_{name}" in page
+
+
+def cached(server: Server) -> float:
+    """Prompt tokens that SGLang's metrics call cached, so far."""
+    page = requests.get(server.url + "/metrics", timeout=30).text
+    lines = [line for line in page.splitlines() if line.startswith("sglang:cached_tokens_total{")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_blended_tokens_are_called_cached_nowhere(server: Server, texts: Texts) -> None:
+    """In an answer, its details, SGLang's metrics and its log."""
+    head, moved = texts.passage(40), texts.passage(300)
+    server.generate(head)
+    server.generate(moved)
+    asked = head + moved + texts.passage(8)
+    assert info(server.generate(asked))["copied_tokens"] > 200
+    before, start = cached(server), server.log.stat().st_size
+    answer = server.generate(asked + texts.passage(20), return_cached_tokens_details=True)
+    meta, seen = answer["meta_info"], info(answer)
+    exact = seen["exact_tokens"]
+    assert 40 <= exact < 60  # and the first rows of what moved, which ran
+    assert seen["blended_tokens"] > 200
+    assert meta["cached_tokens"] == meta["cached_tokens_details"]["device"] == exact
+    assert cached(server) - before == exact
+    said = server.log.read_bytes()[start:].decode()
+    told = [int(n) for n in re.findall(r"Prefill batch.*#cached-token: (\d+)", said)]
+    assert sum(told) == exact
 
 
 def test_reuse_is_switched_off_and_on_for_those_who_say_nothing(

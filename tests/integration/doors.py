@@ -1,0 +1,73 @@
+"""Each way to ask a server over HTTP: what a body looks like, where its answer tells of reuse."""
+
+import json
+from typing import Any, NamedTuple
+
+import requests
+
+
+class Door(NamedTuple):
+    """One way to ask. ``place``: where the record stands in an answer or its last event that has
+    one; ``options``: where a body may say what it wants (None: nowhere)."""
+
+    path: str
+    place: tuple[str, ...]
+    options: tuple[str, ...] | None = ("custom_params",)
+
+    def body(self, text: str, **more: Any) -> dict[str, Any]:
+        new = {"model": "x", "temperature": 0}
+        said: dict[str, Any] = {
+            "/generate": {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 4}},
+            "/v1/completions": {**new, "prompt": text, "max_tokens": 4},
+            "/v1/chat/completions": {**new, **chat(text), "max_tokens": 4},
+            "/v1/messages": {**new, **chat(text), "max_tokens": 4},
+            "/v1/responses": {**new, "input": text, "max_output_tokens": 4},
+        }[self.path]
+        if more.get("stream") and self.path in ("/v1/completions", "/v1/chat/completions"):
+            said["stream_options"] = {"include_usage": True}
+        return {**said, **more}
+
+    def asking(self, text: str, option: Any, **more: Any) -> dict[str, Any]:
+        """A body with ``{"kvshare": option}``."""
+        body = self.body(text, **more)
+        assert self.options is not None
+        inner = body
+        for key in self.options[:-1]:
+            inner = inner[key]
+        inner[self.options[-1]] = {"kvshare": option}
+        return body
+
+
+def chat(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+DOORS = (
+    Door("/generate", ("meta_info", "kvshare"), ("sampling_params", "custom_params")),
+    Door("/v1/completions", ("usage", "kvshare")),
+    Door("/v1/chat/completions", ("usage", "kvshare")),
+    Door("/v1/messages", ("usage", "kvshare"), None),
+    Door("/v1/responses", ("kvshare",), None),
+)
+
+
+def events(reply: requests.Response) -> list[dict[str, Any]]:
+    """What an answer holds: one thing, or what a stream sent."""
+    assert reply.status_code == 200, reply.text
+    if "event-stream" not in reply.headers["content-type"]:
+        return [reply.json()]
+    lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+    found = [json.loads(line) for line in lines]
+    # Responses wraps what it sends at its beginning and end.
+    return [event.get("response", event) for event in found]
+
+
+def told(door: Door, reply: requests.Response) -> list[dict[str, Any]]:
+    """The records of an answer, of its last event that has them."""
+    for event in reversed(events(reply)):
+        value: Any = event
+        for key in door.place:
+            value = (value or {}).get(key)
+        if value:
+            return list(value)
+    raise AssertionError(reply.text)
