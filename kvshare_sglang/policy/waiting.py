@@ -32,9 +32,10 @@ def sample(hashes: Words) -> Words:
 
 # Of each request, int64 [n], beside those of ``Queue``: ``arrived`` by the clock; ``waited``: rows
 # let in while it waited for a twin; ``number``: its own in the map; ``held``: its hashes there, of
-# which ``computed`` are in prefill.
+# which ``computed`` are in prefill; ``here``: it was not let in since others left; ``waits``: for a
+# twin; ``group``: its own to say.
 _COLUMNS = (
-    *("cost", "tokens", "arrived", "overtaken", "waited"),
+    *("cost", "tokens", "arrived", "overtaken", "waited", "here", "waits", "group"),
     *("number", "held", "computed", "known", "dirty", "twins"),
 )
 
@@ -99,19 +100,27 @@ class Waiting:
         self._columns = {name: np.zeros(0, np.int64) for name in _COLUMNS}
         self._map = Inverted()
         self._next_number = 0
-        self._computing: dict[Hashable, Words] = {}
-        self._in_prefill = np.empty(0, np.uint64)  # the hashes of all of them, ascending
+        self._computing: dict[Hashable, set[int]] = {}  # hashes of the text in prefill
+        self._computed_by: dict[int, set[Hashable]] = {}  # the same, by hash
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._place)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._place
 
     @property
     def keys(self) -> Sequence[Hashable]:
-        """In order of arrival."""
+        """In order of arrival; who was let in stays until others ``leave``, so that the places
+        of a round hold."""
         return self._keys
+
+    def places(self, group: int | None = None) -> Ints:
+        """Of those that wait, of one group or all, by arrival. O(n)."""
+        here = self._columns["here"] > 0
+        if group is not None:
+            here &= self._columns["group"] == group
+        return np.flatnonzero(here)
 
     def place_of(self, key: Hashable) -> int:
         """Where it stands by arrival. KeyError if it does not wait."""
@@ -126,14 +135,14 @@ class Waiting:
 
     # ---- who waits ----------------------------------------------------------------------
 
-    def come(self, arrivals: Iterable[tuple[Hashable, int]]) -> None:
-        """New requests: key, and tokens of the prompt, at least 1. O(n)."""
+    def come(self, arrivals: Iterable[tuple[Hashable, int, int]]) -> None:
+        """New requests: key, tokens of the prompt, at least 1, and group. O(n)."""
         rows = []
-        for key, tokens in arrivals:
+        for key, tokens, group in arrivals:
             self._place[key] = len(self._keys)
             self._keys.append(key)
             new = {"cost": tokens, "tokens": tokens, "arrived": self.clock, "dirty": 1}
-            new["number"] = self._next_number
+            new |= {"number": self._next_number, "here": 1, "group": group}
             rows.append([new.get(name, 0) for name in _COLUMNS])
             self._next_number += 1
         if rows:
@@ -142,12 +151,11 @@ class Waiting:
                 self._columns[name] = np.concatenate([column, table[:, i]])
 
     def leave(self, keys: Iterable[Hashable]) -> None:
-        """They wait no more, let in or not. O(n)."""
-        gone = [self._place[key] for key in keys if key in self._place]
-        if not gone:
+        """They wait no more, and those that were let in are forgotten. O(n)."""
+        stay = self._columns["here"] > 0
+        stay[[self._place[key] for key in keys if key in self._place]] = False
+        if stay.all():
             return
-        stay = np.ones(len(self._keys), bool)
-        stay[gone] = False
         self._keys = [self._keys[i] for i in np.flatnonzero(stay)]
         self._place = {key: i for i, key in enumerate(self._keys)}
         self._columns = {name: column[stay] for name, column in self._columns.items()}
@@ -160,15 +168,17 @@ class Waiting:
 
     def let_in(self, key: Hashable, cost: int, *, among: Ints | None = None) -> int:
         """One goes to prefill for ``cost`` rows: all older ones are overtaken, of those at the
-        places ``among`` if given. The most that any of them was so far, in rows. O(n)."""
-        place = self._place[key]
-        older = np.arange(place) if among is None else among[among < place]
+        places ``among`` if given. The most that any of them was so far, in rows. A few array
+        operations; the place stays taken until others ``leave``."""
+        place = self._place.pop(key)
+        self._columns["here"][place] = 0
+        older = self.places() if among is None else among
+        older = older[older < place]
         overtaken = self._columns["overtaken"]
         overtaken[older] += cost
+        self._columns["waited"] += cost * self._columns["waits"]
         self.clock += cost
-        most = int(overtaken[older].max(initial=0))
-        self.leave([key])
-        return most
+        return int(overtaken[older].max(initial=0))
 
     # ---- what they cost -----------------------------------------------------------------
 
@@ -176,7 +186,7 @@ class Waiting:
         """The sample of its text, once. Amortised O(log n) a hash."""
         place = self._place[key]
         self._columns["held"][place] = len(hashes)
-        self._columns["computed"][place] = np.isin(hashes, self._in_prefill).sum()
+        self._columns["computed"][place] = sum(h in self._computed_by for h in hashes.tolist())
         self._map.add(int(self._columns["number"][place]), hashes)
 
     def looked_up(self, key: Hashable, *, cost: int, twins: bool) -> None:
@@ -193,7 +203,7 @@ class Waiting:
         """All is looked up anew: texts have other hashes from now on."""
         self._map = Inverted()
         self._computing.clear()
-        self._in_prefill = np.empty(0, np.uint64)
+        self._computed_by.clear()
         for name, value in (("held", 0), ("computed", 0), ("known", 0), ("dirty", 1)):
             self._columns[name][:] = value
 
@@ -205,11 +215,13 @@ class Waiting:
     def changed(self, hashes: Words) -> None:
         """Text of this sample came to the tree, or went: who holds some of it is dirty, and nobody
         computes it any more. O(hashes log n), and O(1) for each that a waiting prompt holds."""
-        self._columns["dirty"][self._held(hashes) > 0] = 1
-        if np.isin(self._in_prefill, hashes).any():
-            for key, mine in self._computing.items():
-                self._computing[key] = mine[~np.isin(mine, hashes)]
-            self._count_computed()
+        if len(self):
+            self._columns["dirty"][self._held(hashes) > 0] = 1
+        gone = [h for h in hashes.tolist() if h in self._computed_by]
+        for h in gone:
+            for key in self._computed_by.pop(h):
+                self._computing[key].discard(h)
+        self._count(-1, gone)
 
     def all_changed(self) -> None:
         self._columns["dirty"][:] = 1
@@ -227,34 +239,45 @@ class Waiting:
 
     def computes(self, key: Hashable, hashes: Words) -> None:
         """A request went to prefill with new text of this sample, that others may reuse."""
-        self._computing[key] = hashes
-        self._count_computed()
+        self.computed(key)
+        mine = self._computing[key] = set(hashes.tolist())
+        self._count(1, [h for h in mine if h not in self._computed_by])
+        for h in mine:
+            self._computed_by.setdefault(h, set()).add(key)
 
-    def computed(self, key: Hashable) -> Words:
-        """Its prompt is through, or it will compute none of it. The sample that is left of it."""
-        mine = self._computing.pop(key, np.empty(0, np.uint64))
-        if len(mine):
-            self._count_computed()
-        return mine
+    def computed(self, key: Hashable) -> None:
+        """Its prompt is through, or it will compute none of it."""
+        gone = []
+        for h in self._computing.pop(key, ()):
+            self._computed_by[h].discard(key)
+            if not self._computed_by[h]:
+                del self._computed_by[h]
+                gone.append(h)
+        self._count(-1, gone)
 
-    def _count_computed(self) -> None:
-        """Count anew what each prompt holds of the text in prefill. As ``changed``, for the hashes
-        that came or went alone: each round asks, and a hot text is in every prompt."""
-        before = self._in_prefill
-        texts = [np.empty(0, np.uint64), *self._computing.values()]
-        self._in_prefill = now = np.unique(np.concatenate(texts))
-        for sign, a, b in ((1, now, before), (-1, before, now)):
-            other = np.setdiff1d(a, b, assume_unique=True)
-            if len(other):
-                self._columns["computed"] += sign * self._held(other)
+    def _count(self, sign: int, hashes: list[int]) -> None:
+        """Text of these hashes came to prefill, or left it."""
+        if hashes and len(self):
+            self._columns["computed"] += sign * self._held(np.array(sorted(hashes), np.uint64))
 
     @property
     def computing(self) -> Sequence[Hashable]:
         return list(self._computing)
 
-    def wait_for_twins(self, places: Sequence[int], rows: int) -> None:
-        """``rows`` were let in while those at ``places`` waited for a twin."""
-        self._columns["waited"][places] += rows
+    def wait(self, keys: Iterable[Hashable]) -> None:
+        """Those that wait for a twin from now on: rows that are let in count for them."""
+        self._columns["waits"][:] = 0
+        self._columns["waits"][[self._place[key] for key in keys if key in self._place]] = 1
+
+    def patient_for(self, key: Hashable, rows: int) -> None:
+        """It will wait for so many rows less."""
+        self._columns["waited"][self._place[key]] += rows
+
+    def that_wait_for(self, hashes: Words, least: int) -> Iterator[Hashable]:
+        """Of those that wait for a twin, who has ``least`` tokens of text of this sample. O(n)."""
+        tokens = (self._held(hashes) * self.tokens_each).astype(np.int64)
+        some = (tokens >= least) & (self._columns["waits"] > 0) & (self._columns["here"] > 0)
+        return (self._keys[i] for i in np.flatnonzero(some))
 
     @property
     def tokens_each(self) -> npt.NDArray[np.float64]:
@@ -264,14 +287,10 @@ class Waiting:
         )
         return each
 
-    def tokens_of(self, hashes: Words) -> Ints:
-        """About how many tokens of each waiting prompt are text of this sample. int64 [n]."""
-        return (self._held(hashes) * self.tokens_each).astype(np.int64)
-
     # ---- the view that decides ----------------------------------------------------------
 
     def queue(self, *, bound: int) -> Queue:
-        """All that wait, for ``schedule.order``. Who could not reuse what another computes has no
+        """All at ``keys``, for ``schedule.order``. Who could not reuse what another computes has no
         patience. O(n)."""
         cost, tokens, arrived, overtaken = (
             self._columns[name] for name in ("cost", "tokens", "arrived", "overtaken")

@@ -74,6 +74,16 @@ def test_of_eight_with_the_same_new_document_one_computes_and_seven_reuse(
     assert_nothing_is_kept(it)
 
 
+def test_of_more_than_a_round_looks_up_one_computes_too(it: Lab, texts: Texts) -> None:
+    """Sixty prompts are more tokens than a round looks up: the last ones are known at admission."""
+    document = texts.passage(300)
+    script = [request(f"r{i}", [*texts.passage(8), *document, 5], new=2) for i in range(60)]
+    most, *others = rows_of(it.play([script]))
+    assert most >= 300
+    assert max(others) < 0.35 * 300
+    assert_nothing_is_kept(it)
+
+
 def test_texts_of_other_namespaces_are_no_twins(it: Lab, texts: Texts) -> None:
     document = texts.passage(300)
     waits = it.ask("probes:queue_state")["waits"]

@@ -1,5 +1,8 @@
 """The book of waiting requests agrees with plain lists and sets, whatever is done to it."""
 
+import copy
+import sys
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,10 +54,12 @@ class Book(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 5000), text=st.none() | words, twins=st.booleans())
     def come(self, tokens: int, text: list[int] | None, twins: bool) -> None:
         key, self.next = self.next, self.next + 1
-        self.it.come([(key, tokens)])
+        self.it.leave([])  # a round begins
+        self.it.come([(key, tokens, tokens % 2)])
         self.plain[key] = {"cost": tokens, "tokens": tokens, "arrived": self.clock, "over": 0}
         self.plain[key] |= {"text": set(), "dirty": True, "known": False, "waited": 0}
         self.plain[key]["twins"] = twins and text is not None
+        self.plain[key]["waits"] = False
         if text is not None:
             self.plain[key]["text"] = set(text)
             self.it.note_text(key, array(text))
@@ -65,13 +70,17 @@ class Book(RuleBasedStateMachine):
         return list(self.plain)[index % len(self.plain)]
 
     @precondition(lambda self: self.plain)
-    @rule(index=st.integers(0, 99), cost=st.integers(1, 500))
-    def let_in(self, index: int, cost: int) -> None:
+    @rule(index=st.integers(0, 99), cost=st.integers(1, 500), grouped=st.booleans())
+    def let_in(self, index: int, cost: int, grouped: bool) -> None:
         key = self.pick(index)
-        most = self.it.let_in(key, cost)
+        group = self.plain[key]["tokens"] % 2 if grouped else None
+        most = self.it.let_in(key, cost, among=self.it.places(group))
         self.clock += cost
         del self.plain[key]
+        for one in self.plain.values():
+            one["waited"] += cost * one["waits"]
         older = [one for other, one in self.plain.items() if other < key]
+        older = [one for one in older if group in (None, one["tokens"] % 2)]
         for one in older:
             one["over"] += cost
         assert most == max((one["over"] for one in older), default=0)
@@ -87,8 +96,24 @@ class Book(RuleBasedStateMachine):
     @rule(index=st.integers(0, 99), rows=st.integers(1, 50))
     def wait(self, index: int, rows: int) -> None:
         key = self.pick(index)
-        self.it.wait_for_twins([self.it.place_of(key)], rows)
+        self.it.patient_for(key, rows)
         self.plain[key]["waited"] += rows
+
+    @rule(which=st.integers(0, 7))
+    def wait_for_twins(self, which: int) -> None:
+        some = [key for key in self.plain if which & (1 + key % 3)]
+        self.it.wait([*some, "gone"])
+        for key, one in self.plain.items():
+            one["waits"] = key in some
+
+    @rule(text=words, least=st.integers(1, 300))
+    def ends(self, text: list[int], least: int) -> None:
+        """Who waited for text of these hashes."""
+        want = []
+        for key, one in self.plain.items():
+            tokens = len(one["text"] & {*text}) * (one["tokens"] / max(len(one["text"]), 1))
+            want += [key] * (one["waits"] and int(tokens) >= least)
+        assert list(self.it.that_wait_for(array(text), least)) == want
 
     @rule(text=words)
     def changed(self, text: list[int]) -> None:
@@ -117,6 +142,11 @@ class Book(RuleBasedStateMachine):
 
     @invariant()
     def agree(self) -> None:
+        assert len(self.it) == len(self.plain)
+        for key in self.plain:
+            assert self.it.overtaken_at(self.it.place_of(key)) == self.plain[key]["over"]
+        self.it = copy.deepcopy(self.it)
+        self.it.leave([])
         queue = self.it.queue(bound=1000)
         mine = list(self.plain.values())
         assert list(self.it.keys) == list(self.plain)
@@ -142,13 +172,46 @@ TestBook = Book.TestCase
 
 def test_a_long_life_renumbers_and_forgets_nothing() -> None:
     it = Waiting()
-    it.come([("old", 100)])
+    it.come([("old", 100, 0)])
     it.note_text("old", np.arange(40, dtype=np.uint64) * SAMPLE)
     it.looked_up("old", cost=100, twins=True)
     for i in range(6000):
-        it.come([(i, 10)])
+        it.come([(i, 10, 0)])
         it.note_text(i, np.array([4 * i], np.uint64))
         it.leave([i])
     assert it._next_number < 6000
     assert len(it._map) < 5000
-    assert it.tokens_of(np.arange(20, dtype=np.uint64) * SAMPLE).tolist() == [50]
+    it.wait(["old"])
+    assert list(it.that_wait_for(np.arange(20, dtype=np.uint64) * SAMPLE, 50)) == ["old"]
+    assert not list(it.that_wait_for(np.arange(20, dtype=np.uint64) * SAMPLE, 51))
+
+
+def calls(num: int) -> int:
+    """Function calls of a batch of so many from being let in to being through, others waiting."""
+    it, count = Waiting(), 0
+    text = [np.arange(4 * i, 4 * i + 4, dtype=np.uint64) * SAMPLE for i in range(num)]
+    it.come((i, 60, 0) for i in range(2 * num))
+    for i in range(2 * num):
+        it.note_text(i, text[i % num])
+
+    def counted(_frame: object, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        for i in range(num):
+            it.let_in(i, 60)
+            it.computes(i, text[i])
+        for i in range(num):
+            it.changed(text[i])
+        for i in range(num):
+            it.computed(i)
+        it.leave([])
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_batch_costs_what_its_requests_cost() -> None:
+    assert calls(160) < 3 * calls(80)

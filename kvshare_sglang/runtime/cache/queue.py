@@ -7,7 +7,7 @@ was thought of it while it waited. So the bound holds for what is let in, howeve
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -131,6 +131,7 @@ class WaitingQueue:
         held = {keys[i] for i in found.held}
         self._cache.report.held(len(held - self._held), queued=len(keys))
         self._held, self._later = held, {keys[i] for i in found.later}
+        self._waiting.wait(held)
         queue[:] = [keys[i] for i in (*found.first, *sorted([*found.held, *found.later]))]
 
     @_guarded(False)
@@ -142,6 +143,8 @@ class WaitingQueue:
             return True
         if req not in self._waiting:
             return False
+        if not alone and req not in self._text and self._has_a_twin(req, state):
+            return True
         cost = self._cost(req, state)
         self._waiting.costs(req, cost)
         oldest = int(self._places_of(req)[0])
@@ -154,8 +157,6 @@ class WaitingQueue:
         if req not in self._waiting:
             return
         cost = self._cost(req, state)
-        places = [self._waiting.place_of(one) for one in self._held if one in self._waiting]
-        self._waiting.wait_for_twins(places, cost)
         most = self._waiting.let_in(req, cost, among=self._places_of(req))
         self._cache.report.overtaken(most)
         if self._shares is not None:
@@ -190,8 +191,11 @@ class WaitingQueue:
         for req in gone:
             self._forget(req)
         new = [req for req in queue if req not in waiting]
-        waiting.come((req, max(1, len(req.origin_input_ids) + len(req.output_ids))) for req in new)
         self._tenants |= {req: versions.namespace(req) for req in new}
+        waiting.come(
+            (req, max(1, len(req.origin_input_ids) + len(req.output_ids)), self._group(req))
+            for req in new
+        )
         for req, (begun, _) in list(self._started.items()):
             if len(req.output_ids) > begun:
                 self._stops(req)
@@ -202,12 +206,9 @@ class WaitingQueue:
         begun, gives = self._started.pop(req)
         self._waiting.computed(req)
         if self._held and len(req.output_ids) > begun:
-            tokens = self._waiting.tokens_of(gives)
-            for one in self._held:
-                if one in self._waiting:
-                    place = self._waiting.place_of(one)
-                    if tokens[place] >= self._cache.config.min_reuse:
-                        self._hoped.setdefault(one, self._waiting.cost_at(place))
+            for one in self._waiting.that_wait_for(gives, self._cache.config.min_reuse):
+                place = self._waiting.place_of(one)
+                self._hoped.setdefault(cast("Req", one), self._waiting.cost_at(place))
 
     def _forget(self, req: "Req") -> None:
         for notes in (self._text, self._new, self._tenants, self._hoped):
@@ -225,16 +226,33 @@ class WaitingQueue:
                 break
             req.init_next_round_input(self._cache)
             req.kvshare = state = plan(req)
-            if req not in self._text:
-                self._read(req)
-            self._new[req] = self._new_of(req, state)
-            cost = self._cost(req, state)
-            reuses = state.selector is not None and state.budget < 1
-            self._waiting.looked_up(req, cost=cost, twins=reuses)
-            if cost >= self._hoped.pop(req, cost + 1):  # nothing came of its wait: the last one
-                self._waiting.wait_for_twins([self._waiting.place_of(req)], self._bound)
+            self._note(req, state)
             budget -= len(req.full_untruncated_fill_ids)
         return budget
+
+    def _note(self, req: "Req", state: RequestReuse) -> None:
+        """What was found of a request."""
+        if req not in self._text:
+            self._read(req)
+        self._new[req] = self._new_of(req, state)
+        cost = self._cost(req, state)
+        reuses = state.selector is not None and state.budget < 1
+        self._waiting.looked_up(req, cost=cost, twins=reuses)
+        if cost >= self._hoped.pop(req, cost + 1):  # nothing came of its wait: the last one
+            self._waiting.patient_for(req, self._bound)
+
+    def _has_a_twin(self, req: "Req", state: RequestReuse) -> bool:
+        """Whether one that admission looked up, for those before it took all that a round looks
+        up, would wait for those in prefill. It does from now on."""
+        self._note(req, state)
+        place = np.array([self._waiting.place_of(req)])
+        queue = self._waiting.queue(bound=self._bound).only(place)
+        if not waits_for_prefill(queue, self._twins(place)).all():
+            return False
+        self._held.add(req)
+        self._waiting.wait(self._held)
+        self._cache.report.held(1, queued=len(self._waiting))
+        return True
 
     def _read(self, req: "Req") -> None:
         space = self._cache.sync.space_of(versions.namespace(req))
@@ -272,11 +290,10 @@ class WaitingQueue:
     def _places_of(self, req: "Req") -> Ints:
         """Where those wait that a request may overtake, by arrival: with fair shares, those of its
         own tenant; all others are kept from waiting too long by the turns."""
-        every = np.arange(len(self._waiting))
-        if self._shares is None:
-            return every
-        mine = self._tenants[req]
-        return every[[self._tenants[one] == mine for one in self._waiting.keys]]
+        return self._waiting.places(None if self._shares is None else self._group(req))
+
+    def _group(self, req: "Req") -> int:
+        return hash(self._tenants[req])
 
     def _order(self) -> Order:
         queue, keys = self._waiting.queue(bound=self._bound), self._waiting.keys
