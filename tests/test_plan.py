@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import prompts_with_runs
 
 from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run, check_runs, merge_ranges
-from kvshare_sglang.policy.retain import depth_after
+from kvshare_sglang.policy.retain import depths_after
 
 SETS = st.sets(st.integers(0, 60))
 
@@ -239,10 +239,21 @@ def test_text_that_ran_while_there_were_copies_before_it_is_not_exact(case, more
     for row in ran_early:  # as deep as what was copied before it, whatever ran again since
         before = [run.depth_after for run in plan.runs if run.dst_start < row]
         deepest = max(before, default=0)
-        assert depth_after(new, row) >= (deepest if row in whole else min(deepest, 1))
+        assert depths_after(new, [row])[0] >= (deepest if row in whole else min(deepest, 1))
+    every = range(plan.prompt_len + 1)
+    assert depths_after(new, every) == [depth_by_definition(new, at) for at in every]
     if new.rest:
         assert new.nothing().exact_len == exact
         assert new.stop_at(plan.prompt_len).rest == new.rest
+
+
+def depth_by_definition(plan: ReusePlan, position: int) -> int:
+    """Of text that is computed behind a position."""
+    depths = [run.depth_after for run in plan.runs if run.dst_start < position]
+    depths += [plan.blend.depth] if plan.blend else []
+    if plan.rest and plan.rest.start <= position:
+        depths += [run.depth_after for run in plan.rest.runs if run.dst_start <= position]
+    return max(depths, default=0)
 
 
 @given(plans(), st.integers(0, 3000))

@@ -4,10 +4,12 @@ Text that it computed after reused text may be one, if it is not built on reuse 
 are left to their sources.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
-from kvshare_sglang.plan import Range, ReusePlan, Rows
+from kvshare_sglang.plan import Range, ReusePlan, Rows, Run
 
 
 class Stretch(NamedTuple):
@@ -18,25 +20,36 @@ class Stretch(NamedTuple):
     depth: int
 
 
-def depth_after(plan: ReusePlan, position: int) -> int:
-    """Depth of text that is computed behind prompt ``position``: 0 where all before it is exact."""
-    depths = [run.depth_after for run in plan.runs if run.dst_start < position]
-    if plan.blend:
-        depths.append(plan.blend.depth)
-    if plan.rest and plan.rest.start <= position:
-        depths += [run.depth_after for run in plan.rest.runs if run.dst_start <= position]
-    return max(depths, default=0)
+def depths_after(plan: ReusePlan, positions: Iterable[int]) -> list[int]:
+    """Depth of text that is computed behind each prompt position: 0 where all before it is exact.
+    O(runs + positions * log runs)."""
+    starts, deepest = _deepest(plan.runs)
+    rest_starts, rest_deepest = _deepest(plan.rest.runs if plan.rest else ())
+    out = []
+    for position in positions:
+        depth = max(deepest[bisect_left(starts, position)], plan.blend.depth if plan.blend else 0)
+        if plan.rest and plan.rest.start <= position:
+            depth = max(depth, rest_deepest[bisect_right(rest_starts, position)])
+        out.append(depth)
+    return out
+
+
+def _deepest(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
+    """Where ``runs`` begin, and how deep text behind the first i of them is."""
+    depths = accumulate((run.depth_after for run in runs), max, initial=0)
+    return [run.dst_start for run in runs], list(depths)
 
 
 def fresh_stretches(plan: ReusePlan, length: int, *, max_depth: int) -> list[Stretch]:
     """New text after the exact part of a request of ``length`` tokens, output included."""
     behind = max(plan.exact_len, plan.prefix_len)
-    out = []
-    for start, stop in plan.reused_rows.complement(behind, length).ranges:
-        depth = depth_after(plan, start)
-        if 0 < depth <= max_depth:
-            out.append(Stretch(start, stop, depth))
-    return out
+    ranges = plan.reused_rows.complement(behind, length).ranges
+    depths = depths_after(plan, (start for start, _ in ranges))
+    return [
+        Stretch(start, stop, depth)
+        for (start, stop), depth in zip(ranges, depths, strict=True)
+        if 0 < depth <= max_depth
+    ]
 
 
 def future_sources(plan: ReusePlan, *, max_depth: int, watched: bool) -> Rows:

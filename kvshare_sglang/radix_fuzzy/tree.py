@@ -43,6 +43,7 @@ from kvshare_sglang.radix_fuzzy.segments import (
 _POSITION_BITS = np.uint64(32)
 _POSITION_MASK = np.uint64(2**32 - 1)
 MOST_UNINDEXED = 1024  # segments
+FAR = 2048  # tokens: whose text is the same for so long is the same text
 
 
 class Pin(NamedTuple):
@@ -346,13 +347,15 @@ class FuzzyTree:
             (found[ok] & _POSITION_MASK).astype(np.int64),
         )
         runs = find_runs(prompt, hits, self._segments, start=start, tolerance=tolerance)
-        own = self._own(runs, prompt)
-        runs = tuple(
-            run._replace(join=Join.SAME if mine else self._join(run, prompt))
-            for run, mine in zip(runs, own, strict=True)
-        )
-        check_runs(runs, start=start, stop=len(prompt))
-        return runs
+        joined: list[Run] = []
+        changed = start
+        for run, mine in zip(runs, self._own(runs, prompt), strict=True):
+            join = Join.SAME if mine else self._join(run, prompt, changed)
+            joined.append(run._replace(join=join))
+            if join in (Join.SEAM, Join.EDIT):
+                changed = run.dst_start
+        check_runs(joined, start=start, stop=len(prompt))
+        return tuple(joined)
 
     def marks(self, namespace: object, tokens: Tokens) -> Fingerprints:
         """Kept grams of a text as the tree would index it in the namespace. O(n)."""
@@ -366,13 +369,26 @@ class FuzzyTree:
         part = np.ascontiguousarray(tokens if last is None else tokens[-last:], np.int32)
         return xxhash.xxh3_64_intdigest(part.tobytes(), self._secret) or 1
 
-    def _join(self, run: Run, prompt: Tokens) -> Join:
-        """A run from the start of a path goes on if what stands just before it in the prompt stood
-        there in the cache too: it is the same text, edited further up."""
+    def _join(self, run: Run, prompt: Tokens, changed: int) -> Join:
+        """A run goes on if what stands before it in the prompt stood there in the cache too: it is
+        the same text, edited further up, at ``changed``.
+
+        At the start of a path a hash of ``LOOK_BACK`` tokens tells. A run that begins later, where
+        another one ends, is compared back to the change, for texts between which the same words
+        stand are no less moved; at most ``FAR`` tokens, or to the start of the path and its hash.
+        """
         seg = self._segments[run.source]
-        if run.join is not Join.SEAM or not seg.near or run.src_start != seg.root_start:
+        need = min(max(run.dst_start - changed, LOOK_BACK), FAR)
+        have = min(run.src_start - seg.root_start, need)
+        at = run.dst_start - have
+        if run.join is not Join.SEAM or at < 0:
             return run.join
-        same = self._context_of(prompt[: run.dst_start], LOOK_BACK) == seg.near
+        own = path_tokens(seg, run.src_start - have, run.src_start)
+        if not np.array_equal(own, prompt[at : run.dst_start]):
+            return Join.SEAM
+        if have == need:
+            return Join.ON
+        same = seg.near and self._context_of(prompt[:at], LOOK_BACK) == seg.near
         return Join.ON if same else Join.SEAM
 
     def _own(self, runs: Sequence[Run], prompt: Tokens) -> list[bool]:

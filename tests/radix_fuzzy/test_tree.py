@@ -387,7 +387,7 @@ def test_behind_an_exact_prefix_a_run_is_joined_as_if_the_prefix_were_a_run(gone
 def test_text_that_goes_on_behind_a_prefix_cut_at_a_page_is_not_edited():
     tree, _ = tree_of(TEXT)
     prompt = np.concatenate([TEXT[:750], random_tokens(9, 40)])
-    assert tree.match(None, prompt, start=704) == (Run(1, 704, 704, 46),)
+    assert tree.match(None, prompt, start=704) == (Run(1, 704, 704, 46, join=Join.ON),)
 
 
 def test_behind_a_prefix_in_text_computed_behind_reuse_a_run_is_an_edit_too():
@@ -831,6 +831,32 @@ def test_a_prompt_that_goes_on_knows_its_own_text():
     assert run.join is Join.SEAM
     first, second = tree.match(None, edited, max_depth=1)
     assert (first.join, second.join) == (Join.SAME, Join.EDIT)
+
+
+@pytest.mark.parametrize("between", [0, 30, 80, 300])
+def test_moved_texts_stay_moved_whatever_stands_between_them(between):
+    """The same words, a template's, before and after each text say nothing of where it stood."""
+    words = random_tokens(50, between)
+    first, second, third, fourth = (random_tokens(51 + i, 300) for i in range(4))
+    tree = FuzzyTree()
+    tree.insert(None, np.concatenate([PREFACE, first, words, second]))
+    tree.insert(None, np.concatenate([third, words, fourth]))
+    prompt = np.concatenate([random_tokens(60, 200), first, words, fourth])
+    assert [run.join for run in tree.match(None, prompt)] == [Join.SEAM] * 2
+
+
+@pytest.mark.parametrize("at", [70, 400])
+def test_text_goes_on_where_a_run_begins_in_the_middle_of_its_path(at):
+    """Newer text of the same conversation covers its beginning, older its end."""
+    tree = FuzzyTree()
+    home = tree.insert(None, TEXT[:900], start=300, depth=1, before=PREFACE).id
+    for i in range(4):  # as many as the index keeps of a gram
+        front = random_tokens(60 + i, len(PREFACE))
+        tree.insert(None, np.concatenate([front, TEXT[:at], random_tokens(70 + i, 40)]))
+    prompt = np.concatenate([random_tokens(80, len(PREFACE)), TEXT[:900]])
+    first, second = tree.match(None, prompt, max_depth=1)
+    assert first.source != home == second.source
+    assert (second.dst_start, second.join) == (len(PREFACE) + at, Join.ON)
 
 
 def test_a_child_has_its_parents_context():

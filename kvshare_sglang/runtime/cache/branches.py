@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvshare_sglang.plan import Blend, Range, ReusePlan, Rows
-from kvshare_sglang.policy.retain import depth_after, fresh_stretches, page_borders
+from kvshare_sglang.policy.retain import depths_after, fresh_stretches, page_borders
 from kvshare_sglang.radix_fuzzy.chunks import Bounds, Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import SPAN, Tokens
 from kvshare_sglang.runtime import versions
@@ -195,7 +195,9 @@ class Branches:
             child.last_access_time = time.monotonic()
             node, at = child, at + same
         text = as_tokens(tokens)
-        for piece in self._pieces(space, plan, text, at, stop):
+        pieces = self._pieces(space, plan, text, at, stop)
+        depths = depths_after(plan, (piece.stop for piece in pieces))
+        for piece, depth in zip(pieces, depths, strict=True):
             value = row.slots[piece.start : piece.stop].to(dtype=torch.int64, copy=True)
             part = key[piece.start - exact : piece.stop - exact]
             _, node = cache._insert_helper(node, part, value)
@@ -203,7 +205,7 @@ class Branches:
                 node,
                 space=space,
                 start=piece.start,
-                depth=depth_after(plan, piece.stop),
+                depth=depth,
                 open_rows=open_rows[piece.start : piece.stop],
                 source_depth=piece.depth if piece.chunk else None,
                 before=text[: piece.start],
