@@ -31,10 +31,30 @@ def hook_generate_request(
                 asked = options.parse_header(asked)
                 obj.sampling_params = options.with_header(obj.sampling_params, asked)
             options.check(obj.sampling_params)
+            _check_others(obj)
         except ConfigError as error:
             return _refusal(obj, error)
     answers = original(manager, obj, request)
     return answers if request is None else _watched(answers)
+
+
+def _check_others(obj: Any) -> None:
+    """Raise ConfigError for what is not ours and would end SGLang, or let one client hinder
+    another; take out what no client may say."""
+    starts = (
+        obj.logprob_start_len
+        if isinstance(obj.logprob_start_len, list)
+        else [obj.logprob_start_len]
+    )
+    for start in starts:
+        if isinstance(start, int) and start < -1:
+            raise ConfigError("logprob_start_len", start, "-1 or more")
+    overrides = getattr(obj, "positional_embed_overrides", None)
+    for one in overrides if isinstance(overrides, list) else [overrides]:
+        if isinstance(one, dict):
+            raise ConfigError("positional_embed_overrides", one, "an object of SGLang's, not JSON")
+    if not obj.lora_path:  # SGLang finds the id by the path
+        obj.lora_id = None
 
 
 async def _refusal(obj: Any, error: ConfigError) -> AsyncIterator[Any]:

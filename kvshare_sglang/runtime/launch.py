@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 ENV = "KVSHARE_LAUNCHER"  # process id of a launcher with kvshare on, for those it spawns
 
+_server = False  # this process starts a server: what it refuses is one line
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--kvshare`` and one ``--kvshare-*`` option for each field of the config."""
@@ -144,6 +146,8 @@ def check_config_file(path: str | None) -> None:
 
 def hook_prepare_server_args(server_args: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``prepare_server_args``, which only servers call."""
+    global _server
+    _server = True
     from kvshare_sglang.runtime import preflight
 
     if getattr(server_args, "_kvshare", None) is not None:
@@ -177,6 +181,14 @@ def hook_check_server_args(
     if getattr(server_args, "_kvshare", None) is None:
         os.environ.pop(ENV, None)
     else:
+        from kvshare_sglang.runtime import support
+
+        try:
+            support.check_settings(versions.resolved(server_args))  # what other settings imply
+        except KVShareError as error:
+            if not _server:
+                raise
+            sys.exit(f"error: {error}")
         install()  # it may have been built in another process
         doors.install()
         os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
@@ -310,7 +322,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
     report = Report(prometheus_labels=prometheus_labels(server_args))
     shadow = Shadow(config, report)
-    return FuzzyRadixCache(
+    cache = FuzzyRadixCache(
         ctx.params,
         config=config,
         report=report,
@@ -318,3 +330,5 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
         shadow=shadow,
         accepts=functools.partial(accepts_blended, config, shadow),
     )
+    cache.serves_adapters = getattr(runner, "lora_manager", None) is not None
+    return cache

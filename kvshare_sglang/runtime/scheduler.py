@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.plan import ReusePlan, Run
@@ -33,10 +35,29 @@ def hook_verify(result: Any, params: Any, *args: Any, **kw: Any) -> None:
 
 def hook_validate_input_length(error: str | None, req: "Req", *args: Any, **kw: Any) -> str | None:
     """AFTER ``scheduler.validate_input_length``, which every request passes whatever door it came
-    through: a prompt of no tokens ends SGLang 0.5.22 and later; with us it is a 400."""
-    if error is None and not len(req.origin_input_ids):
+    through: what ends SGLang there is a 400 with us."""
+    return _unserved(req) if error is None else error
+
+
+def _unserved(req: "Req") -> str | None:
+    """Why a request would end the process: no tokens (SGLang 0.5.22 and later), or tokens,
+    alternatives or positions that are not there."""
+    prompt, vocab = np.asarray(req.origin_input_ids, np.int64), req.vocab_size
+    if not len(prompt):
         return "the prompt has 0 tokens, at least 1 is needed"
-    return error
+    if vocab is not None and req.multimodal_inputs is None:
+        for token in (int(prompt.min()), int(prompt.max())):
+            if not 0 <= token < vocab:
+                return f"input_ids must be in [0, {vocab}), the vocabulary, got {token}"
+    asked = req.logprob
+    if asked is not None and vocab is not None:
+        num = asked.top_logprobs_num or 0
+        if not 0 <= num <= vocab:
+            return f"top_logprobs_num must be in [0, {vocab}], got {num}"
+    for at in getattr(req, "token_indices_to_pool", None) or ():
+        if not 0 <= at < len(prompt):
+            return f"token_indices_to_pool must be in [0, {len(prompt)}), the prompt, got {at}"
+    return None
 
 
 def hook_calc_priority(
@@ -285,7 +306,9 @@ def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:
     would find text that it computed."""
     space = versions.namespace(req)
     if req.lora_id is not None:
-        cache.adapter_spaces.add(space)
+        if cache.serves_adapters:  # else it is a word of a client's, and says nothing of the key
+            cache.adapter_spaces.add(space)
+        return Decline.LORA
     return Decline.LORA if space in cache.adapter_spaces else None
 
 

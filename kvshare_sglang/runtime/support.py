@@ -168,7 +168,9 @@ def view_of(req: "Req", mode: str) -> RequestView:
     # Planned anew after it was retracted, its answer so far is prompt too, and SGLang computes the
     # logprobs of that once more.
     length = max(len(req.origin_input_ids), len(req.full_untruncated_fill_ids))
-    prompt_logprobs = req.return_logprob and 0 <= req.logprob_start_len < length
+    # Below -1 SGLang takes a start for the first token that is not cached.
+    start = req.logprob_start_len
+    prompt_logprobs = req.return_logprob and start != -1 and start < length
     inputs = (
         req.multimodal_inputs,
         req.input_embeds,
@@ -180,11 +182,15 @@ def view_of(req: "Req", mode: str) -> RequestView:
         prompt_logprobs=bool(prompt_logprobs),
         hidden_states=bool(req.return_hidden_states),
         # Scores; without them it fills the cache, for itself or for ``n`` answers that follow.
-        prefill_only=bool(req.is_prefill_only and req.return_logprob),
+        prefill_only=bool(req.is_prefill_only and (req.return_logprob or _pools(req))),
         multimodal=any(value is not None for value in inputs),
         session=getattr(req, "session", None) is not None,
         beam_search=getattr(req, "beam_group", None) is not None,
     )
+
+
+def _pools(req: "Req") -> bool:
+    return getattr(req, "token_indices_to_pool", None) is not None
 
 
 def is_by_token(req: "Req") -> bool:

@@ -170,6 +170,15 @@ def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:
         pool.free(req)
 
 
+def resolved(server_args: Any) -> Any:
+    """Settings with what SGLang makes of them, which from 0.5.21 on it writes beside them."""
+    try:
+        from sglang.srt.arg_groups.overrides import resolved_view
+    except ImportError:
+        return server_args
+    return resolved_view(server_args)
+
+
 # ---- requests and caches, before and from 0.5.22 on -------------------------------------------
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import doors
 import numpy as np
 import pytest
 import requests
@@ -278,6 +279,70 @@ def test_a_prompt_of_no_tokens_is_a_400_and_hurts_no_one(server: Server) -> None
     assert len(server.generate([5], new=3)["output_ids"]) == 3
 
 
+ODD = (
+    ({"input_ids": [10**9]}, "input_ids must be in [0, "),
+    ({"input_ids": [5, -5]}, "the vocabulary, got -5"),
+    ({"return_logprob": True, "logprob_start_len": -1000}, "logprob_start_len must be -1 or more"),
+    ({"return_logprob": True, "logprob_start_len": [-5]}, None),
+    ({"return_logprob": True, "top_logprobs_num": 10**6}, "top_logprobs_num must be in [0, "),
+    ({"return_logprob": True, "top_logprobs_num": -2}, None),
+    ({"return_logprob": True, "token_ids_logprob": [10**9]}, "vocabulary"),
+    ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides must be"),
+    ({"token_indices_to_pool": [9999]}, None),
+    ({"token_indices_to_pool": [3]}, None),
+    ({"return_logprob": True, "token_ids_logprob": [5, 6]}, None),
+    ({"return_hidden_states": True}, None),
+    ({"session_params": {"id": "none"}}, None),
+    ({"lora_path": "none"}, None),
+    ({"input_embeds": [[0.0, 1.0]]}, None),
+    ({"image_data": "none"}, None),
+    ({"bootstrap_room": 3}, None),
+    ({"rid": ["a", "b"]}, None),
+    ({"custom_logit_processor": "none"}, None),
+    ({"sampling_params": {"max_new_tokens": 0}}, None),
+    ({"sampling_params": {"max_new_tokens": 10**9}}, None),
+    ({"sampling_params": {"n": 0}}, None),
+    ({"sampling_params": {"stop": ["e", "", "t"], "max_new_tokens": 20}}, None),
+    ({"sampling_params": {"json_schema": "{}"}}, None),
+    ({"sampling_params": {"logit_bias": {"99999999": 1}}}, None),
+)
+
+
+def test_no_shape_of_a_request_ends_the_server(server: Server, texts: Texts) -> None:
+    """Each over text that moved, so that it would reuse: served, or refused in words."""
+    moved = texts.passage(200)
+    server.generate(moved)
+    for odd, words in ODD:
+        body: dict[str, Any] = {"input_ids": [*texts.passage(5), *moved, 7]}
+        body["sampling_params"] = {"temperature": 0, "max_new_tokens": 2}
+        for asked in (odd, {**odd, "stream": True}):
+            try:
+                said = server.post("/generate", {**body, **asked}).text
+            except requests.RequestException:  # some faults end a stream of SGLang's, here too
+                assert words is None, odd
+            else:
+                assert words is None or words in said, (odd, said)
+            assert len(server.generate([5], new=3)["output_ids"]) == 3, odd
+    for path, one in (
+        ("/v1/completions", {"prompt": [10**9]}),
+        ("/v1/completions", {"prompt": "some", "logprobs": 10**6}),
+        ("/v1/completions", {"prompt": "some", "logit_bias": {"99999999": 1}}),
+        ("/v1/chat/completions", {**doors.chat("some"), "logprobs": True, "top_logprobs": 10**6}),
+    ):
+        server.post(path, {"model": "x", "max_tokens": 2, **one})
+        assert len(server.generate([5], new=3)["output_ids"]) == 3, one
+
+
+def test_a_word_of_one_tenant_takes_nothing_from_another(server: Server, texts: Texts) -> None:
+    """An adapter's id is not for clients to say: SGLang adds it to the key of a tenant."""
+    theirs = texts.passage(200)
+    server.generate(theirs, extra_key="b")
+    server.generate([5], new=1, lora_id="b")
+    mine = server.generate([*texts.passage(5), *theirs], extra_key="b")
+    assert info(mine)["declined"] is None
+    assert info(mine)["copied_tokens"] > 100
+
+
 def test_a_random_mix_leaves_a_healthy_server(server: Server, texts: Texts) -> None:
     """Requests, streams cut off, aborts and flushes from six clients at once."""
     passages = [texts.passage(n) for n in (120, 300, 90, 210, 400)]
@@ -341,6 +406,10 @@ def test_help_lists_every_option() -> None:
         (["--enable-nvidia-megakernel"], "drop --enable-nvidia-megakernel"),
         (["--enable-amd-monokernel"], "drop --enable-amd-monokernel"),
         (["--enable-kv-cache-sharding"], "drop --enable-kv-cache-sharding"),
+        (
+            ["--rl-on-policy-target", "fsdp", "--attention-backend", "triton"],
+            "does not serve deterministic mode yet",
+        ),
     ],
 )
 def test_what_is_not_served_ends_the_start_with_one_line(

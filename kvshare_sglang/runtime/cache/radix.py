@@ -64,6 +64,7 @@ class FuzzyRadixCache(RadixCache):
         """``accepts``: whether a request may be served from KV that is not exact."""
         self.shadow = shadow
         self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
+        self.serves_adapters = False
         self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64), later=True)
         self.usage = Usage(params.token_to_kv_pool_allocator.size)
