@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import Lab, computed, lab, request
 from test_life import assert_clean
+from tiny_models import make_model
 
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -210,6 +211,42 @@ def test_turns_over_a_branch_of_exact_copies_are_full_prefill(
     assert_clean(talk)
 
 
+def test_a_retracted_turn_comes_back_to_its_own(talk: Lab, plain_lab: Lab, texts: Texts) -> None:
+    """A turn that repaired, decodes and is retracted shares slots with itself when it comes back:
+    it runs what its answer so far costs, and answers as full prefill."""
+    talk.flush()
+    prompt = exact_branch(talk, texts, 300, "k") + texts.passage(150)
+    polls = 10 + 150 // talk.chunk * 4
+    script = [
+        request("turn", prompt, extra_key="k", new=40),
+        ("polls", polls),
+        ("call", "probes:pause"),
+        ("call", "probes:resume"),
+    ]
+    answer = talk.play(script)["turn"]
+    rows = sum(each[0] for each in talk.ask("probes:layer_rows"))
+    assert answer["retractions"] == 1
+    assert answer["kvshare"]["repaired_tokens"] > 0
+    told = computed(answer["kvshare"])
+    # Its prompt once, a row for each token but the last, and of what it had answered a page.
+    assert rows <= told + 40 + 2 * edge(talk), (rows, told)
+    assert answer["output"] == plain_lab.one(prompt, new=40)["output"]
+    assert_clean(talk)
+
+
+def test_exact_text_goes_before_what_was_blended(talk: Lab, texts: Texts) -> None:
+    """Once somebody has computed the same text exactly, all go on from that."""
+    talk.flush()
+    document = texts.passage(400)
+    prompt = texts.passage(30) + document + texts.passage(50)
+    talk.one(document)
+    assert talk.one(prompt)["kvshare"]["copied_tokens"] > 200
+    talk.one(prompt, kvshare="exact")
+    told = talk.one(prompt)["kvshare"]
+    assert told["blended_tokens"] == 0
+    assert told["exact_tokens"] >= len(prompt) - talk.page
+
+
 def test_a_repair_changes_no_row_that_another_request_reads(talk: Lab, texts: Texts) -> None:
     talk.flush()
     document = texts.passage(400)
@@ -336,6 +373,33 @@ def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) ->
         assert_clean(it)
 
 
+def test_what_other_weights_made_is_in_no_answer(llama: Path, tmp_path: Path, texts: Texts) -> None:
+    """Truly other weights, taken in while a request decodes: what comes then is answered as by a
+    server that never knew the old ones."""
+    other = make_model(tmp_path, "llama", seed=1)
+    document = texts.passage(300)
+    prompt = texts.passage(30) + document + texts.passage(40)
+    asked = texts.passage(8) + prompt
+    with lab(other) as it:
+        want = it.one(asked)
+    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+        it.one(document)
+        assert it.one(prompt)["kvshare"]["copied_tokens"] > 200
+        before = it.one(asked, extra_key="before")
+        script = [
+            request("outlives", prompt + texts.passage(20), new=60),
+            ("polls", 8),
+            ("call", "probes:update_weights", str(other), False),
+        ]
+        it.play(script)
+        after = it.one(asked)
+        assert after["kvshare"]["copied_tokens"] == after["kvshare"]["blended_tokens"] == 0
+        torch.testing.assert_close(after["logits"], want["logits"], **TOL)
+        assert (after["logits"] - before["logits"]).abs().max() > 1  # they are other weights
+        assert after["output"] == want["output"]
+        assert_clean(it)
+
+
 def test_a_request_that_outlives_its_weights_gives_back_what_it_owns(
     llama: Path, texts: Texts
 ) -> None:
@@ -389,7 +453,7 @@ def test_any_history_costs_at_most_stock_and_repair(
         adds_up(answer, prompt)
         if mode == "exact":
             assert answer["output"] == plain_lab.one(prompt, new=4)["output"]
-        elif not aborted:
+        else:  # with what is left of an aborted request it costs less, if anything
             rows = computed(answer["kvshare"])
             assert rows <= allowed(would) + edge(talk), (answer["kvshare"], would)
 

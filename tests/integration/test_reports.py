@@ -98,6 +98,15 @@ def test_cache_salts_keep_tenants_apart(traced: Lab, texts: Texts) -> None:
     assert traced.one(prompt, extra_key="owner")["kvshare"]["declined"] == "no_match"
     mine = traced.one(prompt, fields=owner)
     assert mine["kvshare"]["copied_tokens"] > 150
+    # Nor are they led into what the owner's prompt left, of copies and of its own.
+    for fields in ({"cache_salt": "other"}, {}):
+        for text in (prompt, prompt + texts.passage(30)):
+            told = traced.one(text, fields=fields)["kvshare"]
+            assert told["blended_tokens"] == told["copied_tokens"] == 0, fields
+        traced.flush()
+        traced.one(document, fields=owner)
+        traced.one(prompt, fields=owner)
+    assert traced.one(prompt, fields=owner)["kvshare"]["blended_tokens"] > 150
 
 
 def test_a_request_kept_out_of_the_cache_is_served_in_chunks_and_leaves_nothing(

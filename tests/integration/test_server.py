@@ -502,6 +502,15 @@ def test_another_version_starts_reuses_and_stays_exact(
         it.generate(a + b)
         reused = it.generate(prompt)
         assert info(reused)["copied_tokens"] > 350
+        # It is a prefix from then on: again, of the next turn, and of samples.
+        again = it.generate(prompt)
+        assert computed(info(again)) <= 2
+        assert again["output_ids"] == reused["output_ids"]
+        turn = info(it.generate([*prompt, *reused["output_ids"], *texts.passage(20)]))
+        assert turn["blended_tokens"] > 350
+        assert computed(turn) <= 20 + 15 + 2
+        samples = it.post("/generate", {"input_ids": prompt, "sampling_params": {"n": 2}}).json()
+        assert all(computed(info(one)) <= 2 for one in samples)
         exact = it.generate(prompt, custom={"kvshare": "exact"})
         assert exact["output_ids"] == expected
         assert "memory leak" not in it.log.read_text()

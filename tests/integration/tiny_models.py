@@ -32,7 +32,7 @@ _LLAMA3 = {
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
 
-def make_model(folder: Path, name: str) -> Path:
+def make_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write the model ``name`` under ``folder`` (once) and return its directory."""
     import torch
     import transformers as tf
@@ -49,7 +49,7 @@ def make_model(folder: Path, name: str) -> Path:
     if (path / "config.json").exists():
         return path
     config_class, model_class, extra = kinds[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = model_class(config_class(**_COMMON, **extra)).float()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
