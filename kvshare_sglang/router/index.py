@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
@@ -55,6 +56,15 @@ class Recent:
         if ages >= 1:
             self._old = self._young if ages == 1 else JointMap()
             self._young, self._since = JointMap(), now
+
+
+def _saved(
+    masks: Words, widths: npt.NDArray[np.float32], shares: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Tokens that each worker need not compute, roughly: all that the prompt begins with, which is
+    a prefix hit whatever was asked for, and of what is found behind it a share."""
+    front = coverage(np.bitwise_and.accumulate(masks), widths)[: len(shares)]
+    return front + shares * (coverage(masks, widths)[: len(shares)] - front)
 
 
 @dataclass(slots=True)
@@ -203,14 +213,12 @@ class Index:
         # Each gram stands for the text up to the next one, which is never farther than a span.
         gaps = np.diff(marks.positions, append=marks.positions[-1:] + GRAM)
         widths = np.minimum(gaps, SPAN).astype(np.float32)
-        known = coverage(held, widths)
-        recent = self._recent.find(marks.hashes, now)
-        hoped = coverage(recent & ~held, widths)
+        there = held | self._recent.find(marks.hashes, now)
         standings = [self.standing(i, now) for i in range(len(self.workers))]
-        saves = [self._saves(i, options) for i in range(len(self.workers))]
+        shares = np.array([self._saves(i, options) for i in range(len(self.workers))], np.float32)
+        known, hoped = _saved(held, widths, shares), _saved(there, widths, shares)
         guesses: list[Work | None] = []
-        for i, share in enumerate(saves):
-            reused = int(share * float(known[i] + hoped[i]))
+        for reused in hoped.astype(int).tolist():
             guesses.append(Work(max(n - reused, 1), reused, 0))
         first = order(guesses, standings, prompt_len=n)
         works: list[Work | None] = [None] * len(guesses)
@@ -219,7 +227,7 @@ class Index:
             works[i], real = guesses[i], self.work(i, prompt, namespace, options)
             if real is not None:
                 # What is hoped for is on its way there, and is found when the request runs.
-                saved = int(saves[i] * float(hoped[i]))
+                saved = int(hoped[i] - known[i])
                 works[i] = real._replace(rows=max(real.rows - saved, 1))
                 really[i] = real
         best = order(works, standings, prompt_len=n)
@@ -234,7 +242,7 @@ class Index:
         return Choice(ranked, None, UNKNOWN, np.empty(0, np.uint64))
 
     def _saves(self, worker: int, options: RequestOptions) -> float:
-        """The share of found text that a worker does not compute again."""
+        """The share of what it may copy that a worker does not compute again."""
         mirror = self.workers[worker].mirror
         config = mirror.config if mirror else _DEFAULTS
         return 0.0 if options.mode == "exact" else 1 - budget_of(config, options)

@@ -436,3 +436,23 @@ def test_only_a_few_workers_are_looked_at_exactly(monkeypatch):
     index.choose(prompt_of(4), NONE, AUTO, 0.0)
     assert len(asked) == index_module.EXACTLY
     assert 4 in asked
+
+
+@pytest.mark.parametrize("options", [RequestOptions("exact"), RequestOptions(budget=1.0)])
+def test_what_may_not_be_copied_goes_where_its_prefix_is_among_many_workers(options):
+    """Others hold as much of its text, in other places, and less in all."""
+    prompt = prompt_of(1, 2, 3)
+    others = [[DOCS[3], DOCS[2], DOCS[1]]] * 5
+    index, _ = filled([*others, [prompt[:900], DOCS[4]]])
+    choice = index.choose(prompt, NONE, options, 0.0)
+    assert choice.order[0] == 5
+    assert choice.work == Work(len(prompt) - 900, 0, 900)
+
+
+def test_twins_that_may_copy_nothing_meet():
+    index, _ = filled([[]] * 6)
+    exact, prompt = RequestOptions("exact"), prompt_of(1, 2)
+    index.route(4, index.choose(prompt, NONE, exact, 0.0), 0.0)
+    assert index.choose(prompt, NONE, exact, 0.1).order[0] == 4
+    moved = np.concatenate([QUESTION, prompt])
+    assert index.choose(moved, NONE, exact, 0.1).order[0] == 0
