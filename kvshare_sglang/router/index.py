@@ -18,7 +18,7 @@ from kvshare_sglang.errors import ConfigError, TreeError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN, Tokens, winnow
 from kvshare_sglang.radix_fuzzy.index import Words
-from kvshare_sglang.router.cost import Standing, Work, budget_of, order, work_of
+from kvshare_sglang.router.cost import Standing, Work, budget_of, mode_of, order, work_of
 from kvshare_sglang.router.joint import MOST_WORKERS, JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror, Namespace
 
@@ -245,7 +245,7 @@ class Index:
         """The share of what it may copy that a worker does not compute again."""
         mirror = self.workers[worker].mirror
         config = mirror.config if mirror else _DEFAULTS
-        return 0.0 if options.mode == "exact" else 1 - budget_of(config, options)
+        return 0.0 if mode_of(config, options) == "exact" else 1 - budget_of(config, options)
 
     def work(
         self, worker: int, prompt: Tokens, namespace: Namespace, options: RequestOptions
@@ -255,5 +255,6 @@ class Index:
         if mirror is None:
             return None
         prefix_len = mirror.prefix_len(namespace, prompt)
-        runs = mirror.match(namespace, prompt, start=prefix_len) if options.mode != "exact" else ()
+        copies = mode_of(mirror.config, options) != "exact"
+        runs = mirror.match(namespace, prompt, start=prefix_len) if copies else ()
         return work_of(runs, mirror.config, options, prompt_len=len(prompt), prefix_len=prefix_len)

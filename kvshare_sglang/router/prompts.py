@@ -12,6 +12,7 @@ import numpy as np
 from kvshare_sglang.errors import ConfigError, KVShareError
 from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.mirror import Namespace
 
 GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
@@ -41,12 +42,13 @@ _TRIALS = (
 
 
 class Reading(NamedTuple):
-    """``tokens`` None: not known. ``body``: what to hand on, None: as it came. ``streams``: whether
-    the answer comes token by token."""
+    """``tokens`` None: not known. ``options``: their mode is UNSAID where the body names none.
+    ``body``: what to hand on, None: as it came. ``streams``: whether the answer comes token by
+    token."""
 
     tokens: Tokens | None
     namespace: Namespace = (None, None)
-    options: RequestOptions = RequestOptions()
+    options: RequestOptions = RequestOptions(UNSAID)
     body: dict[str, Any] | None = None
     streams: bool = False
 
@@ -110,7 +112,7 @@ class Prompts:
         changed = with_options(path, body, header)
         body = changed or body
         try:
-            options = parse_options(_custom_params(path, body))
+            options = _options(_custom_params(path, body))
         except KVShareError:
             return Reading(None, body=changed)
         if body.get("lora_path"):
@@ -173,6 +175,13 @@ def _is_plain(path: str, body: dict[str, Any]) -> bool:
 def _text(name: Any) -> str | None:
     """SGLang takes an empty name for none."""
     return name if isinstance(name, str) and name else None
+
+
+def _options(custom_params: Any) -> RequestOptions:
+    """Raises ConfigError. What it gets by default shows whether a request names a mode."""
+    asked = parse_options(custom_params, default="auto")
+    said = asked == parse_options(custom_params, default="exact")
+    return asked if said else asked._replace(mode=UNSAID)
 
 
 def _custom_params(path: str, body: dict[str, Any]) -> Any:

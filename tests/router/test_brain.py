@@ -7,6 +7,7 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_IDS, MOST_TEXT, Prompts
 
@@ -55,7 +56,8 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
 @pytest.mark.parametrize(
     ("path", "body", "header", "options", "namespace"),
     [
-        (GENERATE, {"input_ids": [1]}, None, (None, "auto"), (None, None)),
+        (GENERATE, {"input_ids": [1]}, None, (None, UNSAID), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "auto", (None, "auto"), (None, None)),
         (GENERATE, {"input_ids": [1]}, "0.3", (0.3, "auto"), (None, None)),
         (
             GENERATE,
@@ -67,7 +69,7 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
         (CHAT, {"input_ids": [1], "extra_key": "t", "cache_salt": ""}, "exact", (None, "exact"),
          ("t", None)),
         (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), (None, None)),
-        (GENERATE, {"input_ids": [1]}, "nonsense", (None, "auto"), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "nonsense", (None, UNSAID), (None, None)),
     ],
 )  # fmt: skip
 def test_a_body_and_its_header_say_what_is_asked_for(path, body, header, options, namespace):

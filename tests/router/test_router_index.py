@@ -17,7 +17,7 @@ from kvshare_sglang.radix_fuzzy.fingerprints import winnow
 from kvshare_sglang.radix_fuzzy.segments import path_tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.router import index as index_module
-from kvshare_sglang.router.cost import AFFINITY, SLACK, Standing, Work, order, work_of
+from kvshare_sglang.router.cost import AFFINITY, SLACK, UNSAID, Standing, Work, order, work_of
 from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, SUSPECT_S, Index
 from kvshare_sglang.router.joint import JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror
@@ -456,3 +456,15 @@ def test_twins_that_may_copy_nothing_meet():
     assert index.choose(prompt, NONE, exact, 0.1).order[0] == 4
     moved = np.concatenate([QUESTION, prompt])
     assert index.choose(moved, NONE, exact, 0.1).order[0] == 0
+
+
+def test_a_request_that_says_nothing_gets_what_its_worker_gives_by_default():
+    prompt = prompt_of(1)
+    for default in ("auto", "exact"):
+        index, _ = filled([[DOCS[1]], [DOCS[2]]], default=default)
+        unsaid, said = (
+            index.choose(prompt, NONE, RequestOptions(mode), 0.0) for mode in (UNSAID, default)
+        )
+        assert (unsaid.order, unsaid.work) == (said.order, said.work)
+        assert (unsaid.work.copied > 0) == (default == "auto")
+        assert index.choose(prompt, NONE, AUTO, 0.0).work.copied > 0
