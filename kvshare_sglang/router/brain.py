@@ -47,6 +47,7 @@ class Brain:
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
         self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
         self._alike: dict[int, tuple[int, frozenset[str]]] = {}
+        self._models: dict[int, str | None] = {}
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
 
     # ---- do the workers tokenise as it does -----------------------------------------------------
@@ -62,9 +63,14 @@ class Brain:
         known = self._alike.get(worker)
         return known is not None and known[0] == self.index.workers[worker].run
 
-    def compared(self, worker: int, run: int, paths: frozenset[str]) -> None:
-        """Its tokens come out alike for these paths; it was asked in this life."""
+    def compared(
+        self, worker: int, run: int, paths: frozenset[str], model: str | None = None
+    ) -> None:
+        """Its tokens come out alike for these paths; it was asked in this life. ``model``: what it
+        calls what it serves."""
         self._alike[worker] = run, paths
+        self._models[worker] = model
+        self.prompts.models = frozenset(name for name in self._models.values() if name)
 
     # ---- a request ------------------------------------------------------------------------------
 

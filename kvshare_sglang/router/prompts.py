@@ -5,6 +5,7 @@ of it: the router's tokenizer was compared with the worker's, and the body holds
 changes the prompt. Whatever else is handed on as it came; its tokens only help to choose.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,10 +55,12 @@ class Reading(NamedTuple):
 
 
 class Prompts:
-    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. Any thread."""
+    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. Any thread.
+    ``models``: what the workers call what they serve, where that is known."""
 
     def __init__(self, tokenizer: Any = None) -> None:
         self._tokenizer = tokenizer
+        self.models: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, path: str, *, trust_remote_code: bool = False) -> "Prompts":
@@ -115,9 +118,12 @@ class Prompts:
             options = _options(_custom_params(path, body))
         except KVShareError:
             return Reading(None, body=changed)
-        if body.get("lora_path"):
-            options = RequestOptions("exact")
         namespace = _text(body.get("extra_key")), _text(body.get("cache_salt"))
+        if adapter := adapter_of(path, body, self.models):
+            # The worker keeps its text under an id that only it knows: here under a name that is
+            # nobody else's, so that no prefix is found, and twins are.
+            options = RequestOptions("exact")
+            namespace = f"{namespace[0] or ''}\0{adapter}", namespace[1]
         ids = body.get("input_ids")
         if isinstance(ids, list) and len(ids) > MOST_IDS:
             return Reading(None, namespace, options, changed)
@@ -175,6 +181,25 @@ def _is_plain(path: str, body: dict[str, Any]) -> bool:
 def _text(name: Any) -> str | None:
     """SGLang takes an empty name for none."""
     return name if isinstance(name, str) and name else None
+
+
+def adapter_of(path: str, body: dict[str, Any], models: Iterable[str] = ()) -> str | None:
+    """The LoRA adapter that a body names, as SGLang reads it: ``model`` may be MODEL:ADAPTER, where
+    a model's own name may hold colons too.
+
+    >>> adapter_of(CHAT, {"model": "s3://m:a", "lora_path": "b"}, ["s3://m"])
+    'a'
+    >>> adapter_of(CHAT, {"model": "s3://m", "lora_path": "b"}, ["s3://m"])
+    'b'
+    """
+    model = body.get("model")
+    if path != GENERATE and isinstance(model, str) and model not in models:
+        base = next((name for name in models if model.startswith(f"{name}:")), None)
+        adapter = model[len(base) + 1 :] if base else model.partition(":")[2]
+        if adapter.strip():
+            return adapter.strip()
+    named = body.get("lora_path")
+    return str(named) if named else None
 
 
 def _options(custom_params: Any) -> RequestOptions:

@@ -291,7 +291,8 @@ class Proxy:
             return
         for of in {of for of, _ in trials} - alike:
             logger.warning("%s: %s tokenises in another way; text is passed on", of, url)
-        brain.compared(worker, run, frozenset(alike))
+        model = info.get("served_model_name") if isinstance(info, dict) else None
+        brain.compared(worker, run, frozenset(alike), model if isinstance(model, str) else None)
 
     async def _json(self, method: str, url: str, body: Any = None) -> Any:
         """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where

@@ -26,11 +26,11 @@ def brain():
     return Brain(URLS, Prompts(), Metrics(), clock=Clock())
 
 
-def decide(brain, best):
+def decide(brain, best, body=None):
     """A decision for a worker: the others have more to do."""
     for i, one in enumerate(brain.index.workers):
         one.routed = {0: (0 if i == best else 10_000 + i, 0.0)}
-    decision = brain.decide(GENERATE, {"input_ids": [1, 2, 3]})
+    decision = brain.decide(GENERATE, body or {"input_ids": [1, 2, 3]})
     assert decision.best == best
     return decision
 
@@ -68,12 +68,21 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
         ),
         (CHAT, {"input_ids": [1], "extra_key": "t", "cache_salt": ""}, "exact", (None, "exact"),
          ("t", None)),
-        (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), (None, None)),
+        (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), ("\0x", None)),
+        (GENERATE, {"input_ids": [1], "lora_path": "x", "extra_key": "t"}, None, (None, "exact"),
+         ("t\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "m: x"}, None, (None, "exact"), ("\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "s3://m"}, None, (None, UNSAID), (None, None)),
+        (CHAT, {"input_ids": [1], "model": "s3://m:x"}, None, (None, "exact"), ("\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "m:"}, None, (None, UNSAID), (None, None)),
+        (GENERATE, {"input_ids": [1], "model": "m:x"}, None, (None, UNSAID), (None, None)),
         (GENERATE, {"input_ids": [1]}, "nonsense", (None, UNSAID), (None, None)),
     ],
 )  # fmt: skip
 def test_a_body_and_its_header_say_what_is_asked_for(path, body, header, options, namespace):
-    reading = Prompts().read(path, body, header)
+    prompts = Prompts()
+    prompts.models = frozenset(["s3://m"])
+    reading = prompts.read(path, body, header)
     assert reading.tokens.tolist() == [1]
     assert reading.options == RequestOptions(options[1], options[0])
     assert reading.namespace == namespace
@@ -231,3 +240,18 @@ def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
         with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
             wire.token_of(bad, {wire.TOKEN_ENV: "b"})
         assert bad not in str(caught.value)
+
+
+def test_an_adapters_text_is_no_other_requests_and_its_twins_meet(brain):
+    brain.doubted.clear()
+    tokens = list(range(1000))
+    for worker in range(3):
+        brain.index.begin(worker, wire.Snapshot(1, 1, 0, 1, {}, []))
+    adapted = {"input_ids": tokens, "lora_path": "x"}
+    first = brain.sent(decide(brain, 2, adapted))
+    brain.answered(first)
+    for one in brain.index.workers:
+        one.routed.clear()
+    assert brain.decide(GENERATE, adapted).best == 2
+    assert brain.decide(GENERATE, {"input_ids": tokens}).best == 0
+    assert brain.decide(GENERATE, {**adapted, "lora_path": "y"}).best == 0

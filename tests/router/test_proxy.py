@@ -51,7 +51,8 @@ class Gateway:
             text = asked.get("prompt") or Bytes().apply_chat_template(asked["messages"])
             return web.json_response({"tokens": list(text.encode())[not self.same_tokens :]})
         if request.path == "/server_info":
-            return web.json_response({"chat_template": self.template})
+            info = {"chat_template": self.template, "served_model_name": "s3://m"}
+            return web.json_response(info)
         if request.path == "/health":
             return web.Response()
         key = request.headers.get("x-smg-routing-key")
@@ -136,6 +137,7 @@ def test_text_becomes_tokens_where_the_workers_tokenise_alike_and_only_there():
         async with running(gateway) as (client, url, brain):
             await until(lambda: all(map(brain.is_compared, (0, 1))))
             assert brain.sure() == ({GENERATE, CHAT} if same else set())
+            assert brain.prompts.models == {"s3://m"}
             turn = {"role": "user", "content": "hi"}
             bodies = [
                 (GENERATE, {"text": "hello", "stream": True}),
