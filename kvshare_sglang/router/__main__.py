@@ -67,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=30080)
     add(TOKEN_FLAG, default="", metavar="FILE",
         help=f"as the workers' --kvshare-stream-token-file; else {wire.TOKEN_ENV}")  # fmt: skip
+    add("--drain-seconds", type=int, default=180, metavar="S",
+        help="how long answers under way may take once the router is asked to end, its gateway's"
+        " too; default: 180, as smg's own")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -77,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn passes a signal on once it is through: it must not end us before the gateway is ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        if args.drain_seconds < 0:
+            raise ConfigError("--drain-seconds", args.drain_seconds, "0 or more")
         with _gateway(args) as url:
             _serve(args, url)
     except KVShareError as error:
@@ -96,12 +101,13 @@ def _gateway(args: argparse.Namespace) -> Iterator[str]:
         yield parse_worker(args.gateway).url
         return
     urls = [parse_worker(text).url for text in args.worker]
-    command = gateway.command(urls, host="127.0.0.1", port=args.gateway_port, more=args.gateway_arg)
+    more = ["--shutdown-grace-period-secs", str(args.drain_seconds), *args.gateway_arg]
+    command = gateway.command(urls, host="127.0.0.1", port=args.gateway_port, more=more)
     process = gateway.start(command)
     try:
         yield f"http://127.0.0.1:{args.gateway_port}"
     finally:
-        gateway.stop(process)
+        gateway.stop(process, drain_s=args.drain_seconds)
 
 
 def _serve(args: argparse.Namespace, url: str) -> None:
@@ -124,7 +130,7 @@ def _serve(args: argparse.Namespace, url: str) -> None:
         access_log=False,
         server_header=False,  # the worker's own
         date_header=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=args.drain_seconds,
     )
 
 

@@ -17,7 +17,7 @@ FLAGS = (
     *("--health-check-interval-secs", "2", "--worker-startup-check-interval", "1"),
     "--disable-tokenizer-autoload",
 )
-DRAIN_S = 10.0  # smg itself would wait 180 s for running requests
+DRAIN_S = 10  # seconds, where no user waits for an answer
 
 
 def command(workers: Sequence[str], *, host: str, port: int, more: Sequence[str] = ()) -> list[str]:
@@ -35,11 +35,20 @@ def start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End it and all its processes; safe to call again."""
-    for sig, wait_s in ((signal.SIGTERM, DRAIN_S), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sig)
+def stop(process: "subprocess.Popen[bytes]", *, drain_s: int = DRAIN_S) -> None:
+    """End it and all its processes, once requests that run are through or after ``drain_s``; at
+    once where a signal comes meanwhile. Safe to call again."""
+    try:
+        _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
-            return
+            process.wait(drain_s)
+    finally:
+        if process.poll() is None:
+            _signal(process, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+
+
+def _signal(process: "subprocess.Popen[bytes]", sig: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sig)

@@ -184,6 +184,7 @@ def test_a_worker_that_is_no_address_is_refused(text):
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--drain-seconds=-1"], "0 or more"),
         (["--worker", "http://a:1"] * 65 + ["--gateway", "http://g:1"], "1 to 64"),
     ],
 )  # fmt: skip
