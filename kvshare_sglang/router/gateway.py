@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from kvshare_sglang.errors import StartError
 
@@ -17,6 +18,7 @@ FLAGS = (
     *("--health-check-interval-secs", "2", "--worker-startup-check-interval", "1"),
     "--disable-tokenizer-autoload",
 )
+Process: TypeAlias = subprocess.Popen[bytes]
 DRAIN_S = 10  # seconds, where no user waits for an answer
 
 
@@ -30,12 +32,12 @@ def command(workers: Sequence[str], *, host: str, port: int, more: Sequence[str]
     ]
 
 
-def start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+def start(command: Sequence[str]) -> Process:
     """In a process group of its own: a Ctrl-C reaches the router first."""
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def stop(process: "subprocess.Popen[bytes]", *, drain_s: int = DRAIN_S) -> None:
+def stop(process: Process, *, drain_s: int = DRAIN_S) -> None:
     """End it and all its processes, once requests that run are through or after ``drain_s``; at
     once where a signal comes meanwhile. Safe to call again."""
     try:
@@ -49,6 +51,6 @@ def stop(process: "subprocess.Popen[bytes]", *, drain_s: int = DRAIN_S) -> None:
                 process.wait(5)
 
 
-def _signal(process: "subprocess.Popen[bytes]", sig: signal.Signals) -> None:
+def _signal(process: Process, sig: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, sig)

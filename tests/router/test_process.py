@@ -23,12 +23,11 @@ def free_port():
 
 
 @contextlib.asynccontextmanager
-async def router(*words):
+async def router(*words, start=("-m", "kvshare_sglang.router")):
     """A router; the process and its URL."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kvshare_sglang.router", "--worker", WORKER, "--port", str(port)),
-        *words,
+        *(sys.executable, *start, "--worker", WORKER, "--port", str(port), *words),
         stderr=asyncio.subprocess.PIPE,
     )
     try:
@@ -58,10 +57,10 @@ async def gateway(answer):
         await runner.cleanup()
 
 
-async def up(url):
+async def up(process, url):
     end = time.monotonic() + 60
     async with aiohttp.ClientSession() as client:
-        while time.monotonic() < end:
+        while time.monotonic() < end and process.returncode is None:
             with contextlib.suppress(aiohttp.ClientError):
                 async with client.get(url + "/health"):
                     return
@@ -87,7 +86,7 @@ def test_an_answer_under_way_may_take_as_long_as_was_said_when_the_router_ends(t
             router("--gateway", there, "--drain-seconds", str(drain_s)) as (process, url),
             aiohttp.ClientSession() as client,
         ):
-            await up(url)
+            await up(process, url)
             async with client.post(url + "/generate", json={"input_ids": [1]}) as reply:
                 assert await reply.content.readany() == b"first "
                 process.send_signal(signal.SIGTERM)
@@ -122,3 +121,29 @@ def test_the_gateway_gets_as_long(drain_s, code):
         process.stdout.readline()
         stop(process, drain_s=drain_s)
         assert process.returncode == code
+
+
+STARTS = """
+import sys
+from kvshare_sglang.router import __main__, gateway
+_, smg, *words = sys.argv
+gateway.command = lambda *_, **__: [sys.executable, "-c", smg]
+sys.exit(__main__.main(words))
+"""
+
+
+@pytest.mark.parametrize("lives_s", [0, 3])
+def test_a_router_ends_with_the_gateway_that_it_started(lives_s):
+    smg = f"import sys, time; time.sleep({lives_s}); sys.exit(7)"
+
+    async def run():
+        async with router("--launch-gateway", start=("-c", STARTS, smg)) as (process, _):
+            _, told = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode == 1
+            said = [line for line in told.decode().splitlines() if line.startswith("error: ")]
+            assert said == [
+                "error: smg has ended with code 7, see what it said; is --gateway-port 30100 free?"
+            ]
+            assert "Traceback" not in told.decode()
+
+    asyncio.run(run())
