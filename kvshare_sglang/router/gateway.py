@@ -11,11 +11,14 @@ from typing import TypeAlias
 
 from kvshare_sglang.errors import StartError
 
+CHECK_S, FAILURES = 2, 3  # how often and how long it asks for health, and how often in vain
+
 # Its own protection against overload would take a worker with a queue out of the ring; our cost
 # knows the queue. Without the last flag it tries to fetch tokenizers.
 FLAGS = (
     *("--policy", "consistent_hashing", "--disable-worker-overload-protection"),
-    *("--health-check-interval-secs", "2", "--worker-startup-check-interval", "1"),
+    *("--health-check-interval-secs", str(CHECK_S), "--health-check-timeout-secs", str(CHECK_S)),
+    *("--health-failure-threshold", str(FAILURES), "--worker-startup-check-interval", "1"),
     "--disable-tokenizer-autoload",
 )
 Process: TypeAlias = subprocess.Popen[bytes]

@@ -25,7 +25,7 @@ from kvshare_sglang.router.mirror import Mirror, Namespace
 EXACTLY = 3  # workers whose work is predicted exactly
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
 SILENT_S = 2.0  # without a beat a worker is not known to live
-AVOID_S = 10.0  # by then the gateway has noticed itself, and what is silent is asked again
+AVOID_S = 15.0  # by then the gateway has noticed itself, and what is silent is asked again
 UNKNOWN = 512  # tokens that a prompt counts as which could not be read
 SUSPECT_S = 2.0  # after another one had to stand in for it
 

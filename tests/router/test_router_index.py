@@ -18,6 +18,7 @@ from kvshare_sglang.radix_fuzzy.segments import path_tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.router import index as index_module
 from kvshare_sglang.router.cost import AFFINITY, SLACK, UNSAID, Standing, Work, order, work_of
+from kvshare_sglang.router.gateway import CHECK_S, FAILURES
 from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, SUSPECT_S, Index
 from kvshare_sglang.router.joint import JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror
@@ -336,7 +337,10 @@ def test_a_worker_that_missed_something_is_forgotten_until_a_snapshot_comes(what
 
 def test_a_silent_worker_is_left_alone_until_the_gateway_must_have_noticed():
     index, lives = filled([[DOCS[0]], [DOCS[1]]])
-    for now, best in ((0.0, 0), (SILENT_S + 0.1, 1), (AVOID_S + 0.1, 0)):
+    # It may ask anew only when the last check is over.
+    noticed = (FAILURES + 1) * CHECK_S + FAILURES * CHECK_S
+    assert noticed <= AVOID_S - 1
+    for now, best in ((0.0, 0), (SILENT_S + 0.1, 1), (noticed, 1), (AVOID_S + 0.1, 0)):
         index.hear(1, beat(lives[1]), now)
         assert index.choose(prompt_of(0), NONE, AUTO, now).order[0] == best
 
