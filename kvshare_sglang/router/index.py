@@ -2,7 +2,7 @@
 
 First all workers by what share of the prompt's grams they hold (one ``JointMap``), then the best
 few by what they would really do with it (``Mirror`` and the worker's own selectors). Text that was
-routed a moment ago counts as held for some seconds. Times are seconds of any one clock.
+routed counts as held while it waits and for some seconds. Times are seconds of any one clock.
 """
 
 import math
@@ -24,6 +24,7 @@ from kvshare_sglang.router.mirror import Mirror, Namespace
 
 EXACTLY = 3  # workers whose work is predicted exactly
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
+MOST_WAITING = 1 << 17  # grams of what waits that are kept longer: of about half a million tokens
 SILENT_S = 2.0  # without a beat a worker is not known to live
 AVOID_S = 15.0  # by then the gateway has noticed itself, and what is silent is asked again
 UNKNOWN = 512  # tokens that a prompt counts as which could not be read
@@ -34,14 +35,26 @@ _DEFAULTS = KVShareConfig()
 
 
 class Recent:
-    """Grams of what was routed lately, in two generations: the older one is dropped as a whole."""
+    """Grams of what was routed lately, in two generations: the older one is dropped as a whole.
+    What waits still, by ticket, goes over into the next."""
 
     def __init__(self) -> None:
         self._young, self._old, self._since = JointMap(), JointMap(), 0.0
+        self._waiting: dict[int, tuple[Words, int]] = {}
+        self._size = 0
 
-    def add(self, hashes: Words, worker: int, now: float) -> None:
+    def add(self, ticket: int, hashes: Words, worker: int, now: float) -> None:
         self._turn(now)
-        self._young.add(np.unique(hashes), worker)
+        hashes = np.unique(hashes)
+        self._young.add(hashes, worker)
+        if self._size + len(hashes) <= MOST_WAITING:
+            self._waiting[ticket] = hashes, worker
+            self._size += len(hashes)
+
+    def done(self, ticket: int) -> None:
+        """It waits no longer: some seconds are left to it. Safe to call again."""
+        if one := self._waiting.pop(ticket, None):
+            self._size -= len(one[0])
 
     def find(self, hashes: Words, now: float) -> Words:
         self._turn(now)
@@ -50,12 +63,17 @@ class Recent:
     def drop(self, worker: int) -> None:
         self._young.drop(worker)
         self._old.drop(worker)
+        for ticket in [t for t, (_, there) in self._waiting.items() if there == worker]:
+            self.done(ticket)
 
     def _turn(self, now: float) -> None:
         ages = (now - self._since) // (RECENT_S / 2)
         if ages >= 1:
             self._old = self._young if ages == 1 else JointMap()
             self._young, self._since = JointMap(), now
+            for worker in {there for _, there in self._waiting.values()}:
+                waits = [hashes for hashes, there in self._waiting.values() if there == worker]
+                self._young.add(np.unique(np.concatenate(waits)), worker)
 
 
 def _saved(
@@ -166,12 +184,13 @@ class Index:
         rows = choice.work.rows if choice.work else choice.tokens
         one.routed[self._tickets] = rows, math.inf if streams else now
         one.sent += choice.tokens
-        self._recent.add(choice.hashes, worker, now)
+        self._recent.add(self._tickets, choice.hashes, worker, now)
         return self._tickets
 
     def answers(self, worker: int, ticket: int) -> None:
         """Its first token is there, or its end: it waits no longer. Safe to call again."""
         self.workers[worker].routed.pop(ticket, None)
+        self._recent.done(ticket)
 
     def served(self, meant: int, by: int, now: float) -> None:
         """Who served: where another one stood in, the one that was meant is left alone a while, the

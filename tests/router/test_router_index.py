@@ -472,3 +472,29 @@ def test_a_request_that_says_nothing_gets_what_its_worker_gives_by_default():
         assert (unsaid.order, unsaid.work) == (said.order, said.work)
         assert (unsaid.work.copied > 0) == (default == "auto")
         assert index.choose(prompt, NONE, AUTO, 0.0).work.copied > 0
+
+
+def test_what_was_routed_counts_as_held_while_it_waits(monkeypatch):
+    prompt = prompt_of(5)
+    again = np.concatenate([QUESTION, prompt])
+    index, lives = filled([[DOCS[0]], [DOCS[1], DOCS[2]]])
+
+    def best(now):
+        for worker, told in enumerate(lives):
+            index.hear(worker, beat(told), now)
+        return index.choose(again, NONE, AUTO, now).order[0]
+
+    ticket = index.route(1, index.choose(prompt, NONE, AUTO, 0.0), 0.0, streams=False)
+    assert [best(10.0 * i) for i in range(6)] == [1] * 6
+    index.answers(1, ticket)
+    index.answers(1, ticket)
+    assert best(50 + RECENT_S / 2) == 1
+    assert best(52 + RECENT_S) == 0
+    # Not without bound, and not where the worker is gone.
+    index.route(1, index.choose(prompt, NONE, AUTO, 70.0), 70.0, streams=False)
+    monkeypatch.setattr(index_module, "MOST_WAITING", index._recent._size + 1)
+    more = random_tokens(7, 400)
+    index.route(0, index.choose(more, NONE, AUTO, 70.0), 70.0)
+    assert len(index._recent._waiting) == 1
+    index.forget(1)
+    assert (index._recent._size, index._recent._waiting) == (0, {})
