@@ -13,12 +13,15 @@ import numpy as np
 from kvshare_sglang.errors import ConfigError, KVShareError
 from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES, messages_of, tools_of
 from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.mirror import Namespace
 
-GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
-PATHS = (GENERATE, CHAT, COMPLETIONS)
-OPTION_PATHS = (*PATHS, "/invocations")  # where a body can carry what X-KVShare asks for
+GENERATE, COMPLETIONS = "/generate", "/v1/completions"
+CHATS = (CHAT, RESPONSES, MESSAGES)
+PATHS = (GENERATE, COMPLETIONS, *CHATS)
+# Where a body can carry what X-KVShare asks for.
+OPTION_PATHS = (GENERATE, COMPLETIONS, CHAT, "/invocations")
 MOST_TEXT = 4 << 20  # characters that are tokenised, about a million tokens; with more: by load
 MOST_IDS = 1 << 20  # tokens; a longer prompt is handed on unread
 _ROLES = ("system", "user", "assistant")  # as SGLang writes them: it may change others
@@ -125,6 +128,8 @@ class Prompts:
             options = RequestOptions("exact")
             namespace = f"{namespace[0] or ''}\0{adapter}", namespace[1]
         ids = body.get("input_ids")
+        if ids is None and path == COMPLETIONS:
+            ids = _only(body.get("prompt"))
         if isinstance(ids, list) and len(ids) > MOST_IDS:
             return Reading(None, namespace, options, changed)
         if _is_ids(ids):
@@ -143,21 +148,23 @@ class Prompts:
     def _tokenize(self, path: str, body: dict[str, Any]) -> list[int] | None:
         if self._tokenizer is None:
             return None
-        if path == CHAT:
-            # A template may write an image as the text that it came as. None: a call of a tool.
-            contents = [message.get("content") for message in body["messages"]]
-            if not all(one is None or isinstance(one, str) for one in contents):
-                return None
+        if path in CHATS:
             text = self._tokenizer.apply_chat_template(
-                body["messages"], tokenize=False, add_generation_prompt=True,
-                tools=body.get("tools"),
+                messages_of(path, body), tokenize=False, add_generation_prompt=True,
+                tools=tools_of(path, body),
             )  # fmt: skip
         else:
-            text = body.get("text" if path == GENERATE else "prompt")
+            text = body.get("text") if path == GENERATE else _only(body.get("prompt"))
         if not isinstance(text, str) or len(text) > MOST_TEXT:
             return None
-        more = {"add_special_tokens": False} if path == CHAT else {}
+        more = {"add_special_tokens": False} if path in CHATS else {}
         return list(self._tokenizer.encode(text, **more))
+
+
+def _only(prompt: Any) -> Any:
+    """Of a list of one prompt that one."""
+    one = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list)
+    return prompt[0] if one else prompt
 
 
 def _is_ids(ids: Any) -> bool:
@@ -210,6 +217,8 @@ def _options(custom_params: Any) -> RequestOptions:
 
 
 def _custom_params(path: str, body: dict[str, Any]) -> Any:
+    if path not in OPTION_PATHS:
+        return None
     if path != GENERATE:
         return body.get("custom_params")
     sampling = body.get("sampling_params")
@@ -219,7 +228,7 @@ def _custom_params(path: str, body: dict[str, Any]) -> Any:
 def with_options(path: str, body: dict[str, Any], header: str | None) -> dict[str, Any] | None:
     """The body with what the header asks for; None where it is as it was. A bad header changes
     nothing, as behind the gateway alone."""
-    if header is None:
+    if header is None or path not in OPTION_PATHS:
         return None
     try:
         asked = parse_header(header)

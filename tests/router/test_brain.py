@@ -7,9 +7,19 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.chats import messages_of, tools_of
 from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_IDS, MOST_TEXT, Prompts
+from kvshare_sglang.router.prompts import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    MESSAGES,
+    MOST_IDS,
+    MOST_TEXT,
+    RESPONSES,
+    Prompts,
+)
 
 URLS = ["http://a:1", "http://b:2", "http://c:3"]
 
@@ -121,6 +131,7 @@ class Letters:
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}]
+PARTS = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]
 LONG = "x" * (MOST_TEXT + 1)
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
 
@@ -146,6 +157,8 @@ def test_tokens_of_roles_that_sglang_may_write_otherwise_are_not_handed_on(role,
         (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, True),
         (CHAT, {"messages": [{"role": "user", "content": "hi"}, CALL]}, True),
         (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": PARTS}]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": [*PARTS, *IMAGE]}]}, False),
         (CHAT, {"messages": [{"role": "user", "content": LONG}]}, False),
         (CHAT, {"messages": [{**CALL, "tool_calls": LONG}]}, False),
         (CHAT, {"messages": [{"role": "user", "content": 7}]}, False),
@@ -153,6 +166,15 @@ def test_tokens_of_roles_that_sglang_may_write_otherwise_are_not_handed_on(role,
         (GENERATE, {"text": LONG[1:]}, True),
         (COMPLETIONS, {"prompt": LONG}, False),
         (COMPLETIONS, {"prompt": ["a", "b"]}, False),
+        (COMPLETIONS, {"prompt": ["a"]}, True),
+        (RESPONSES, {"input": "hi"}, True),
+        (RESPONSES, {"input": LONG}, False),
+        (RESPONSES, {"input": "hi", "previous_response_id": "r"}, False),
+        (RESPONSES, {"input": [{"type": "image_generation_call"}]}, False),
+        (RESPONSES, {}, False),
+        (MESSAGES, {"messages": [{"role": "user", "content": PARTS}]}, True),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, False),
+        (MESSAGES, {"messages": [{"role": "user", "content": 7}]}, False),
     ],
 )
 def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
@@ -162,6 +184,61 @@ def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
     assert bool(tokenizer.given) == known
     if not known:
         assert reading.body is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"), [([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([[1], [2]], None)]
+)
+def test_a_completion_may_come_as_tokens(prompt, ids):
+    tokens = Prompts().read(COMPLETIONS, {"prompt": prompt}).tokens
+    assert (None if tokens is None else tokens.tolist()) == ids
+
+
+TURNS = [
+    {"role": "system", "content": "be\nbrief"},
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "found this"},
+    {"role": "user", "content": "d"},
+]  # fmt: skip
+
+
+def part(text, kind="text"):
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [
+            TURNS[0], {"role": "user", "content": [part("a"), part("b")]}, *TURNS[2:]]}),
+        (RESPONSES, {"instructions": "be\nbrief", "input": [
+            {"role": "user", "content": [part("a", "input_text"), part("b", "input_text")]},
+            {"type": "reasoning", "summary": []},
+            {"type": "message", "role": "assistant", "content": [part("c", "output_text")]},
+            {"type": "function_call", "name": "f", "arguments": '{"x":1}', "call_id": "1"},
+            {"type": "function_call_output", "call_id": "1", "output": "found this"},
+            {"role": "user", "content": "d"}]}),
+        (MESSAGES, {"system": [part("be"), part("brief")], "messages": [
+            {"role": "user", "content": [part("a"), part("b")]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "hm"}, part("c"),
+                {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "content": [part("found"), part("this")]}, part("d")]}]}),
+    ],
+)  # fmt: skip
+def test_a_conversation_is_the_same_in_each_protocol(path, body):
+    assert messages_of(path, body) == TURNS
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    tools = {
+        CHAT: [{"type": "function", "function": function}],
+        RESPONSES: [{"type": "function", **function}, {"type": "web_search"}],
+        MESSAGES: [{"name": "f", "description": "d", "input_schema": {"type": "object"}}],
+    }
+    assert tools_of(path, {"tools": tools[path]}) == tools[CHAT]
+    assert not tools_of(path, {})
 
 
 @pytest.mark.parametrize(
