@@ -1,6 +1,6 @@
 """From a request's body to a worker, a routing key and what to learn of the answer. No sockets.
 
-A fault in here must not fail a request: ``decide`` then answers that the gateway shall choose.
+A fault in here must not fail a request: it is logged, and the gateway chooses.
 """
 
 import logging
@@ -147,18 +147,32 @@ class Brain:
         """The request goes out: it counts as work of its worker until ``answered``."""
         if decision.key is None or decision.choice is None:
             return decision
-        ticket = self.index.route(
-            decision.best, decision.choice, self._clock(), streams=decision.streams
-        )
+        try:
+            ticket = self.index.route(
+                decision.best, decision.choice, self._clock(), streams=decision.streams
+            )
+        except Exception:
+            self._fault("the router could not note where a request went")
+            return decision
         return decision._replace(ticket=ticket)
 
     def answered(self, decision: Decision) -> None:
         """It has begun to answer, or never will. Safe to call again."""
-        if decision.ticket:
+        if not decision.ticket:
+            return
+        try:
             self.index.answers(decision.best, decision.ticket)
+        except Exception:
+            self._fault("the router could not note that a request is answered")
 
     def served(self, decision: Decision, url: str | None) -> None:
         """Learn from who served: ``x-smg-routed-worker-id`` of the answer, if there is one."""
+        try:
+            self._served(decision, url)
+        except Exception:
+            self._fault("the router could not note who answered")
+
+    def _served(self, decision: Decision, url: str | None) -> None:
         by = self.number(url)
         if by is None or decision.key is None:
             return

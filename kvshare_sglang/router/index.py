@@ -24,6 +24,7 @@ from kvshare_sglang.router.mirror import Mirror, Namespace
 
 EXACTLY = 3  # workers whose work is predicted exactly
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
+MOST_SENT = 1 << 20  # tokens that a worker counts as holding of which that is not known
 MOST_WAITING = 1 << 17  # grams of what waits that are kept longer: of about half a million tokens
 SILENT_S = 2.0  # without a beat a worker is not known to live
 AVOID_S = 15.0  # by then the gateway has noticed itself, and what is silent is asked again
@@ -89,7 +90,8 @@ def _saved(
 class Worker:
     """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
     ``routed``: of requests that were sent there and have not begun to answer, by ticket, the rows
-    and when that was, infinite where the first token will be seen. ``sent``: tokens in all."""
+    and when that was, infinite where the first token will be seen. ``sent``: tokens, about; at most
+    MOST_SENT."""
 
     mirror: Mirror | None = None
     run: int = 0
@@ -180,11 +182,14 @@ class Index:
         """A request goes there; a ticket for ``answers``. Of an answer that does not ``stream`` it
         is not seen when its prompt is through: soon the worker's own beats say what waits."""
         self._tickets += 1
+        self._recent.add(self._tickets, choice.hashes, worker, now)
         one = self.workers[worker]
         rows = choice.work.rows if choice.work else choice.tokens
         one.routed[self._tickets] = rows, math.inf if streams else now
         one.sent += choice.tokens
-        self._recent.add(self._tickets, choice.hashes, worker, now)
+        if one.sent > MOST_SENT:  # halved alike, they still say who got less
+            for each in self.workers:
+                each.sent //= 2
         return self._tickets
 
     def answers(self, worker: int, ticket: int) -> None:

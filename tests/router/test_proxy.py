@@ -596,6 +596,24 @@ def test_a_fault_of_the_router_fails_no_request():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("what", ["route", "answers", "served"])
+def test_what_the_router_cannot_note_fails_no_request(what):
+    async def run():
+        gateway = Gateway()
+
+        async def served(request):
+            return web.Response(body=b"x", headers=gateway.served(request.headers[server.KEY]))
+
+        gateway.answer = served
+        async with running(gateway) as (client, url, brain):
+            setattr(brain.index, what, None)
+            async with client.post(url + GENERATE, json={"input_ids": [1, 2]}) as reply:
+                assert (reply.status, await reply.read()) == (200, b"x")
+            assert b'decisions_total{by="fault"}' in brain.metrics.page()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("spelling", ["", "/"])
 def test_keys_are_learned_where_the_gateways_ring_is_another_one_and_not_from_a_failure(
     spelling, monkeypatch

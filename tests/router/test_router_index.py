@@ -372,6 +372,17 @@ def test_without_any_stream_requests_are_spread_by_what_was_sent():
     assert counts == {0: 10, 1: 10, 2: 10}
 
 
+def test_what_was_sent_is_bounded_and_still_says_who_got_less(monkeypatch):
+    monkeypatch.setattr(index_module, "MOST_SENT", 1000)
+    index, counts = Index(3), Counter()
+    for i in range(300):
+        choice = index.choose(random_tokens(i, 100), NONE, AUTO, float(i))
+        counts[choice.order[0]] += 1
+        index.answers(choice.order[0], index.route(choice.order[0], choice, float(i)))
+        assert all(index.standing(w, 0.0).held <= 1000 for w in range(3))
+    assert max(counts.values()) - min(counts.values()) <= 3
+
+
 @given(
     st.lists(
         st.tuples(st.integers(1, 500), st.integers(0, 400), st.integers(0, 999), st.booleans()),
