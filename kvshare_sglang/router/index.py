@@ -240,7 +240,9 @@ class Index:
         there = held | self._recent.find(marks.hashes, now)
         standings = [self.standing(i, now) for i in range(len(self.workers))]
         shares = np.array([self._saves(i, options) for i in range(len(self.workers))], np.float32)
-        known, hoped = _saved(held, widths, shares), _saved(there, widths, shares)
+        known = hoped = _saved(held, widths, shares)
+        if (there != held).any():
+            hoped = _saved(there, widths, shares)
         guesses: list[Work | None] = []
         for reused in hoped.astype(int).tolist():
             guesses.append(Work(max(n - reused, 1), reused, 0))
