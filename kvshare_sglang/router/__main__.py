@@ -6,6 +6,7 @@ import logging
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from kvshare_sglang import wire
-from kvshare_sglang.errors import ConfigError, KVShareError
+from kvshare_sglang.errors import ConfigError, KVShareError, StartError
 from kvshare_sglang.router import gateway
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
@@ -67,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=30080)
     add(TOKEN_FLAG, default="", metavar="FILE",
         help=f"as the workers' --kvshare-stream-token-file; else {wire.TOKEN_ENV}")  # fmt: skip
+    add("--drain-seconds", type=int, default=180, metavar="S",
+        help="how long answers under way may take once the router is asked to end, its gateway's"
+        " too; default: 180, as smg's own")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -77,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn passes a signal on once it is through: it must not end us before the gateway is ended.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        with _gateway(args) as url:
-            _serve(args, url)
+        if args.drain_seconds < 0:
+            raise ConfigError("--drain-seconds", args.drain_seconds, "0 or more")
+        with _gateway(args) as (url, process):
+            _serve(args, url, process)
     except KVShareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -88,23 +94,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _gateway(args: argparse.Namespace) -> Iterator[str]:
-    """Where the gateway is; it lives as long as the router where the router started it."""
+def _gateway(args: argparse.Namespace) -> Iterator[tuple[str, gateway.Process | None]]:
+    """Where the gateway is, and its process where the router started it: it lives as long as the
+    router."""
     if args.launch_gateway == (args.gateway is not None):
         raise ConfigError("--gateway", args.gateway, "given, or --launch-gateway, and not both")
     if args.gateway is not None:
-        yield parse_worker(args.gateway).url
+        yield parse_worker(args.gateway).url, None
         return
     urls = [parse_worker(text).url for text in args.worker]
-    command = gateway.command(urls, host="127.0.0.1", port=args.gateway_port, more=args.gateway_arg)
+    more = ["--shutdown-grace-period-secs", str(args.drain_seconds), *args.gateway_arg]
+    command = gateway.command(urls, host="127.0.0.1", port=args.gateway_port, more=more)
     process = gateway.start(command)
     try:
-        yield f"http://127.0.0.1:{args.gateway_port}"
+        yield f"http://127.0.0.1:{args.gateway_port}", process
     finally:
-        gateway.stop(process)
+        gateway.stop(process, drain_s=args.drain_seconds)
 
 
-def _serve(args: argparse.Namespace, url: str) -> None:
+def _serve(args: argparse.Namespace, url: str, process: gateway.Process | None) -> None:
     workers = [parse_worker(text) for text in args.worker]
     token = wire.token_of(args.stream_token_file, token_flag=TOKEN_FLAG)
     for one in workers:
@@ -116,7 +124,7 @@ def _serve(args: argparse.Namespace, url: str) -> None:
     urls = [one.url for one in workers]
     brain = Brain(urls, prompts, Metrics(), secret=secrets.randbits(63))
     settings = Settings(url, tuple(one.stream for one in workers), token)
-    uvicorn.run(
+    config = uvicorn.Config(
         make_app(brain, settings),
         host=args.host,
         port=args.port,
@@ -124,8 +132,23 @@ def _serve(args: argparse.Namespace, url: str) -> None:
         access_log=False,
         server_header=False,  # the worker's own
         date_header=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=args.drain_seconds,
     )
+    server = uvicorn.Server(config)
+    if process is not None:
+        threading.Thread(target=_end_with, args=(process, server), daemon=True).start()
+    server.run()
+    if process is not None:  # a signal would not have come to here
+        raise StartError(
+            f"smg has ended with code {process.wait()}, see what it said; is --gateway-port"
+            f" {args.gateway_port} free?"
+        )
+
+
+def _end_with(process: gateway.Process, server: uvicorn.Server) -> None:
+    """A router whose gateway is gone can only refuse: who watches over it shall start both anew."""
+    process.wait()
+    server.should_exit = True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From a request's body to a worker, a routing key and what to learn of the answer. No sockets.
 
-A fault in here must not fail a request: ``decide`` then answers that the gateway shall choose.
+A fault in here must not fail a request: it is logged, and the gateway chooses.
 """
 
 import logging
@@ -47,6 +47,7 @@ class Brain:
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
         self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
         self._alike: dict[int, tuple[int, frozenset[str]]] = {}
+        self._models: dict[int, str | None] = {}
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
 
     # ---- do the workers tokenise as it does -----------------------------------------------------
@@ -62,9 +63,14 @@ class Brain:
         known = self._alike.get(worker)
         return known is not None and known[0] == self.index.workers[worker].run
 
-    def compared(self, worker: int, run: int, paths: frozenset[str]) -> None:
-        """Its tokens come out alike for these paths; it was asked in this life."""
+    def compared(
+        self, worker: int, run: int, paths: frozenset[str], model: str | None = None
+    ) -> None:
+        """Its tokens come out alike for these paths; it was asked in this life. ``model``: what it
+        calls what it serves."""
         self._alike[worker] = run, paths
+        self._models[worker] = model
+        self.prompts.models = frozenset(name for name in self._models.values() if name)
 
     # ---- a request ------------------------------------------------------------------------------
 
@@ -141,18 +147,32 @@ class Brain:
         """The request goes out: it counts as work of its worker until ``answered``."""
         if decision.key is None or decision.choice is None:
             return decision
-        ticket = self.index.route(
-            decision.best, decision.choice, self._clock(), streams=decision.streams
-        )
+        try:
+            ticket = self.index.route(
+                decision.best, decision.choice, self._clock(), streams=decision.streams
+            )
+        except Exception:
+            self._fault("the router could not note where a request went")
+            return decision
         return decision._replace(ticket=ticket)
 
     def answered(self, decision: Decision) -> None:
         """It has begun to answer, or never will. Safe to call again."""
-        if decision.ticket:
+        if not decision.ticket:
+            return
+        try:
             self.index.answers(decision.best, decision.ticket)
+        except Exception:
+            self._fault("the router could not note that a request is answered")
 
     def served(self, decision: Decision, url: str | None) -> None:
         """Learn from who served: ``x-smg-routed-worker-id`` of the answer, if there is one."""
+        try:
+            self._served(decision, url)
+        except Exception:
+            self._fault("the router could not note who answered")
+
+    def _served(self, decision: Decision, url: str | None) -> None:
         by = self.number(url)
         if by is None or decision.key is None:
             return

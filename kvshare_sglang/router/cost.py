@@ -25,6 +25,9 @@ FASTER = 4.0  # than the mean of all: what is told of a worker's pace counts so 
 SLACK = 0.1  # of the prompt: cheaper by less than this is no reason to pile text on one worker
 
 
+UNSAID = ""  # the mode of a request that names none: what it gets is the worker's to say
+
+
 class Work(NamedTuple):
     """Tokens of a prompt: ``rows`` will run (at most, where a trace chooses them), ``copied`` at
     least, ``exact`` are its prefix hit."""
@@ -54,6 +57,10 @@ def selector_of(config: KVShareConfig) -> Selector:
     return AttentionTrace(config.seam)
 
 
+def mode_of(config: KVShareConfig, options: RequestOptions) -> str:
+    return config.default if options.mode == UNSAID else options.mode
+
+
 def budget_of(config: KVShareConfig, options: RequestOptions) -> float:
     return config.budget if options.budget is None else options.budget
 
@@ -68,7 +75,7 @@ def work_of(
 ) -> Work:
     """What the worker does with ``runs``, which ascend and are disjoint after its prefix hit."""
     every = prompt_len - prefix_len
-    if options.mode == "exact" or not runs:
+    if mode_of(config, options) == "exact" or not runs:
         return Work(every, 0, prefix_len)
     selector, budget = selector_of(config), budget_of(config, options)
     plan = selector.plan(runs, prompt_len=prompt_len, prefix_len=prefix_len, budget=budget)

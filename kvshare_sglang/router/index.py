@@ -2,7 +2,7 @@
 
 First all workers by what share of the prompt's grams they hold (one ``JointMap``), then the best
 few by what they would really do with it (``Mirror`` and the worker's own selectors). Text that was
-routed a moment ago counts as held for some seconds. Times are seconds of any one clock.
+routed counts as held while it waits and for some seconds. Times are seconds of any one clock.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
@@ -17,14 +18,16 @@ from kvshare_sglang.errors import ConfigError, TreeError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN, Tokens, winnow
 from kvshare_sglang.radix_fuzzy.index import Words
-from kvshare_sglang.router.cost import Standing, Work, budget_of, order, work_of
+from kvshare_sglang.router.cost import Standing, Work, budget_of, mode_of, order, work_of
 from kvshare_sglang.router.joint import MOST_WORKERS, JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror, Namespace
 
 EXACTLY = 3  # workers whose work is predicted exactly
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
+MOST_SENT = 1 << 20  # tokens that a worker counts as holding of which that is not known
+MOST_WAITING = 1 << 17  # grams of what waits that are kept longer: of about half a million tokens
 SILENT_S = 2.0  # without a beat a worker is not known to live
-AVOID_S = 10.0  # by then the gateway has noticed itself, and what is silent is asked again
+AVOID_S = 15.0  # by then the gateway has noticed itself, and what is silent is asked again
 UNKNOWN = 512  # tokens that a prompt counts as which could not be read
 SUSPECT_S = 2.0  # after another one had to stand in for it
 
@@ -33,14 +36,26 @@ _DEFAULTS = KVShareConfig()
 
 
 class Recent:
-    """Grams of what was routed lately, in two generations: the older one is dropped as a whole."""
+    """Grams of what was routed lately, in two generations: the older one is dropped as a whole.
+    What waits still, by ticket, goes over into the next."""
 
     def __init__(self) -> None:
         self._young, self._old, self._since = JointMap(), JointMap(), 0.0
+        self._waiting: dict[int, tuple[Words, int]] = {}
+        self._size = 0
 
-    def add(self, hashes: Words, worker: int, now: float) -> None:
+    def add(self, ticket: int, hashes: Words, worker: int, now: float) -> None:
         self._turn(now)
-        self._young.add(np.unique(hashes), worker)
+        hashes = np.unique(hashes)
+        self._young.add(hashes, worker)
+        if self._size + len(hashes) <= MOST_WAITING:
+            self._waiting[ticket] = hashes, worker
+            self._size += len(hashes)
+
+    def done(self, ticket: int) -> None:
+        """It waits no longer: some seconds are left to it. Safe to call again."""
+        if one := self._waiting.pop(ticket, None):
+            self._size -= len(one[0])
 
     def find(self, hashes: Words, now: float) -> Words:
         self._turn(now)
@@ -49,19 +64,34 @@ class Recent:
     def drop(self, worker: int) -> None:
         self._young.drop(worker)
         self._old.drop(worker)
+        for ticket in [t for t, (_, there) in self._waiting.items() if there == worker]:
+            self.done(ticket)
 
     def _turn(self, now: float) -> None:
         ages = (now - self._since) // (RECENT_S / 2)
         if ages >= 1:
             self._old = self._young if ages == 1 else JointMap()
             self._young, self._since = JointMap(), now
+            for worker in {there for _, there in self._waiting.values()}:
+                waits = [hashes for hashes, there in self._waiting.values() if there == worker]
+                self._young.add(np.unique(np.concatenate(waits)), worker)
+
+
+def _saved(
+    masks: Words, widths: npt.NDArray[np.float32], shares: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Tokens that each worker need not compute, roughly: all that the prompt begins with, which is
+    a prefix hit whatever was asked for, and of what is found behind it a share."""
+    front = coverage(np.bitwise_and.accumulate(masks), widths)[: len(shares)]
+    return front + shares * (coverage(masks, widths)[: len(shares)] - front)
 
 
 @dataclass(slots=True)
 class Worker:
     """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
     ``routed``: of requests that were sent there and have not begun to answer, by ticket, the rows
-    and when that was, infinite where the first token will be seen. ``sent``: tokens in all."""
+    and when that was, infinite where the first token will be seen. ``sent``: tokens, about; at most
+    MOST_SENT."""
 
     mirror: Mirror | None = None
     run: int = 0
@@ -152,16 +182,20 @@ class Index:
         """A request goes there; a ticket for ``answers``. Of an answer that does not ``stream`` it
         is not seen when its prompt is through: soon the worker's own beats say what waits."""
         self._tickets += 1
+        self._recent.add(self._tickets, choice.hashes, worker, now)
         one = self.workers[worker]
         rows = choice.work.rows if choice.work else choice.tokens
         one.routed[self._tickets] = rows, math.inf if streams else now
         one.sent += choice.tokens
-        self._recent.add(choice.hashes, worker, now)
+        if one.sent > MOST_SENT:  # halved alike, they still say who got less
+            for each in self.workers:
+                each.sent //= 2
         return self._tickets
 
     def answers(self, worker: int, ticket: int) -> None:
         """Its first token is there, or its end: it waits no longer. Safe to call again."""
         self.workers[worker].routed.pop(ticket, None)
+        self._recent.done(ticket)
 
     def served(self, meant: int, by: int, now: float) -> None:
         """Who served: where another one stood in, the one that was meant is left alone a while, the
@@ -203,14 +237,14 @@ class Index:
         # Each gram stands for the text up to the next one, which is never farther than a span.
         gaps = np.diff(marks.positions, append=marks.positions[-1:] + GRAM)
         widths = np.minimum(gaps, SPAN).astype(np.float32)
-        known = coverage(held, widths)
-        recent = self._recent.find(marks.hashes, now)
-        hoped = coverage(recent & ~held, widths)
+        there = held | self._recent.find(marks.hashes, now)
         standings = [self.standing(i, now) for i in range(len(self.workers))]
-        saves = [self._saves(i, options) for i in range(len(self.workers))]
+        shares = np.array([self._saves(i, options) for i in range(len(self.workers))], np.float32)
+        known = hoped = _saved(held, widths, shares)
+        if (there != held).any():
+            hoped = _saved(there, widths, shares)
         guesses: list[Work | None] = []
-        for i, share in enumerate(saves):
-            reused = int(share * float(known[i] + hoped[i]))
+        for reused in hoped.astype(int).tolist():
             guesses.append(Work(max(n - reused, 1), reused, 0))
         first = order(guesses, standings, prompt_len=n)
         works: list[Work | None] = [None] * len(guesses)
@@ -219,7 +253,7 @@ class Index:
             works[i], real = guesses[i], self.work(i, prompt, namespace, options)
             if real is not None:
                 # What is hoped for is on its way there, and is found when the request runs.
-                saved = int(saves[i] * float(hoped[i]))
+                saved = int(hoped[i] - known[i])
                 works[i] = real._replace(rows=max(real.rows - saved, 1))
                 really[i] = real
         best = order(works, standings, prompt_len=n)
@@ -234,10 +268,10 @@ class Index:
         return Choice(ranked, None, UNKNOWN, np.empty(0, np.uint64))
 
     def _saves(self, worker: int, options: RequestOptions) -> float:
-        """The share of found text that a worker does not compute again."""
+        """The share of what it may copy that a worker does not compute again."""
         mirror = self.workers[worker].mirror
         config = mirror.config if mirror else _DEFAULTS
-        return 0.0 if options.mode == "exact" else 1 - budget_of(config, options)
+        return 0.0 if mode_of(config, options) == "exact" else 1 - budget_of(config, options)
 
     def work(
         self, worker: int, prompt: Tokens, namespace: Namespace, options: RequestOptions
@@ -247,5 +281,6 @@ class Index:
         if mirror is None:
             return None
         prefix_len = mirror.prefix_len(namespace, prompt)
-        runs = mirror.match(namespace, prompt, start=prefix_len) if options.mode != "exact" else ()
+        copies = mode_of(mirror.config, options) != "exact"
+        runs = mirror.match(namespace, prompt, start=prefix_len) if copies else ()
         return work_of(runs, mirror.config, options, prompt_len=len(prompt), prefix_len=prefix_len)

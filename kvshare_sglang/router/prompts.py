@@ -5,6 +5,7 @@ of it: the router's tokenizer was compared with the worker's, and the body holds
 changes the prompt. Whatever else is handed on as it came; its tokens only help to choose.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,15 @@ import numpy as np
 from kvshare_sglang.errors import ConfigError, KVShareError
 from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
+from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES, messages_of, tools_of
+from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.mirror import Namespace
 
-GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
-PATHS = (GENERATE, CHAT, COMPLETIONS)
-OPTION_PATHS = (*PATHS, "/invocations")  # where a body can carry what X-KVShare asks for
+GENERATE, COMPLETIONS = "/generate", "/v1/completions"
+CHATS = (CHAT, RESPONSES, MESSAGES)
+PATHS = (GENERATE, COMPLETIONS, *CHATS)
+# Where a body can carry what X-KVShare asks for.
+OPTION_PATHS = (GENERATE, COMPLETIONS, CHAT, "/invocations")
 MOST_TEXT = 4 << 20  # characters that are tokenised, about a million tokens; with more: by load
 MOST_IDS = 1 << 20  # tokens; a longer prompt is handed on unread
 _ROLES = ("system", "user", "assistant")  # as SGLang writes them: it may change others
@@ -41,21 +46,24 @@ _TRIALS = (
 
 
 class Reading(NamedTuple):
-    """``tokens`` None: not known. ``body``: what to hand on, None: as it came. ``streams``: whether
-    the answer comes token by token."""
+    """``tokens`` None: not known. ``options``: their mode is UNSAID where the body names none.
+    ``body``: what to hand on, None: as it came. ``streams``: whether the answer comes token by
+    token."""
 
     tokens: Tokens | None
     namespace: Namespace = (None, None)
-    options: RequestOptions = RequestOptions()
+    options: RequestOptions = RequestOptions(UNSAID)
     body: dict[str, Any] | None = None
     streams: bool = False
 
 
 class Prompts:
-    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. Any thread."""
+    """Reads bodies with a tokenizer; without one only those that hold ``input_ids``. Any thread.
+    ``models``: what the workers call what they serve, where that is known."""
 
     def __init__(self, tokenizer: Any = None) -> None:
         self._tokenizer = tokenizer
+        self.models: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, path: str, *, trust_remote_code: bool = False) -> "Prompts":
@@ -110,13 +118,18 @@ class Prompts:
         changed = with_options(path, body, header)
         body = changed or body
         try:
-            options = parse_options(_custom_params(path, body))
+            options = _options(_custom_params(path, body))
         except KVShareError:
             return Reading(None, body=changed)
-        if body.get("lora_path"):
-            options = RequestOptions("exact")
         namespace = _text(body.get("extra_key")), _text(body.get("cache_salt"))
+        if adapter := adapter_of(path, body, self.models):
+            # The worker keeps its text under an id that only it knows: here under a name that is
+            # nobody else's, so that no prefix is found, and twins are.
+            options = RequestOptions("exact")
+            namespace = f"{namespace[0] or ''}\0{adapter}", namespace[1]
         ids = body.get("input_ids")
+        if ids is None and path == COMPLETIONS:
+            ids = _only(body.get("prompt"))
         if isinstance(ids, list) and len(ids) > MOST_IDS:
             return Reading(None, namespace, options, changed)
         if _is_ids(ids):
@@ -135,21 +148,23 @@ class Prompts:
     def _tokenize(self, path: str, body: dict[str, Any]) -> list[int] | None:
         if self._tokenizer is None:
             return None
-        if path == CHAT:
-            # A template may write an image as the text that it came as. None: a call of a tool.
-            contents = [message.get("content") for message in body["messages"]]
-            if not all(one is None or isinstance(one, str) for one in contents):
-                return None
+        if path in CHATS:
             text = self._tokenizer.apply_chat_template(
-                body["messages"], tokenize=False, add_generation_prompt=True,
-                tools=body.get("tools"),
+                messages_of(path, body), tokenize=False, add_generation_prompt=True,
+                tools=tools_of(path, body),
             )  # fmt: skip
         else:
-            text = body.get("text" if path == GENERATE else "prompt")
+            text = body.get("text") if path == GENERATE else _only(body.get("prompt"))
         if not isinstance(text, str) or len(text) > MOST_TEXT:
             return None
-        more = {"add_special_tokens": False} if path == CHAT else {}
+        more = {"add_special_tokens": False} if path in CHATS else {}
         return list(self._tokenizer.encode(text, **more))
+
+
+def _only(prompt: Any) -> Any:
+    """Of a list of one prompt that one."""
+    one = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list)
+    return prompt[0] if one else prompt
 
 
 def _is_ids(ids: Any) -> bool:
@@ -175,7 +190,35 @@ def _text(name: Any) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def adapter_of(path: str, body: dict[str, Any], models: Iterable[str] = ()) -> str | None:
+    """The LoRA adapter that a body names, as SGLang reads it: ``model`` may be MODEL:ADAPTER, where
+    a model's own name may hold colons too.
+
+    >>> adapter_of(CHAT, {"model": "s3://m:a", "lora_path": "b"}, ["s3://m"])
+    'a'
+    >>> adapter_of(CHAT, {"model": "s3://m", "lora_path": "b"}, ["s3://m"])
+    'b'
+    """
+    model = body.get("model")
+    if path != GENERATE and isinstance(model, str) and model not in models:
+        base = next((name for name in models if model.startswith(f"{name}:")), None)
+        adapter = model[len(base) + 1 :] if base else model.partition(":")[2]
+        if adapter.strip():
+            return adapter.strip()
+    named = body.get("lora_path")
+    return str(named) if named else None
+
+
+def _options(custom_params: Any) -> RequestOptions:
+    """Raises ConfigError. What it gets by default shows whether a request names a mode."""
+    asked = parse_options(custom_params, default="auto")
+    said = asked == parse_options(custom_params, default="exact")
+    return asked if said else asked._replace(mode=UNSAID)
+
+
 def _custom_params(path: str, body: dict[str, Any]) -> Any:
+    if path not in OPTION_PATHS:
+        return None
     if path != GENERATE:
         return body.get("custom_params")
     sampling = body.get("sampling_params")
@@ -185,7 +228,7 @@ def _custom_params(path: str, body: dict[str, Any]) -> Any:
 def with_options(path: str, body: dict[str, Any], header: str | None) -> dict[str, Any] | None:
     """The body with what the header asks for; None where it is as it was. A bad header changes
     nothing, as behind the gateway alone."""
-    if header is None:
+    if header is None or path not in OPTION_PATHS:
         return None
     try:
         asked = parse_header(header)

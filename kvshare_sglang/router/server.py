@@ -22,7 +22,8 @@ from starlette.routing import Mount, Route
 
 from kvshare_sglang.policy.options import HEADER
 from kvshare_sglang.router.brain import Brain, Decision
-from kvshare_sglang.router.prompts import CHAT, GENERATE, OPTION_PATHS, PATHS, Reading
+from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES
+from kvshare_sglang.router.prompts import COMPLETIONS, GENERATE, OPTION_PATHS, PATHS, Reading
 from kvshare_sglang.router.stream import follow
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ _OWN = frozenset(
 )
 # What aiohttp would add by itself.
 _ADDED = ("user-agent", "accept", "accept-encoding", "content-type")
+
+# The path that a body is for, by a key of it; else ``/generate``.
+_PICKED = (("system", MESSAGES), ("messages", CHAT), ("prompt", COMPLETIONS), ("input", RESPONSES))
 
 Headers = list[tuple[str, str]]
 
@@ -115,9 +119,9 @@ class Proxy:
     # ---- what it serves itself ---------------------------------------------------------------
 
     async def pick(self, request: Request) -> Response:
-        """Whom to send the body to, for those who proxy themselves: as ``/generate`` or, with
-        ``messages``, as a chat. The request does not count as sent. ``routing_key`` null: no key is
-        known to lead there."""
+        """Whom to send the body to, for those who proxy themselves; its keys say for which path it
+        is. The request does not count as sent. ``routing_key`` null: no key is known to lead
+        there."""
         try:
             raw = await _read(request.receive)
         except _Gone:
@@ -147,8 +151,8 @@ class Proxy:
 
     def _picked(self, raw: bytes, asked: str | None) -> Reading | None:
         body = orjson.loads(raw)
-        path = CHAT if isinstance(body, dict) and "messages" in body else GENERATE
-        return self._brain.read(path, body, asked)
+        paths = (path for key, path in _PICKED if isinstance(body, dict) and key in body)
+        return self._brain.read(next(paths, GENERATE), body, asked)
 
     async def health(self, request: Request) -> Response:
         """200 where the gateway is healthy, and what is known of each worker."""
@@ -207,9 +211,8 @@ class Proxy:
         path, given = scope["path"], dict(headers)
         asked = given.get(HEADER)
         names = path in PATHS and KEY not in given and TARGET not in given
-        if scope["method"] not in ("POST", "PUT") or path not in OPTION_PATHS:
-            return Decision()
-        if not names and asked is None:
+        moves = path in OPTION_PATHS and asked is not None
+        if scope["method"] not in ("POST", "PUT") or not (names or moves):
             return Decision()
 
         def read() -> Reading | None:
@@ -291,7 +294,8 @@ class Proxy:
             return
         for of in {of for of, _ in trials} - alike:
             logger.warning("%s: %s tokenises in another way; text is passed on", of, url)
-        brain.compared(worker, run, frozenset(alike))
+        model = info.get("served_model_name") if isinstance(info, dict) else None
+        brain.compared(worker, run, frozenset(alike), model if isinstance(model, str) else None)
 
     async def _json(self, method: str, url: str, body: Any = None) -> Any:
         """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where

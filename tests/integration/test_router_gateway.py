@@ -57,6 +57,7 @@ class Stack:
         return self._start(
             *("-m", "kvshare_sglang.router", "--port", self.url.rsplit(":", 1)[1]),
             *("--launch-gateway", "--gateway-port", self.gateway.rsplit(":", 1)[1]),
+            *("--drain-seconds", "5"),
             *(f"--gateway-arg={word}" for word in GATEWAY.split()),
             *named,
         )

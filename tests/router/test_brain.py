@@ -7,8 +7,19 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.chats import messages_of, tools_of
+from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, COMPLETIONS, GENERATE, MOST_IDS, MOST_TEXT, Prompts
+from kvshare_sglang.router.prompts import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    MESSAGES,
+    MOST_IDS,
+    MOST_TEXT,
+    RESPONSES,
+    Prompts,
+)
 
 URLS = ["http://a:1", "http://b:2", "http://c:3"]
 
@@ -25,11 +36,11 @@ def brain():
     return Brain(URLS, Prompts(), Metrics(), clock=Clock())
 
 
-def decide(brain, best):
+def decide(brain, best, body=None):
     """A decision for a worker: the others have more to do."""
     for i, one in enumerate(brain.index.workers):
         one.routed = {0: (0 if i == best else 10_000 + i, 0.0)}
-    decision = brain.decide(GENERATE, {"input_ids": [1, 2, 3]})
+    decision = brain.decide(GENERATE, body or {"input_ids": [1, 2, 3]})
     assert decision.best == best
     return decision
 
@@ -55,7 +66,8 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
 @pytest.mark.parametrize(
     ("path", "body", "header", "options", "namespace"),
     [
-        (GENERATE, {"input_ids": [1]}, None, (None, "auto"), (None, None)),
+        (GENERATE, {"input_ids": [1]}, None, (None, UNSAID), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "auto", (None, "auto"), (None, None)),
         (GENERATE, {"input_ids": [1]}, "0.3", (0.3, "auto"), (None, None)),
         (
             GENERATE,
@@ -66,12 +78,21 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
         ),
         (CHAT, {"input_ids": [1], "extra_key": "t", "cache_salt": ""}, "exact", (None, "exact"),
          ("t", None)),
-        (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), (None, None)),
-        (GENERATE, {"input_ids": [1]}, "nonsense", (None, "auto"), (None, None)),
+        (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), ("\0x", None)),
+        (GENERATE, {"input_ids": [1], "lora_path": "x", "extra_key": "t"}, None, (None, "exact"),
+         ("t\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "m: x"}, None, (None, "exact"), ("\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "s3://m"}, None, (None, UNSAID), (None, None)),
+        (CHAT, {"input_ids": [1], "model": "s3://m:x"}, None, (None, "exact"), ("\0x", None)),
+        (CHAT, {"input_ids": [1], "model": "m:"}, None, (None, UNSAID), (None, None)),
+        (GENERATE, {"input_ids": [1], "model": "m:x"}, None, (None, UNSAID), (None, None)),
+        (GENERATE, {"input_ids": [1]}, "nonsense", (None, UNSAID), (None, None)),
     ],
 )  # fmt: skip
 def test_a_body_and_its_header_say_what_is_asked_for(path, body, header, options, namespace):
-    reading = Prompts().read(path, body, header)
+    prompts = Prompts()
+    prompts.models = frozenset(["s3://m"])
+    reading = prompts.read(path, body, header)
     assert reading.tokens.tolist() == [1]
     assert reading.options == RequestOptions(options[1], options[0])
     assert reading.namespace == namespace
@@ -110,6 +131,7 @@ class Letters:
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:" + "x" * 1000}}]
+PARTS = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]
 LONG = "x" * (MOST_TEXT + 1)
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
 
@@ -135,6 +157,8 @@ def test_tokens_of_roles_that_sglang_may_write_otherwise_are_not_handed_on(role,
         (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, True),
         (CHAT, {"messages": [{"role": "user", "content": "hi"}, CALL]}, True),
         (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, False),
+        (CHAT, {"messages": [{"role": "user", "content": PARTS}]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": [*PARTS, *IMAGE]}]}, False),
         (CHAT, {"messages": [{"role": "user", "content": LONG}]}, False),
         (CHAT, {"messages": [{**CALL, "tool_calls": LONG}]}, False),
         (CHAT, {"messages": [{"role": "user", "content": 7}]}, False),
@@ -142,6 +166,15 @@ def test_tokens_of_roles_that_sglang_may_write_otherwise_are_not_handed_on(role,
         (GENERATE, {"text": LONG[1:]}, True),
         (COMPLETIONS, {"prompt": LONG}, False),
         (COMPLETIONS, {"prompt": ["a", "b"]}, False),
+        (COMPLETIONS, {"prompt": ["a"]}, True),
+        (RESPONSES, {"input": "hi"}, True),
+        (RESPONSES, {"input": LONG}, False),
+        (RESPONSES, {"input": "hi", "previous_response_id": "r"}, False),
+        (RESPONSES, {"input": [{"type": "image_generation_call"}]}, False),
+        (RESPONSES, {}, False),
+        (MESSAGES, {"messages": [{"role": "user", "content": PARTS}]}, True),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, False),
+        (MESSAGES, {"messages": [{"role": "user", "content": 7}]}, False),
     ],
 )
 def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
@@ -151,6 +184,61 @@ def test_only_texts_of_a_bounded_length_are_tokenised(path, body, known):
     assert bool(tokenizer.given) == known
     if not known:
         assert reading.body is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"), [([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([[1], [2]], None)]
+)
+def test_a_completion_may_come_as_tokens(prompt, ids):
+    tokens = Prompts().read(COMPLETIONS, {"prompt": prompt}).tokens
+    assert (None if tokens is None else tokens.tolist()) == ids
+
+
+TURNS = [
+    {"role": "system", "content": "be\nbrief"},
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "found this"},
+    {"role": "user", "content": "d"},
+]  # fmt: skip
+
+
+def part(text, kind="text"):
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [
+            TURNS[0], {"role": "user", "content": [part("a"), part("b")]}, *TURNS[2:]]}),
+        (RESPONSES, {"instructions": "be\nbrief", "input": [
+            {"role": "user", "content": [part("a", "input_text"), part("b", "input_text")]},
+            {"type": "reasoning", "summary": []},
+            {"type": "message", "role": "assistant", "content": [part("c", "output_text")]},
+            {"type": "function_call", "name": "f", "arguments": '{"x":1}', "call_id": "1"},
+            {"type": "function_call_output", "call_id": "1", "output": "found this"},
+            {"role": "user", "content": "d"}]}),
+        (MESSAGES, {"system": [part("be"), part("brief")], "messages": [
+            {"role": "user", "content": [part("a"), part("b")]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "hm"}, part("c"),
+                {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "content": [part("found"), part("this")]}, part("d")]}]}),
+    ],
+)  # fmt: skip
+def test_a_conversation_is_the_same_in_each_protocol(path, body):
+    assert messages_of(path, body) == TURNS
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    tools = {
+        CHAT: [{"type": "function", "function": function}],
+        RESPONSES: [{"type": "function", **function}, {"type": "web_search"}],
+        MESSAGES: [{"name": "f", "description": "d", "input_schema": {"type": "object"}}],
+    }
+    assert tools_of(path, {"tools": tools[path]}) == tools[CHAT]
+    assert not tools_of(path, {})
 
 
 @pytest.mark.parametrize(
@@ -173,6 +261,7 @@ def test_a_worker_that_is_no_address_is_refused(text):
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--drain-seconds=-1"], "0 or more"),
         (["--worker", "http://a:1"] * 65 + ["--gateway", "http://g:1"], "1 to 64"),
     ],
 )  # fmt: skip
@@ -229,3 +318,18 @@ def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
         with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
             wire.token_of(bad, {wire.TOKEN_ENV: "b"})
         assert bad not in str(caught.value)
+
+
+def test_an_adapters_text_is_no_other_requests_and_its_twins_meet(brain):
+    brain.doubted.clear()
+    tokens = list(range(1000))
+    for worker in range(3):
+        brain.index.begin(worker, wire.Snapshot(1, 1, 0, 1, {}, []))
+    adapted = {"input_ids": tokens, "lora_path": "x"}
+    first = brain.sent(decide(brain, 2, adapted))
+    brain.answered(first)
+    for one in brain.index.workers:
+        one.routed.clear()
+    assert brain.decide(GENERATE, adapted).best == 2
+    assert brain.decide(GENERATE, {"input_ids": tokens}).best == 0
+    assert brain.decide(GENERATE, {**adapted, "lora_path": "y"}).best == 0

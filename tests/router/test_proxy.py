@@ -17,7 +17,15 @@ from kvshare_sglang import wire
 from kvshare_sglang.router import server
 from kvshare_sglang.router.brain import Brain
 from kvshare_sglang.router.metrics import Metrics
-from kvshare_sglang.router.prompts import CHAT, GENERATE, OPTION_PATHS, Prompts
+from kvshare_sglang.router.prompts import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    MESSAGES,
+    OPTION_PATHS,
+    RESPONSES,
+    Prompts,
+)
 from kvshare_sglang.router.ring import Ring
 from kvshare_sglang.router.server import Settings, make_app
 
@@ -51,7 +59,8 @@ class Gateway:
             text = asked.get("prompt") or Bytes().apply_chat_template(asked["messages"])
             return web.json_response({"tokens": list(text.encode())[not self.same_tokens :]})
         if request.path == "/server_info":
-            return web.json_response({"chat_template": self.template})
+            info = {"chat_template": self.template, "served_model_name": "s3://m"}
+            return web.json_response(info)
         if request.path == "/health":
             return web.Response()
         key = request.headers.get("x-smg-routing-key")
@@ -136,6 +145,7 @@ def test_text_becomes_tokens_where_the_workers_tokenise_alike_and_only_there():
         async with running(gateway) as (client, url, brain):
             await until(lambda: all(map(brain.is_compared, (0, 1))))
             assert brain.sure() == ({GENERATE, CHAT} if same else set())
+            assert brain.prompts.models == {"s3://m"}
             turn = {"role": "user", "content": "hi"}
             bodies = [
                 (GENERATE, {"text": "hello", "stream": True}),
@@ -301,9 +311,10 @@ def test_options_of_a_header_are_moved_whoever_chooses_the_worker():
             async with client.post(url + GENERATE, json={"input_ids": [1]}, headers=target):
                 pass
             assert "x-smg-routing-key" not in gateway.seen[-1][0].headers
-            async with client.post(url + "/v1/other", json=body, headers=own):
-                pass
-            assert json.loads(gateway.seen[-1][1]) == body
+            for path in ("/v1/other", RESPONSES, MESSAGES):
+                async with client.post(url + path, json=body, headers=own):
+                    pass
+                assert json.loads(gateway.seen[-1][1]) == body
 
     asyncio.run(run())
 
@@ -412,6 +423,36 @@ def test_the_key_leads_to_the_worker_that_was_picked():
             async with client.get(url + "/metrics") as reply:
                 page = await reply.text()
             assert 'kvshare_router_decisions_total{by="index"} 2.0' in page
+
+    asyncio.run(run())
+
+
+def test_all_that_can_be_read_goes_where_its_text_is_and_stays_as_it_came():
+    async def run():
+        gateway = Gateway()
+        async with running(gateway) as (client, url, brain):
+            await until(lambda: brain.sure() == {GENERATE, CHAT})
+            said = "".join(map(chr, np.random.default_rng(1).integers(97, 123, 400)))
+            parts = [{"type": "text", "text": said}]
+            chat = {"messages": [{"role": "user", "content": parts}]}
+            for path, body, prompt in (
+                (CHAT, chat, f"<user>{said}"),
+                (MESSAGES, {**chat, "system": "s"}, f"<system>s<user>{said}"),
+                (RESPONSES, {"input": said}, f"<user>{said}"),
+                (COMPLETIONS, {"prompt": list(said.encode())}, said),
+                (COMPLETIONS, {"prompt": said}, said),
+            ):
+                hold(brain, 1, list(prompt.encode()))
+                async with client.post(url + path, json=body, headers={"x-kvshare": "auto"}):
+                    pass
+                request, got = gateway.seen[-1]
+                assert Ring(gateway.urls).pair(request.headers["x-smg-routing-key"]) == (1, 0)
+                options = {"custom_params": {"kvshare": "auto"}} if path in OPTION_PATHS else {}
+                assert json.loads(got) == {**body, **options}
+                async with client.post(url + "/pick", json=body) as reply:
+                    picked = await reply.json()
+                assert picked["prompt_tokens"] == len(prompt)
+                assert picked["predicted_exact_tokens"] == len(prompt) - 1
 
     asyncio.run(run())
 
@@ -551,6 +592,24 @@ def test_a_fault_of_the_router_fails_no_request():
             async with client.post(url + GENERATE, data=b"no json") as reply:
                 assert reply.status == 418
             assert all("x-smg-routing-key" not in r.headers for r, _ in gateway.seen)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("what", ["route", "answers", "served"])
+def test_what_the_router_cannot_note_fails_no_request(what):
+    async def run():
+        gateway = Gateway()
+
+        async def served(request):
+            return web.Response(body=b"x", headers=gateway.served(request.headers[server.KEY]))
+
+        gateway.answer = served
+        async with running(gateway) as (client, url, brain):
+            setattr(brain.index, what, None)
+            async with client.post(url + GENERATE, json={"input_ids": [1, 2]}) as reply:
+                assert (reply.status, await reply.read()) == (200, b"x")
+            assert b'decisions_total{by="fault"}' in brain.metrics.page()
 
     asyncio.run(run())
 

@@ -17,7 +17,8 @@ from kvshare_sglang.radix_fuzzy.fingerprints import winnow
 from kvshare_sglang.radix_fuzzy.segments import path_tokens
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.router import index as index_module
-from kvshare_sglang.router.cost import AFFINITY, SLACK, Standing, Work, order, work_of
+from kvshare_sglang.router.cost import AFFINITY, SLACK, UNSAID, Standing, Work, order, work_of
+from kvshare_sglang.router.gateway import CHECK_S, FAILURES
 from kvshare_sglang.router.index import AVOID_S, RECENT_S, SILENT_S, SUSPECT_S, Index
 from kvshare_sglang.router.joint import JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror
@@ -336,7 +337,10 @@ def test_a_worker_that_missed_something_is_forgotten_until_a_snapshot_comes(what
 
 def test_a_silent_worker_is_left_alone_until_the_gateway_must_have_noticed():
     index, lives = filled([[DOCS[0]], [DOCS[1]]])
-    for now, best in ((0.0, 0), (SILENT_S + 0.1, 1), (AVOID_S + 0.1, 0)):
+    # It may ask anew only when the last check is over.
+    noticed = (FAILURES + 1) * CHECK_S + FAILURES * CHECK_S
+    assert noticed <= AVOID_S - 1
+    for now, best in ((0.0, 0), (SILENT_S + 0.1, 1), (noticed, 1), (AVOID_S + 0.1, 0)):
         index.hear(1, beat(lives[1]), now)
         assert index.choose(prompt_of(0), NONE, AUTO, now).order[0] == best
 
@@ -366,6 +370,17 @@ def test_without_any_stream_requests_are_spread_by_what_was_sent():
         counts[choice.order[0]] += 1
         index.answers(choice.order[0], index.route(choice.order[0], choice, float(i)))
     assert counts == {0: 10, 1: 10, 2: 10}
+
+
+def test_what_was_sent_is_bounded_and_still_says_who_got_less(monkeypatch):
+    monkeypatch.setattr(index_module, "MOST_SENT", 1000)
+    index, counts = Index(3), Counter()
+    for i in range(300):
+        choice = index.choose(random_tokens(i, 100), NONE, AUTO, float(i))
+        counts[choice.order[0]] += 1
+        index.answers(choice.order[0], index.route(choice.order[0], choice, float(i)))
+        assert all(index.standing(w, 0.0).held <= 1000 for w in range(3))
+    assert max(counts.values()) - min(counts.values()) <= 3
 
 
 @given(
@@ -436,3 +451,61 @@ def test_only_a_few_workers_are_looked_at_exactly(monkeypatch):
     index.choose(prompt_of(4), NONE, AUTO, 0.0)
     assert len(asked) == index_module.EXACTLY
     assert 4 in asked
+
+
+@pytest.mark.parametrize("options", [RequestOptions("exact"), RequestOptions(budget=1.0)])
+def test_what_may_not_be_copied_goes_where_its_prefix_is_among_many_workers(options):
+    """Others hold as much of its text, in other places, and less in all."""
+    prompt = prompt_of(1, 2, 3)
+    others = [[DOCS[3], DOCS[2], DOCS[1]]] * 5
+    index, _ = filled([*others, [prompt[:900], DOCS[4]]])
+    choice = index.choose(prompt, NONE, options, 0.0)
+    assert choice.order[0] == 5
+    assert choice.work == Work(len(prompt) - 900, 0, 900)
+
+
+def test_twins_that_may_copy_nothing_meet():
+    index, _ = filled([[]] * 6)
+    exact, prompt = RequestOptions("exact"), prompt_of(1, 2)
+    index.route(4, index.choose(prompt, NONE, exact, 0.0), 0.0)
+    assert index.choose(prompt, NONE, exact, 0.1).order[0] == 4
+    moved = np.concatenate([QUESTION, prompt])
+    assert index.choose(moved, NONE, exact, 0.1).order[0] == 0
+
+
+def test_a_request_that_says_nothing_gets_what_its_worker_gives_by_default():
+    prompt = prompt_of(1)
+    for default in ("auto", "exact"):
+        index, _ = filled([[DOCS[1]], [DOCS[2]]], default=default)
+        unsaid, said = (
+            index.choose(prompt, NONE, RequestOptions(mode), 0.0) for mode in (UNSAID, default)
+        )
+        assert (unsaid.order, unsaid.work) == (said.order, said.work)
+        assert (unsaid.work.copied > 0) == (default == "auto")
+        assert index.choose(prompt, NONE, AUTO, 0.0).work.copied > 0
+
+
+def test_what_was_routed_counts_as_held_while_it_waits(monkeypatch):
+    prompt = prompt_of(5)
+    again = np.concatenate([QUESTION, prompt])
+    index, lives = filled([[DOCS[0]], [DOCS[1], DOCS[2]]])
+
+    def best(now):
+        for worker, told in enumerate(lives):
+            index.hear(worker, beat(told), now)
+        return index.choose(again, NONE, AUTO, now).order[0]
+
+    ticket = index.route(1, index.choose(prompt, NONE, AUTO, 0.0), 0.0, streams=False)
+    assert [best(10.0 * i) for i in range(6)] == [1] * 6
+    index.answers(1, ticket)
+    index.answers(1, ticket)
+    assert best(50 + RECENT_S / 2) == 1
+    assert best(52 + RECENT_S) == 0
+    # Not without bound, and not where the worker is gone.
+    index.route(1, index.choose(prompt, NONE, AUTO, 70.0), 70.0, streams=False)
+    monkeypatch.setattr(index_module, "MOST_WAITING", index._recent._size + 1)
+    more = random_tokens(7, 400)
+    index.route(0, index.choose(more, NONE, AUTO, 70.0), 70.0)
+    assert len(index._recent._waiting) == 1
+    index.forget(1)
+    assert (index._recent._size, index._recent._waiting) == (0, {})
