@@ -28,7 +28,19 @@ LAPSE_S = 10.0  # a subscriber that says nothing for so long is forgotten
 TOKEN_ENV = "KVSHARE_STREAM_TOKEN"
 SHORTEST_TOKEN = 16
 
-Space = tuple[str | None, str | None, int]  # extra_key, cache_salt, how often weights were replaced
+# extra_key, cache_salt (as ``name_of`` says them), how often weights were replaced
+Space = tuple[str | None, str | None, int]
+
+
+def name_of(said: str) -> str:
+    """What a tenant's key or salt is called on the wire and in the router: short whatever a client
+    makes of it (megabytes, half a character that no encoding takes), and not the salt itself.
+
+    >>> len(name_of("\\ud800" * 10**6))
+    32
+    """
+    raw = said.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
 class Insert(msgspec.Struct, tag="insert", array_like=True, frozen=True):

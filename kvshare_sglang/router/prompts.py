@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvshare_sglang import wire
 from kvshare_sglang.errors import ConfigError, KVShareError
 from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
@@ -187,7 +188,7 @@ def _is_plain(path: str, body: dict[str, Any]) -> bool:
 
 def _text(name: Any) -> str | None:
     """SGLang takes an empty name for none."""
-    return name if isinstance(name, str) and name else None
+    return wire.name_of(name) if isinstance(name, str) and name else None
 
 
 def adapter_of(path: str, body: dict[str, Any], models: Iterable[str] = ()) -> str | None:

@@ -165,7 +165,7 @@ def _as_told(one: _Inserted) -> wire.Insert:
 
 
 def _text(name: Any) -> str | None:
-    return None if name is None else str(name)
+    return None if name is None else wire.name_of(str(name))
 
 
 class Load(NamedTuple):

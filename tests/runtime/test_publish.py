@@ -193,6 +193,20 @@ def test_a_snapshot_is_followed_by_changes_without_gap_and_beats(tmp_path):
         assert (beat.run, beat.number) == (snapshot.run, snapshot.number + 3)
 
 
+@pytest.mark.parametrize("key", ["\ud800", "k" * 10**6])
+def test_no_name_of_a_tenant_keeps_the_others_text_from_routers(tmp_path, key):
+    """Clients name tenants, by half a character too, which no encoding takes."""
+    with publishing(tmp_path) as (tree, _, endpoint), router(endpoint) as sock:
+        tree.insert(((key, key), 0), text(1))
+        mine = tree.insert((("mine", None), 0), text(2))
+        snapshot = ask(sock)
+        odd, plain = (one.space for one in snapshot.segments)
+        assert odd == (wire.name_of(key), wire.name_of(key), 0)
+        assert plain == (wire.name_of("mine"), None, 0)
+        assert snapshot.segments[1].tokens == mine.tokens.tobytes()
+        assert max(len(name) for name in odd[:2]) < 100
+
+
 def test_a_router_that_does_not_read_is_forgotten_and_the_others_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "MOST_UNSENT", 4)
     with publishing(tmp_path) as (tree, publisher, endpoint), router(endpoint, most=1) as slow:
