@@ -289,7 +289,7 @@ USED = (
     Used(
         f"{_SRT}.managers.scheduler.Scheduler",
         "init_running_status",
-        "sets waiting_queue and running_batch, which are read for routers",
+        "sets waiting_queue, running_batch, cur_batch_for_debug and chunked_req, read for routers",
     ),
 )
 # What ``batch.py`` and ``prefill.py`` read and cut of a ForwardBatch.

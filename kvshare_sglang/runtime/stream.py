@@ -28,6 +28,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError, TreeError
 from kvshare_sglang.radix_fuzzy.segments import Segment
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
+from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
 if TYPE_CHECKING:
@@ -370,13 +371,20 @@ def hook_run_event_loop(original: Callable[..., Any], scheduler: "Scheduler") ->
 
 def load_of(scheduler: Any, cache: FuzzyRadixCache) -> Load:
     """Read beside the running scheduler: each list is taken in one step, and may be a little old.
-    The tokens that wait are taken to run the share that those before them ran."""
+    The tokens that wait, and those of the batch in prefill, are taken to run the share that those
+    before them ran."""
     waiting = list(scheduler.waiting_queue)
-    running = scheduler.running_batch
+    running = set() if scheduler.running_batch is None else set(scheduler.running_batch.reqs)
+    batch, chunked = scheduler.cur_batch_for_debug, getattr(scheduler, "chunked_req", None)
+    now = list(batch.reqs) if batch is not None and batch.forward_mode.is_extend() else []
+    ahead = sum(len(req.origin_input_ids) for req in waiting)
+    ahead += batch.extend_num_tokens or 0 if now else 0
+    if chunked is not None:
+        running.add(chunked)
+        ahead += versions.not_yet_given(chunked)
     tokens = Counter(cache.report.tokens)
     done = tokens["recomputed"] + tokens["fresh"]
     seen = done + tokens["exact"] + tokens["blended"] + tokens["copied"]
     share = done / seen if seen else 1.0
-    rows = int(share * sum(len(req.origin_input_ids) for req in waiting))
-    num = 0 if running is None else len(running.reqs)
-    return Load(cache.sync.weights, num, len(waiting), rows, done)
+    running.update(now)
+    return Load(cache.sync.weights, len(running), len(waiting), int(share * ahead), done)

@@ -187,6 +187,12 @@ def prefix_len(req: Any) -> int:
     return req.prefix_len if hasattr(req, "prefix_len") else len(req.prefix_indices)
 
 
+def not_yet_given(req: Any) -> int:
+    """Tokens of a prompt in chunks that no chunk has had."""
+    end = req.extend_end if hasattr(req, "extend_end") else req.extend_range.end
+    return max(0, len(req.full_untruncated_fill_ids) - end)
+
+
 def insert_params(key: Any, value: Any, req: Any, *, chunked: bool) -> Any:
     """InsertParams for what ``req`` leaves in the tree; its own tokens count as no new hit."""
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Texts
-from lab import Lab, computed, lab
+from lab import Lab, computed, lab, request
 
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.index import Index
 from kvshare_sglang.router.stream import follow
+from kvshare_sglang.runtime.stream import Load, load_of
 
 TOKEN = "a token of the tests, long enough"
 NONE = (None, None)
@@ -118,6 +119,27 @@ def test_predicted_rows_are_those_that_run_and_runs_those_that_are_found(
         evicted += worker.ask("test_router_stream:tokens_held") < held
     assert reused > 1000
     assert evicted
+
+
+def note_load(child: Any) -> None:
+    child.noted = [*getattr(child, "noted", []), tuple(load_of(child.scheduler, child.cache))]
+
+
+def noted_loads(child: Any) -> list[tuple[int, ...]]:
+    return list(child.noted)
+
+
+def test_a_prompt_in_prefill_is_load_to_its_last_chunk(llama: Path, texts: Texts) -> None:
+    """SGLang counts it neither as waiting nor, before its last chunk, as running."""
+    call = ("call", "test_router_stream:note_load")
+    with lab(llama, kvshare=True, chunked_prefill_size=256) as it:
+        it.play([call, request("long", texts.passage(2000), new=2), *[call] * 6])
+        idle, *loads = (Load(*each) for each in it.ask("test_router_stream:noted_loads"))
+    assert (idle.running, idle.rows) == (0, 0)
+    assert {each.running for each in loads[1:]} == {1}
+    rows = [each.rows for each in loads[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > 1500 > rows[-1] > 0
 
 
 def test_who_does_not_know_the_token_is_told_nothing(worker: Lab, endpoint: str) -> None:
