@@ -101,7 +101,7 @@ class FuzzyTree:
         self._segments: dict[int, Segment] = {}
         self._namespaces: dict[object, Space] = {}
         self._free_spaces: list[int] = []
-        self._chunk_home: dict[int, int] = {}
+        self._chunk_home: dict[int, tuple[int, int]] = {}  # segment, and where it ended then
         # The id of a dead segment is used again only after nothing names it any more; 0 is
         # "nothing".
         self._next_id = 1
@@ -231,8 +231,10 @@ class FuzzyTree:
         out: list[list[Chunk]] = []
         seen: set[int] = set()
         for chunk in chunks.cut(tokens, bounds=bounds, seed=seed):
-            known = self._segments.get(self._chunk_home.get(chunk.key, 0))
-            if chunk.key in seen or (known is not None and known.depth <= depth):
+            home, stop = self._chunk_home.get(chunk.key, (0, 0))
+            known = self._segments.get(home)
+            whole = known is not None and known.stop >= stop  # eviction may have left its head
+            if chunk.key in seen or (known is not None and whole and known.depth <= depth):
                 continue
             seen.add(chunk.key)
             if out and out[-1][-1].stop == chunk.start:
@@ -243,10 +245,10 @@ class FuzzyTree:
 
     def remember_chunk(self, chunk: Chunk, segment: Segment) -> None:
         """Note which segment stores a chunk, so that a twin of it is not stored again."""
-        self._chunk_home[chunk.key] = segment.id
+        self._chunk_home[chunk.key] = segment.id, segment.stop
         if len(self._chunk_home) > 2 * len(self._segments) + 4096:
             alive = self._segments
-            self._chunk_home = {k: s for k, s in self._chunk_home.items() if s in alive}
+            self._chunk_home = {k: s for k, s in self._chunk_home.items() if s[0] in alive}
 
     def trim(self, segment_id: int, stop: int) -> None:
         """Forget path positions from ``stop`` on: the cache evicted them. O(tokens left).
@@ -508,7 +510,7 @@ class FuzzyTree:
 
     def _reuse_ids(self) -> None:
         """The index has dropped all that was dead; whatever else names dead segments goes too."""
-        self._chunk_home = {k: s for k, s in self._chunk_home.items() if s in self._segments}
+        self._chunk_home = {k: s for k, s in self._chunk_home.items() if s[0] in self._segments}
         self._free_ids += self._dead_ids
         self._dead_ids.clear()
 

@@ -760,6 +760,8 @@ def test_chunks_are_unknown_until_a_live_segment_stores_them():
     assert [*left, middle, *right] == stretch
     assert tree.new_chunks(None, TEXT, depth=0) == [stretch]
     assert len(tree.new_chunks("b", TEXT, depth=1)) == 1
+    tree.trim(home.id, 30)  # its head is no chunk
+    assert tree.new_chunks(None, TEXT, depth=1) == [stretch]
     tree.trim(home.id, 0)
     assert tree.new_chunks(None, TEXT, depth=1) == [stretch]
 
