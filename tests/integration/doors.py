@@ -20,10 +20,12 @@ class Door(NamedTuple):
             "/generate": {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 4}},
             "/v1/completions": {**new, "prompt": text, "max_tokens": 4},
             "/v1/chat/completions": {**new, **chat(text), "max_tokens": 4},
+            "/invocations": {**new, **chat(text), "max_tokens": 4},
             "/v1/messages": {**new, **chat(text), "max_tokens": 4},
             "/v1/responses": {**new, "input": text, "max_output_tokens": 4},
         }[self.path]
-        if more.get("stream") and self.path in ("/v1/completions", "/v1/chat/completions"):
+        openai = ("/v1/completions", "/v1/chat/completions", "/invocations")
+        if more.get("stream") and self.path in openai:
             said["stream_options"] = {"include_usage": True}
         return {**said, **more}
 
@@ -46,6 +48,7 @@ DOORS = (
     Door("/generate", ("meta_info", "kvshare"), ("sampling_params", "custom_params")),
     Door("/v1/completions", ("usage", "kvshare")),
     Door("/v1/chat/completions", ("usage", "kvshare")),
+    Door("/invocations", ("usage", "kvshare")),
     Door("/v1/messages", ("usage", "kvshare"), None),
     Door("/v1/responses", ("kvshare",), None),
 )
