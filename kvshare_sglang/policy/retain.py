@@ -63,11 +63,12 @@ def future_sources(plan: ReusePlan, *, max_depth: int, watched: bool) -> Rows:
 
 
 def page_borders(start: int, chunks: Sequence[Range], *, page: int) -> tuple[int, list[int]]:
-    """Where chunks of a stretch at ``start`` begin and end in whole pages: the first position,
-    and the end of each chunk, which may be equal to the one before.
+    """Where the pages begin and end that hold chunks of a stretch at ``start``: the first position,
+    where the page may hold other text too, and the end of each chunk, which may be equal to the
+    one before.
 
     >>> page_borders(10, [Range(0, 20), Range(20, 25)], page=16)
-    (16, [16, 32])
+    (0, [16, 32])
     """
-    first = -(-(start + chunks[0].start) // page) * page
+    first = (start + chunks[0].start) // page * page
     return first, [(start + chunk.stop) // page * page for chunk in chunks]

@@ -159,17 +159,21 @@ def test_a_header_that_is_new_in_every_turn_costs_about_the_turn(talk: Lab, text
     assert_clean(talk)
 
 
-def test_a_new_header_costs_the_same_late_in_a_conversation(llama: Path, texts: Texts) -> None:
-    """Also in a pool that holds six prompts of the 14."""
-    with lab(llama, kvshare=True, kvshare_select="trace") as it:
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_new_header_costs_the_same_late_in_a_conversation(
+    llama: Path, texts: Texts, page: int
+) -> None:
+    """Also in a pool that holds six prompts of the 14; with pages also where its length changes."""
+    with lab(llama, kvshare=True, kvshare_select="trace", page_size=page) as it:
         document, history, costs = texts.passage(2000), [], []
         for _ in range(14):
-            prompt = texts.passage(20) + document + history + texts.passage(60)
+            header = texts.passage(texts.rng.randrange(12, 30) if page > 1 else 20)
+            prompt = header + document + history + texts.passage(60)
             answer = it.one(prompt, new=6)
             adds_up(answer, prompt)
             costs.append(computed(answer["kvshare"]))
-            history = prompt[2020:] + answer["output"] + texts.passage(54)
-        assert sum(costs[-3:]) <= 1.1 * sum(costs[1:4]), costs
+            history = prompt[len(header) + 2000 :] + answer["output"] + texts.passage(54)
+        assert sum(costs[-3:]) <= 1.1 * sum(costs[1:4]) + 3 * (page - 1), costs
         assert_clean(it)
 
 

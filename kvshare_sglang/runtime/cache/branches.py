@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
 
 class _Piece(NamedTuple):
-    """Prompt ``[start, stop)``, one node of a branch; ``chunk``: new text that may be a source."""
+    """Prompt ``[start, stop)``, one node of a branch; ``chunk``: new text that may be a source and
+    begins at ``new``, in the first page."""
 
     start: int
     stop: int
     chunk: Chunk | None = None
     depth: int = 0
+    new: int = 0
 
 
 class Row(NamedTuple):
@@ -208,7 +210,7 @@ class Branches:
                 depth=depth,
                 open_rows=open_rows[piece.start : piece.stop],
                 source_depth=piece.depth if piece.chunk else None,
-                before=text[: piece.start],
+                before=text[: piece.new],
             )
             cache.copies.note(node)
             if piece.chunk is not None:
@@ -264,11 +266,14 @@ class Branches:
             for chunks in found:
                 ranges = [Range(chunk.start, chunk.stop) for chunk in chunks]
                 at, borders = page_borders(first, ranges, page=page)
-                if borders[-1] - at < max(SPAN, page):
+                at = max(at, sources[-1].stop if sources else start)
+                new = max(first + ranges[0].start, at)
+                if borders[-1] - new < max(SPAN, page):
                     continue
                 for chunk, border in zip(chunks, borders, strict=True):
                     if border > at:
-                        sources.append(_Piece(at, border, chunk, stretch.depth))
+                        piece = _Piece(at, border, chunk, stretch.depth, max(new, at))
+                        sources.append(piece)
                         at = border
         return _with_gaps(sources, start, stop)
 

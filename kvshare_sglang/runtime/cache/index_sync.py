@@ -133,7 +133,8 @@ class IndexSync:
         before: Tokens,
     ) -> None:
         """``node`` of a blended branch is new. A source (with a depth) that goes on right after
-        another one is of the same path; ``before``: all tokens before it."""
+        another one is of the same path; ``before``: all tokens before it. They may reach into the
+        node's first page, of which other text is no source."""
         node.key.extra_key.num_nodes += 1
         node.kvshare = NodeNote(
             None, start, open=open_rows, depth=depth, answers_from=self._answers_from
@@ -143,10 +144,11 @@ class IndexSync:
         space = self.space_of(space)
         above = node.parent.kvshare.segment if start else None
         goes_on = above is not None and (above.namespace, above.depth) == (space, source_depth)
+        goes_on = goes_on and len(before) == start
         segment = self.fuzzy.insert(
             space,
-            as_tokens(node.key.token_ids),
-            start=start,
+            as_tokens(node.key.token_ids)[len(before) - start :],
+            start=len(before),
             parent=above.id if above is not None and goes_on else None,
             depth=source_depth,
             before=before,
@@ -170,9 +172,9 @@ class IndexSync:
         note = node.kvshare
         if note.segment is not None:
             note.segment.payload.drop_last()
-            self.fuzzy.trim(note.segment.id, note.start)
+            self.fuzzy.trim(note.segment.id, max(note.start, note.segment.start))
 
-    def check(self, root: "TreeNode") -> None:
+    def check(self, root: "TreeNode", *, page: int) -> None:
         """Restate how the two trees agree; AssertionError on the first that does not hold."""
         self.fuzzy.check()
         seen: set[int] = set()
@@ -191,13 +193,15 @@ class IndexSync:
             if segment is None:
                 assert blended
                 continue
-            total += len(node.key)
+            first = max(start, segment.start)  # in the node's first page
+            assert first - start < page
+            total += start + len(node.key) - first
             seen.add(segment.id)
             assert segment is self.fuzzy.segment(segment.id)
             held = segment.payload.nodes[segment.payload.starts.index(start)]
             assert held is node
-            have = self.fuzzy.path_tokens(segment.id, start, start + len(node.key))
-            assert have.tolist() == as_tokens(node.key.token_ids).tolist()
+            have = self.fuzzy.path_tokens(segment.id, first, start + len(node.key))
+            assert have.tolist() == as_tokens(node.key.token_ids)[first - start :].tolist()
             assert (segment.depth > 0) == blended
         assert total == self.fuzzy.num_tokens
         assert len(seen) == self.fuzzy.num_segments

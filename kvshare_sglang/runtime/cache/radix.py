@@ -243,7 +243,7 @@ class FuzzyRadixCache(RadixCache):
 
     def check(self) -> None:
         """Restate how the two trees agree; AssertionError on the first that does not hold."""
-        self.sync.check(self.root_node)
+        self.sync.check(self.root_node, page=self.page_size)
         self.copies.check()
 
 
