@@ -205,6 +205,16 @@ if __name__ == "__main__":
             engine.generate(input_ids=[a, a[:9]], sampling_params=[params, bad])
         except ValueError as error:
             print("BAD", error)
+        stream = dict(input_ids=[7, 9] + a, stream=True)
+        *_, last = engine.generate(**stream, sampling_params=params)
+        print("COPIED", last["meta_info"]["kvshare"][0]["copied_tokens"])
+        try:
+            list(engine.generate(**stream, sampling_params=bad))
+        except ValueError as error:
+            print("BAD", error)
+        later = engine.async_generate(input_ids=[9, 9] + a, sampling_params=params)
+        answer = engine.loop.run_until_complete(later)
+        print("COPIED", answer["meta_info"]["kvshare"][0]["copied_tokens"])
         engine.shutdown()
     engine = sglang.Engine(**common)
     answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
@@ -220,10 +230,10 @@ if __name__ == "__main__":
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in printed
     copied = [int(line.split()[1]) for line in printed if "COPIED" in line]
     assert "SAME True" in printed
-    assert len(copied) == 2
+    assert len(copied) == 6
     assert min(copied) > 150
     bad = "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
-    assert printed.count(bad) == 2
+    assert printed.count(bad) == 4
     assert "PLAIN None" in printed
     configs = [unmeasured(), unmeasured(seam=8)]
     said = done.stdout + done.stderr
