@@ -350,12 +350,12 @@ class FuzzyTree:
         )
         runs = find_runs(prompt, hits, self._segments, start=start, tolerance=tolerance)
         joined: list[Run] = []
-        changed = start
+        edited: int | None = None  # where the text before was last changed, if that was an edit
         for run, mine in zip(runs, self._own(runs, prompt), strict=True):
-            join = Join.SAME if mine else self._join(run, prompt, changed)
+            join = Join.SAME if mine else self._join(run, prompt, edited)
             joined.append(run._replace(join=join))
             if join in (Join.SEAM, Join.EDIT):
-                changed = run.dst_start
+                edited = run.dst_start if join is Join.EDIT else None
         check_runs(joined, start=start, stop=len(prompt))
         return tuple(joined)
 
@@ -371,20 +371,24 @@ class FuzzyTree:
         part = np.ascontiguousarray(tokens if last is None else tokens[-last:], np.int32)
         return xxhash.xxh3_64_intdigest(part.tobytes(), self._secret) or 1
 
-    def _join(self, run: Run, prompt: Tokens, changed: int) -> Join:
+    def _join(self, run: Run, prompt: Tokens, edited: int | None) -> Join:
         """A run goes on if what stands before it in the prompt stood there in the cache too: it is
-        the same text, edited further up, at ``changed``.
+        the same text, edited further up.
 
         At the start of a path a hash of ``LOOK_BACK`` tokens tells. A run that begins later, where
-        another one ends, is compared back to the change, for texts between which the same words
-        stand are no less moved; at most ``FAR`` tokens, or to the start of the path and its hash.
+        another one ends, must follow an edit, at ``edited``, and is compared back to it, for texts
+        between which the same words stand are no less moved; at most ``FAR`` tokens, or to the
+        start of the path and its hash.
         """
         seg = self._segments[run.source]
-        need = min(max(run.dst_start - changed, LOOK_BACK), FAR)
-        have = min(run.src_start - seg.root_start, need)
-        at = run.dst_start - have
-        if run.join is not Join.SEAM or at < 0:
+        have = run.src_start - seg.root_start
+        if run.join is not Join.SEAM or (have and edited is None):
             return run.join
+        need = min(max(run.dst_start - (edited or 0), LOOK_BACK), FAR)
+        have = min(have, need)
+        at = run.dst_start - have
+        if at < 0:
+            return Join.SEAM
         own = path_tokens(seg, run.src_start - have, run.src_start)
         if not np.array_equal(own, prompt[at : run.dst_start]):
             return Join.SEAM

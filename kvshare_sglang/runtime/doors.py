@@ -51,7 +51,7 @@ def _check_others(obj: Any) -> None:
             raise ConfigError("logprob_start_len", start, "-1 or more")
     overrides = getattr(obj, "positional_embed_overrides", None)
     for one in overrides if isinstance(overrides, list) else [overrides]:
-        if isinstance(one, dict):
+        if one is not None and not hasattr(one, "embeds"):
             raise ConfigError("positional_embed_overrides", one, "an object of SGLang's, not JSON")
     if not obj.lora_path:  # SGLang finds the id by the path
         obj.lora_id = None

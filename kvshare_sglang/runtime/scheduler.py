@@ -54,6 +54,11 @@ def _unserved(req: "Req") -> str | None:
         num = asked.top_logprobs_num or 0
         if not 0 <= num <= vocab:
             return f"top_logprobs_num must be in [0, {vocab}], got {num}"
+    params = req.sampling_params
+    if vocab is not None and params.min_new_tokens:  # until then SGLang keeps from stopping there
+        for token in params.stop_token_ids or ():
+            if not 0 <= token < vocab:
+                return f"stop_token_ids must be in [0, {vocab}), the vocabulary, got {token}"
     for at in getattr(req, "token_indices_to_pool", None) or ():
         if not 0 <= at < len(prompt):
             return f"token_indices_to_pool must be in [0, {len(prompt)}), the prompt, got {at}"

@@ -161,12 +161,8 @@ class Table:
 
 def _as_told(one: _Inserted) -> wire.Insert:
     (extra_key, salt), weights = one.space
-    space = (_text(extra_key), _text(salt), weights)
+    space = (extra_key, salt, weights)
     return wire.Insert(*one._replace(space=space, tokens=one.tokens.tobytes()))
-
-
-def _text(name: Any) -> str | None:
-    return None if name is None else wire.name_of(str(name))
 
 
 class Load(NamedTuple):

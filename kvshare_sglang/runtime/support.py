@@ -169,8 +169,7 @@ def view_of(req: "Req", mode: str) -> RequestView:
     # logprobs of that once more.
     length = max(len(req.origin_input_ids), len(req.full_untruncated_fill_ids))
     # Below -1 SGLang takes a start for the first token that is not cached.
-    start = req.logprob_start_len
-    prompt_logprobs = req.return_logprob and start != -1 and start < length
+    prompt_logprobs = req.return_logprob and -1 != req.logprob_start_len < length
     inputs = (
         req.multimodal_inputs,
         req.input_embeds,

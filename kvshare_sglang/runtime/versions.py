@@ -189,8 +189,10 @@ def prefix_len(req: Any) -> int:
 
 def not_yet_given(req: Any) -> int:
     """Tokens of a prompt in chunks that no chunk has had."""
-    end = req.extend_end if hasattr(req, "extend_end") else req.extend_range.end
-    return max(0, len(req.full_untruncated_fill_ids) - end)
+    given = req.extend_end if hasattr(req, "extend_end") else req.extend_range
+    if given is None:  # retracted a moment ago
+        return 0
+    return max(0, len(req.full_untruncated_fill_ids) - getattr(given, "end", given))
 
 
 def insert_params(key: Any, value: Any, req: Any, *, chunked: bool) -> Any:

@@ -66,17 +66,19 @@ def store(tree: FuzzyTree, plan: ReusePlan, text: np.ndarray, page: int) -> None
 
 
 def assert_joins(tree: FuzzyTree, plan: ReusePlan, prompt: np.ndarray) -> None:
-    """What stood before a run in the cache, back to the last change, stands before it here: then no
-    seam is there."""
-    changed = 0
+    """What stood before a run in the cache, back to the last edit, stands before it here: then no
+    seam is there, and only then does text go on."""
+    edited = 0
     for run in plan.runs:
-        if run.join is Join.SEAM and run.dst_start - changed >= LOOK_BACK:
-            have = min(run.src_start - tree.segment(run.source).root_start, run.dst_start - changed)
+        away = run.dst_start - edited
+        if run.join in (Join.SEAM, Join.ON) and away >= LOOK_BACK:
+            have = min(run.src_start - tree.segment(run.source).root_start, away)
             own = tree.path_tokens(run.source, run.src_start - have, run.src_start)
-            before = prompt[run.dst_start - have : run.dst_start]
-            assert have < run.dst_start - changed or not np.array_equal(own, before), run
-        if run.join in (Join.SEAM, Join.EDIT):
-            changed = run.dst_start
+            same = np.array_equal(own, prompt[run.dst_start - have : run.dst_start])
+            assert same or run.join is Join.SEAM, run
+            assert not (same and have == away) or run.join is Join.ON, run
+        if run.join is Join.EDIT:
+            edited = run.dst_start
 
 
 @pytest.mark.parametrize("budget", [0.15, 0.3])

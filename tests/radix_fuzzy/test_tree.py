@@ -387,7 +387,7 @@ def test_behind_an_exact_prefix_a_run_is_joined_as_if_the_prefix_were_a_run(gone
 def test_text_that_goes_on_behind_a_prefix_cut_at_a_page_is_not_edited():
     tree, _ = tree_of(TEXT)
     prompt = np.concatenate([TEXT[:750], random_tokens(9, 40)])
-    assert tree.match(None, prompt, start=704) == (Run(1, 704, 704, 46, join=Join.ON),)
+    assert tree.match(None, prompt, start=704) == (Run(1, 704, 704, 46),)
 
 
 def test_behind_a_prefix_in_text_computed_behind_reuse_a_run_is_an_edit_too():
@@ -845,20 +845,27 @@ def test_moved_texts_stay_moved_whatever_stands_between_them(between):
     tree.insert(None, np.concatenate([third, words, fourth]))
     prompt = np.concatenate([random_tokens(60, 200), first, words, fourth])
     assert [run.join for run in tree.match(None, prompt)] == [Join.SEAM] * 2
+    # Nor where all before them is an exact prefix, or was edited above the last that was moved.
+    stem = np.concatenate([PREFACE, first, words])
+    (run,) = tree.match(None, np.concatenate([stem, fourth]), start=len(stem))
+    assert (run.src_start, run.join) == (len(third) + between, Join.SEAM)
+    edited = np.concatenate([PREFACE[5:], first, words, fourth])
+    assert tree.match(None, edited)[-1].join is Join.SEAM
 
 
 @pytest.mark.parametrize("at", [70, 400])
 def test_text_goes_on_where_a_run_begins_in_the_middle_of_its_path(at):
     """Newer text of the same conversation covers its beginning, older its end."""
     tree = FuzzyTree()
-    home = tree.insert(None, TEXT[:900], start=300, depth=1, before=PREFACE).id
-    for i in range(4):  # as many as the index keeps of a gram
-        front = random_tokens(60 + i, len(PREFACE))
-        tree.insert(None, np.concatenate([front, TEXT[:at], random_tokens(70 + i, 40)]))
-    prompt = np.concatenate([random_tokens(80, len(PREFACE)), TEXT[:900]])
+    front = [random_tokens(60 + i, 20) for i in range(6)]  # a clock's
+    home = tree.insert(None, TEXT[:900], start=20, depth=1, before=front[0]).id
+    for i in range(1, 5):  # as many as the index keeps of a gram
+        tree.insert(None, np.concatenate([front[i], TEXT[:at], random_tokens(70 + i, 40)]))
+    prompt = np.concatenate([front[5], TEXT[:900]])
     first, second = tree.match(None, prompt, max_depth=1)
     assert first.source != home == second.source
-    assert (second.dst_start, second.join) == (len(PREFACE) + at, Join.ON)
+    assert (first.join, second.join) == (Join.EDIT, Join.ON)
+    assert second.dst_start == 20 + at
 
 
 def test_a_child_has_its_parents_context():

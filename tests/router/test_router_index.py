@@ -32,12 +32,6 @@ def mirror_of(told, joint=None, worker=0):
     return Mirror(told.snapshot(), joint or JointMap(), worker, seed=3)
 
 
-def called(space):
-    """A worker's space as it is told."""
-    extra_key, salt, weights = space
-    return *(name and wire.name_of(name) for name in (extra_key, salt)), weights
-
-
 def runs_of(tree, space, prompt, start=0):
     extra_key, salt, weights = space
     return tree.match(((extra_key, salt), weights), prompt, start=start, max_depth=1, tolerance=0.8)
@@ -64,7 +58,7 @@ def test_a_mirror_that_heard_everything_finds_the_very_runs_that_the_worker_find
         theirs = {held.segment.id: seg_id for seg_id, held in mirror._held.items()}
         for space in SPACES:
             prompt = data.draw(texts())
-            ours = renamed(mirror.match(called(space)[:2], prompt, start=0), theirs)
+            ours = renamed(mirror.match(space[:2], prompt, start=0), theirs)
             assert ours == list(runs_of(told.tree, space, prompt))
 
 
@@ -94,8 +88,8 @@ def test_a_mirror_from_a_snapshot_is_the_tree_that_its_segments_make(data):
     back = {held.segment.id: ids[seg_id] for seg_id, held in mirror._held.items()}
     prompt = data.draw(texts())
     for space in SPACES:
-        found = renamed(mirror.match(called(space)[:2], prompt, start=0), back)
-        assert found == list(runs_of(built, called(space), prompt))
+        found = renamed(mirror.match(space[:2], prompt, start=0), back)
+        assert found == list(runs_of(built, space, prompt))
     live(told, data, 4)
     for message in told.changes():
         mirror.apply(message.events)

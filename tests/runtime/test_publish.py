@@ -14,6 +14,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError, TreeError
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.runtime import preflight, stream
+from kvshare_sglang.runtime.cache.index_sync import IndexSync
 from kvshare_sglang.runtime.stream import Feed, Load, Pace, Publisher, Table
 
 SPACE = ((None, None), 0)
@@ -197,8 +198,9 @@ def test_a_snapshot_is_followed_by_changes_without_gap_and_beats(tmp_path):
 def test_no_name_of_a_tenant_keeps_the_others_text_from_routers(tmp_path, key):
     """Clients name tenants, by half a character too, which no encoding takes."""
     with publishing(tmp_path) as (tree, _, endpoint), router(endpoint) as sock:
-        tree.insert(((key, key), 0), text(1))
-        mine = tree.insert((("mine", None), 0), text(2))
+        spaces = IndexSync(tree)
+        tree.insert(spaces.space_of((key, key)), text(1))
+        mine = tree.insert(spaces.space_of(("mine", None)), text(2))
         snapshot = ask(sock)
         odd, plain = (one.space for one in snapshot.segments)
         assert odd == (wire.name_of(key), wire.name_of(key), 0)

@@ -20,6 +20,7 @@ from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.radix_fuzzy.segments import Segment
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
 from kvshare_sglang.runtime import versions
+from kvshare_sglang.wire import name_of
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
@@ -80,6 +81,11 @@ class NodeNote:
     answers_from: int = 0
 
 
+def _named(namespace: Any) -> tuple[str | None, ...]:
+    """Key and salt as routers know them, whose hashes of text must be the same."""
+    return tuple(None if name is None else name_of(str(name)) for name in namespace)
+
+
 class IndexSync:
     """Tells the fuzzy tree what SGLang's tree does. ``weights``: how often they were replaced;
     nothing that others made is a source."""
@@ -104,11 +110,11 @@ class IndexSync:
 
     def space_of(self, namespace: object) -> object:
         """Where a request looks: the fuzzy tree's namespace is its own, and the weights."""
-        return namespace, self.weights
+        return _named(namespace), self.weights
 
     def added(self, node: "TreeNode", root: "TreeNode") -> None:
         """``node``, of exact KV, is new, at the end of its path."""
-        space = versions.namespace(node.key), self._made_by
+        space = _named(versions.namespace(node.key)), self._made_by
         parent, start = None, 0
         if node.parent is not root:
             above = node.parent.kvshare
