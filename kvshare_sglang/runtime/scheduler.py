@@ -58,6 +58,7 @@ def _unserved(req: "Req") -> str | None:
     if vocab is not None and params.min_new_tokens:  # until then SGLang keeps from stopping there
         for token in params.stop_token_ids or ():
             if not 0 <= token < vocab:
+                params.min_new_tokens = 0  # what is refused still runs a token
                 return f"stop_token_ids must be in [0, {vocab}), the vocabulary, got {token}"
     for at in getattr(req, "token_indices_to_pool", None) or ():
         if not 0 <= at < len(prompt):

@@ -80,7 +80,7 @@ def test_of_more_than_a_round_looks_up_one_computes_too(it: Lab, texts: Texts) -
     script = [request(f"r{i}", [*texts.passage(8), *document, 5], new=2) for i in range(60)]
     most, *others = rows_of(it.play([script]))
     assert most >= 300
-    assert max(others) < 0.35 * 300
+    assert max(others) < 0.5 * 300  # pages of 16 round up
     assert_nothing_is_kept(it)
 
 
