@@ -41,20 +41,19 @@ def hook_generate_request(
 def _check_others(obj: Any) -> None:
     """Raise ConfigError for what is not ours and would end SGLang, or let one client hinder
     another; take out what no client may say."""
-    starts = (
-        obj.logprob_start_len
-        if isinstance(obj.logprob_start_len, list)
-        else [obj.logprob_start_len]
-    )
-    for start in starts:
+    for start in _each(obj.logprob_start_len):
         if isinstance(start, int) and start < -1:
             raise ConfigError("logprob_start_len", start, "-1 or more")
-    overrides = getattr(obj, "positional_embed_overrides", None)
-    for one in overrides if isinstance(overrides, list) else [overrides]:
+    for one in _each(getattr(obj, "positional_embed_overrides", None)):
         if one is not None and not hasattr(one, "embeds"):
             raise ConfigError("positional_embed_overrides", one, "an object of SGLang's, not JSON")
     if not obj.lora_path:  # SGLang finds the id by the path
         obj.lora_id = None
+
+
+def _each(given: Any) -> list[Any]:
+    """What a request says of each of its prompts: one value, or one for each."""
+    return given if isinstance(given, list) else [given]
 
 
 async def _refusal(obj: Any, error: ConfigError) -> AsyncIterator[Any]:

@@ -160,9 +160,8 @@ class Table:
 
 
 def _as_told(one: _Inserted) -> wire.Insert:
-    (extra_key, salt), weights = one.space
-    space = (extra_key, salt, weights)
-    return wire.Insert(*one._replace(space=space, tokens=one.tokens.tobytes()))
+    names, weights = one.space
+    return wire.Insert(*one._replace(space=(*names, weights), tokens=one.tokens.tobytes()))
 
 
 class Load(NamedTuple):
@@ -372,9 +371,10 @@ def load_of(scheduler: Any, cache: FuzzyRadixCache) -> Load:
     waiting = list(scheduler.waiting_queue)
     running = set() if scheduler.running_batch is None else set(scheduler.running_batch.reqs)
     batch, chunked = scheduler.cur_batch_for_debug, getattr(scheduler, "chunked_req", None)
-    now = list(batch.reqs) if batch is not None and batch.forward_mode.is_extend() else []
     ahead = sum(len(req.origin_input_ids) for req in waiting)
-    ahead += batch.extend_num_tokens or 0 if now else 0
+    if batch is not None and batch.forward_mode.is_extend():
+        running.update(list(batch.reqs))
+        ahead += batch.extend_num_tokens or 0
     if chunked is not None:
         running.add(chunked)
         ahead += versions.not_yet_given(chunked)
@@ -382,5 +382,4 @@ def load_of(scheduler: Any, cache: FuzzyRadixCache) -> Load:
     done = tokens["recomputed"] + tokens["fresh"]
     seen = done + tokens["exact"] + tokens["blended"] + tokens["copied"]
     share = done / seen if seen else 1.0
-    running.update(now)
     return Load(cache.sync.weights, len(running), len(waiting), int(share * ahead), done)
