@@ -7,7 +7,7 @@ import runpy
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,14 +79,19 @@ class Server(bench.Server):
 
 @contextlib.contextmanager
 def serve(
-    model: Path, folder: Path, *args: str, sglang: Path | None = None, options: str = ""
+    model: Path,
+    folder: Path,
+    *args: str,
+    sglang: Path | None = None,
+    options: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server for the length of a ``with`` block, or ScriptError with the end of its log.
-    ``options``: what stands in a file for ``sglang serve``."""
+    ``options``: what stands in a file for ``sglang serve``; ``env``: what it has besides."""
     port = free_port()
-    spec = dataclasses.replace(
-        SPEC, name=f"server-{port}", model=model, port=port, args=args, env=environment(sglang)
-    )
+    has = environment(sglang) | dict(env or {})
+    name = f"server-{port}"
+    spec = dataclasses.replace(SPEC, name=name, model=model, port=port, args=args, env=has)
     if options:
         spec = dataclasses.replace(spec, options=folder / "options.yaml")
         (folder / "options.yaml").write_text(options)

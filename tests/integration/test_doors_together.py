@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +17,17 @@ from server import Server, serve
 
 CLIENTS, REQUESTS = 8, 12
 NAMED = ("--served-model-name", "x")
+# How often memory runs out is a matter of time. SGLang takes one back by itself every so often.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Chunks of 64, mixed, and room for some eight answers: requests are retracted."""
+    """Chunks of 64, mixed, room for some eight answers, and requests that are retracted."""
     args = ["--kvshare", "--chunked-prefill-size", "64", "--enable-mixed-chunk", *NAMED]
     args += ["--schedule-conservativeness", "0.05", "--max-total-tokens", "2000"]
     args += ["--schedule-policy", "kvshare", "--enable-cache-report"]
-    with serve(model, tmp_path_factory.mktemp("together"), *args) as it:
+    with serve(model, tmp_path_factory.mktemp("together"), *args, env=RETRACT) as it:
         yield it
 
 
@@ -161,6 +164,6 @@ def test_every_door_at_once_in_too_little_room(server: Server) -> None:
         assert alone is not None
         np.testing.assert_allclose(found[1:], input_logprobs(alone)[1:], atol=2e-3)
     log = server.log.read_text()
-    assert "KV cache pool is full. Retract requests." in log
+    assert sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log))) > 5
     assert "memory leak" not in log
     assert "Traceback" not in log.split("The server is fired up")[1]
