@@ -160,12 +160,6 @@ def _add_one_req(
         holds = _holds(state)
     with charging.by_rows(adder, req, state):
         result = original(adder, req, *args, **kw)
-    no_memory = not _admitted(adder, req) and result == versions.no_memory()
-    if holds and no_memory and _evicts_copies(cache, adder, req, state):
-        state = _hold(cache, req, state)
-        holds = _holds(state)
-        with charging.by_rows(adder, req, state):
-            result = original(adder, req, *args, **kw)
     if holds and not _admitted(adder, req):
         cache.let_go(req, state)
         without = _without(cache, state, Decline.NO_ROOM)
@@ -202,31 +196,6 @@ def _hold(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> RequestReu
 def _holds(state: RequestReuse) -> bool:
     """Whether sources or spare slots are held: nothing is after a fault."""
     return state.chooses and state.decline is not Decline.FAULT
-
-
-def _evicts_copies(
-    cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req", state: RequestReuse
-) -> bool:
-    """Memory is short with a request's sources locked: let them go. If it would fit without them,
-    others' copies that stand before the sources, and were locked with them, are evicted, where that
-    is enough; whether they were."""
-    cache.inc_lock_ref(req.last_node)  # its own prefix stays, as SGLang counts it
-    try:
-        lacks = _lacks(cache, adder, req)
-        held = [node for node, _ in state.touched]
-        cache.let_go(req, state)
-        if _lacks(cache, adder, req) > 0:
-            return False
-        return cache.copies.evict_above(held, lacks) > 0
-    finally:
-        cache.dec_lock_ref(req.last_node)
-
-
-def _lacks(cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req") -> int:
-    """Tokens that ``add_one_req`` would have to find besides; 0 or less where it fits."""
-    new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-    needs = _not_cached(req) + min(new, versions.most_new_tokens()) + cache.page_size
-    return needs + 1 - int(adder.rem_total_tokens)
 
 
 def _is_for_later(

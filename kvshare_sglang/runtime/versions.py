@@ -84,13 +84,6 @@ def no_memory() -> Any:
     return AddReqResult.NO_TOKEN
 
 
-def most_new_tokens() -> int:
-    """Of an answer, that ``PrefillAdder`` keeps room for at admission."""
-    from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
-
-    return int(CLIP_MAX_NEW_TOKENS)
-
-
 def chunk_size() -> int | None:
     """Tokens that SGLang gives to prefill at a time, all requests together; None without chunks."""
     from sglang.srt.runtime_context import get_schedule

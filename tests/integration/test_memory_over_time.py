@@ -86,6 +86,32 @@ def test_copies_go_before_the_text_that_hangs_on_them(
         it.ask("probes:check")
 
 
+@pytest.mark.parametrize(("at_once", "pool"), [(True, 2.5), (False, 1.25)])
+def test_conversations_side_by_side_keep_their_text(
+    at_once: bool, pool: float, llama: Path, texts: Texts
+) -> None:
+    """Eight of them with a new clock in front of every turn, in a pool for as many of their last
+    prompts; with all eight at once these, and what they copy, are two. The copies that earlier
+    turns left fill the rest: they go before any text that one of the eight still needs, though it
+    is what others are about to copy that hangs on them."""
+    turns, num = 6, 8
+    tokens = int(pool * num * (20 + 300 + turns * 46))
+    with lab(llama, kvshare=True, kvshare_select="trace", max_total_tokens=tokens) as it:
+        histories = [texts.passage(300) for _ in range(num)]
+        for turn in range(turns):
+            prompts = [texts.passage(20) + history + texts.passage(40) for history in histories]
+            asks = [request(str(i), prompt, new=6) for i, prompt in enumerate(prompts)]
+            answers: dict[str, dict[str, Any]] = {}
+            for step in [asks] if at_once else asks:
+                answers |= it.play([step])
+            rows = [computed(answers[str(i)]["kvshare"]) for i in range(num)]
+            assert turn == 0 or max(rows) < 180, (turn, rows)
+            histories = [
+                prompt[20:] + answers[str(i)]["output"] for i, prompt in enumerate(prompts)
+            ]
+            assert_clean(it)
+
+
 def test_of_a_branch_the_last_copies_go_first(llama: Path, texts: Texts) -> None:
     """What is before them stays a prefix."""
     with lab(llama, kvshare=True, max_total_tokens=1900) as it:

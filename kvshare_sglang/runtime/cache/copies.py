@@ -1,9 +1,10 @@
 """Evict copies in blended branches that text hangs on: the copies go, the text stays a source.
 
-SGLang evicts leaves only, so new text at the end of a branch would keep all copies before it, and
-who locks the text would lock them. A copy can be made again. So its node is cut out of the branch:
-what hung on it hangs at the root from then on, under a key that no one can name. There it is no
-prefix any more, and as good a source as before, for a source knows its positions itself.
+SGLang evicts leaves only and locks paths, so new text at the end of a branch would keep all copies
+before it, and who copies the text would lock them. A copy can be made again. So its node is cut out
+of the branch: what hung on it hangs at the root from then on, under a key that no one can name.
+There it is no prefix any more, and as good a source as before, for a source knows its positions
+itself. And who holds a source holds no copy before it: only a prefix hit does.
 
 What counts as a copy here is all of a branch that is no source: copied rows, those computed again
 among them, and new text that is too short or too deep to be copied by others.
@@ -11,7 +12,7 @@ among them, and new text that is too short or too deep to be copied by others.
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvshare_sglang.runtime.cache.index_sync import BranchKey
@@ -41,6 +42,30 @@ class Copies:
         """The tree was flushed."""
         self._nodes.clear()
 
+    def hold(self, source: "TreeNode") -> None:
+        """Keep ``source`` from eviction, and of what is before it all that is no copy."""
+        self._count(source, 1)
+
+    def let_go(self, source: "TreeNode") -> None:
+        """Take one ``hold`` back."""
+        self._count(source, -1)
+
+    def _count(self, node: "TreeNode", holds: int) -> None:
+        """So many holds more, or less, from ``node`` to the root: SGLang's locks on what is no
+        copy. A copy only counts them, for when it is cut out and what is before it is let go."""
+        cache = self._cache
+        while holds and node is not cache.root_node:
+            if is_copy(node):
+                node.kvshare.passed += holds
+            else:
+                was, node.lock_ref = node.lock_ref, node.lock_ref + holds
+                if (was == 0) != (node.lock_ref == 0):
+                    tokens = len(node.key) if was == 0 else -len(node.key)
+                    cache.protected_size_ += tokens
+                    cache.evictable_size_ -= tokens
+                cache._update_leaf_status(node)
+            node = node.parent
+
     def evict_cold(self, num: int) -> int:
         """Cut out copies that SGLang's policy would evict, if they were leaves, on the way to
         ``num`` free slots. How many slots that frees. O(copies + leaves)."""
@@ -60,26 +85,6 @@ class Copies:
                 leaves += len(node.key)  # SGLang's own eviction takes it
         return freed
 
-    def evict_above(self, nodes: "Iterable[TreeNode]", num: int) -> int:
-        """Cut out copies that stand before ``nodes``, whatever else is there, where that frees
-        ``num`` slots; else none."""
-        found: set[TreeNode] = set()
-        seen: set[TreeNode] = set()
-        for node in nodes:
-            while node.parent is not None and node not in seen:
-                seen.add(node)
-                node = node.parent
-                if is_copy(node) and not node.lock_ref:
-                    found.add(node)
-        if sum(len(node.key) for node in found) < num:
-            return 0
-        priority = self._cache.eviction_strategy.get_priority
-        freed = 0
-        for node in sorted(found, key=priority):
-            if freed < num and node in self._nodes:
-                freed += self._cut(node, num - freed)
-        return freed
-
     def _cut(self, node: "TreeNode", num: int) -> int:
         """Cut out copies from ``node`` on, the last of the branch first, until ``num`` slots are
         free: what is before them stays a prefix, and once ``node`` goes nobody gets to those."""
@@ -93,6 +98,7 @@ class Copies:
 
     def _cut_out(self, node: "TreeNode") -> None:
         cache, root = self._cache, self._cache.root_node
+        self._count(node.parent, -node.kvshare.passed)
         for child in node.children.values():
             old = child.key.extra_key
             alone = BranchKey(old.namespace)
@@ -107,7 +113,9 @@ class Copies:
         cache._delete_leaf(node)
 
     def check(self) -> None:
-        """AssertionError unless the nodes are those that the tree has, and branches are counted."""
+        """AssertionError unless the nodes are those that the tree has, and branches and holds are
+        counted."""
+        passed = Counter(self._cache.sources.copies_passed())
         found, counts, stack = set(), Counter[BranchKey](), [self._cache.root_node]
         while stack:
             node = stack.pop()
@@ -116,6 +124,7 @@ class Copies:
                 counts[node.key.extra_key] += 1
                 if is_copy(node):
                     found.add(node)
+                    assert node.kvshare.passed == passed[node]
         assert found == self._nodes
         assert all(key.num_nodes == count for key, count in counts.items())
         self._cache.branches.check(counts)

@@ -69,8 +69,9 @@ class NodeNote:
     """What a tree node carries as ``node.kvshare``: the path position where it starts, the segment
     it is part of (None where it is no source), and how often it was used. In a blended branch also
     ``open`` [len], its rows that are copies, and ``depth``, of text computed after it.
-    ``pins``: how many finished turns keep it. ``answers_from``: position where the prompt of the
-    request that left it ended, in whole pages."""
+    ``pins``: how many finished turns keep it. ``passed``: of a copy, how often a source behind it
+    is held. ``answers_from``: position where the prompt of the request that left it ended, in whole
+    pages."""
 
     segment: Segment | None
     start: int
@@ -78,6 +79,7 @@ class NodeNote:
     open: npt.NDArray[np.bool_] | None = None
     depth: int = 0
     pins: int = 0
+    passed: int = 0
     answers_from: int = 0
 
 

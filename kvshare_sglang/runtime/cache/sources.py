@@ -1,21 +1,25 @@
 """Lock the text that a request copies, and let it go: when it is copied, or when memory is short.
 
-Two books must agree: SGLang's lock references on tree nodes, which keep them from eviction, and
+Two books must agree: lock references on SGLang's tree nodes, which keep them from eviction, and
 the fuzzy tree's pins, which refuse to trim what is pinned.
 """
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
+from kvshare_sglang.runtime.cache.copies import is_copy
 from kvshare_sglang.runtime.cache.eviction import Usage, is_next_turn
 from kvshare_sglang.runtime.request import RequestReuse
 
 if TYPE_CHECKING:
+    from sglang.srt.mem_cache.radix_cache import TreeNode
+
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ class Sources:
                 state.touched.append((node, 0.0 if own else (hi - lo) / len(node.value)))
             slots += [node.value[lo:hi] for node, lo, hi in pieces]
             pin = cache.fuzzy.pin(run)
-            cache.inc_lock_ref(last)
+            cache.copies.hold(last)
             state.locked.append((pin, last))
         state.src_slots = torch.cat(slots) if slots else None
 
@@ -67,7 +71,7 @@ class Sources:
         """Let the sources go; safe to call again."""
         for pin, node in state.locked:
             self._cache.fuzzy.unpin(pin)
-            self._cache.dec_lock_ref(node)
+            self._cache.copies.let_go(node)
         state.locked.clear()
         state.touched.clear()
         self._holders.pop(id(state), None)
@@ -83,6 +87,15 @@ class Sources:
             self.unlock(state)
             state.stop_copying(Decline.NO_ROOM)
         return bool(holders)
+
+    def copies_passed(self) -> "Iterator[TreeNode]":
+        """Each copy that stands before a source that is held, once for each hold. For checks."""
+        for state in self._holders.values():
+            for _, node in state.locked:
+                while node.parent is not None:
+                    if is_copy(node):
+                        yield node
+                    node = node.parent
 
     def forget(self) -> None:
         """The tree was flushed: what was locked is gone, and so are the pins."""
