@@ -101,8 +101,8 @@ def test_what_stock_computes_for_edits_follows_from_their_places():
     """Everything at first and after an edit, else what was written since."""
     history = histories.edits(Numbers(), 3, size=SIZE)
     with Progress(99) as bar:
-        found = rows.measure(Fake(), Fake(reuses=5), history, own=False, bar=bar)  # type: ignore[arg-type]
-        own = rows.measure(Fake(), Fake(reuses=5), history, own=True, bar=bar)  # type: ignore[arg-type]
+        found = rows.measure(Fake(), Fake(reuses=5), [history], own=False, bar=bar)  # type: ignore[arg-type]
+        own = rows.measure(Fake(), Fake(reuses=5), [history], own=True, bar=bar)  # type: ignore[arg-type]
     whole = [0, 6, 12, 18]
     for i, row in enumerate(found):
         assert row["stock"] == (row["tokens"] if i in whole else 2 * USER)
@@ -115,6 +115,19 @@ def test_a_clock_leaves_all_behind_it_as_it_was():
     for before, now in pairwise(prompts(histories.headers(Numbers(), num_turns=6, size=SIZE))):
         assert not set(before[:20]) & set(now[:20])
         assert now[20 : len(before)] == before[20:]
+
+
+def test_turns_side_by_side_are_added_up():
+    many = histories.side_by_side(Numbers(), num=3, num_turns=5, size=SIZE)
+    sent = [prompts(one) for one in many]
+    firsts = [set(one[0]) for one in sent]
+    assert not firsts[0] & firsts[1] | firsts[1] & firsts[2]
+    with Progress(99) as bar:
+        found = rows.measure(Fake(), Fake(reuses=5), many, own=False, bar=bar)  # type: ignore[arg-type]
+    steps = zip(*sent, strict=True)
+    assert [row["tokens"] for row in found] == [sum(map(len, step)) for step in steps]
+    assert all(row["stock"] == row["tokens"] and row["copied"] == 15 for row in found)
+    assert rows.summary(many[0], found)["name"] == "3 at once, a clock each"
 
 
 def test_the_same_prompt_comes_again_after_text_that_it_shares():
@@ -204,6 +217,7 @@ def told(ours: list[int], *, case: str, stock: int = 100) -> dict[str, Any]:
         ("edits", [100, 100, 100], [180, 100, 100]),
         ("header", [65, 20, 20, 0, 20], [65, 21, 20, 0, 20]),
         ("header", [5, 20, 20, 20, 20, 22], [5, 20, 20, 20, 20, 23]),
+        ("together", [170, 20, 20, 20, 20, 22], [60, 20, 20, 20, 20, 23]),
         ("compaction", [10, 190, 100], [101, 100, 100]),
     ],
 )
@@ -387,11 +401,14 @@ def test_ways_that_gave_the_same_answers_share_a_line():
 def test_the_bench_runs_on_real_servers(tmp_path):
     out = tmp_path / "it.json"
     command = [sys.executable, "-m", "kvshare_sglang.bench", "conversation", "--short"]
-    command += ["--case", "repeat", "memory", "--turns", "12", "--threads", "1"]
+    command += ["--case", "repeat", "together", "memory", "--turns", "12", "--threads", "1"]
     done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["rows"][0]["name"] == "again, moved"
+    several = found["turns"].pop("3 at once, a clock each")
+    assert len(several) == 8
+    assert all(turn["ours"] < 0.6 * turn["stock"] for turn in several[1:])
     for turns in found["turns"].values():
         assert all(sum(turn[kind] for kind in KINDS) == turn["tokens"] for turn in turns)
         assert turns[2]["copied"] > 150

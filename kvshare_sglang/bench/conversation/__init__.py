@@ -11,7 +11,7 @@ import functools
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments
 from kvshare_sglang.bench.tasks import TASKS
 from kvshare_sglang.bench.text.lines import fill
 
-ROWS = ("repeat", "edits", "header", "compaction", "file")
+ROWS = ("repeat", "edits", "header", "together", "compaction", "file")
 COSTS = (*ROWS, "samples", "memory")
 ANSWERS = ("tasks", "load")
 ROOM = 64  # tokens that are left for an answer
@@ -150,7 +150,9 @@ def measure_costs(
     model = models.open_model(args.model)
     tokenizer = model.tokenizer()
     room = min(model.max_len, args.max_total_tokens) - ROOM
-    todo = [h for case in ROWS if case in cases for h in histories_of(args, case, tokenizer, room)]
+    todo = [
+        many for case in ROWS if case in cases for many in histories_of(args, case, tokenizer, room)
+    ]
     with serve(*(spec(args, name, model.path) for name in ("stock", "ours"))) as (stock, ours):
         if todo:
             measure_rows(args, todo, stock, ours, found)
@@ -176,13 +178,14 @@ def spec(args: argparse.Namespace, name: str, model: Path, **other: Any) -> Serv
     return ServerSpec(
         name, model, args.device, threads=args.threads, chunk=other.pop("chunk", args.chunk),
         max_total_tokens=args.max_total_tokens, args=(*kvshare, *flags, *args.server_arg),
+        overlap=True,
     )  # fmt: skip
 
 
 def histories_of(
     args: argparse.Namespace, case: str, tokenizer: Any, room: int
-) -> Iterator[History]:
-    """The histories of a case that fit into ``room`` tokens."""
+) -> Iterator[list[History]]:
+    """The histories of a case that fit into ``room`` tokens; those of a list go side by side."""
     rng = random.Random(args.seed)
 
     def text() -> Text:
@@ -191,20 +194,27 @@ def histories_of(
     few = {"num_turns": 8} if args.short else {}
     size = {"size": 500} if args.short else {}
     if case == "repeat":
-        yield from histories.repeats(text(), **size)
+        yield from each(histories.repeats(text(), **size))
     elif case == "edits":
         for times in (1,) if args.short else (1, 2, 3, 8):
-            yield histories.edits(text(), times, **few, **size)
+            yield [histories.edits(text(), times, **few, **size)]
     elif case == "header":
-        yield histories.headers(text(), **few, **size)
+        yield [histories.headers(text(), **few, **size)]
+    elif case == "together":
+        yield histories.side_by_side(text(), **({"num": 3} if args.short else {}), **few, **size)
     elif case == "compaction":
-        yield from histories.agents(text, rng, **few, **({"every": 4} if args.short else {}))
+        yield from each(histories.agents(text, rng, **few, **({"every": 4} if args.short else {})))
     else:
         for file in requests_of(args, tokenizer):
             fitting = [one.tolist() for one in file.prompts if len(one) <= room]
             if not fitting:
                 raise ScriptError(f"{file.name}: no prompt has at most {room} tokens")
-            yield from histories.traces(file.name, fitting, text())
+            yield from each(histories.traces(file.name, fitting, text()))
+
+
+def each(alone: Iterable[History]) -> Iterator[list[History]]:
+    """One after the other."""
+    return ([history] for history in alone)
 
 
 def requests_of(args: argparse.Namespace, tokenizer: Any) -> list[requests.Requests]:
@@ -216,18 +226,18 @@ def requests_of(args: argparse.Namespace, tokenizer: Any) -> list[requests.Reque
 
 
 def measure_rows(
-    args: argparse.Namespace, todo: list[History], stock: Server, ours: Server,
+    args: argparse.Namespace, todo: list[list[History]], stock: Server, ours: Server,
     found: Callable[[str, Any], None],
 ) -> None:  # fmt: skip
     summaries: list[dict[str, Any]] = []
-    each: dict[str, Any] = {}
-    with common.Progress(2 * sum(len(h.turns) for h in todo), unit=" turns") as bar:
-        for history in todo:
-            bar.say(history.name)
-            turns = rows.measure(stock, ours, history, own=args.own_answers, bar=bar)
-            summaries.append(rows.summary(history, turns))
-            each[history.name] = turns
-            found("turns", each)
+    turns: dict[str, Any] = {}
+    with common.Progress(2 * sum(len(many[0].turns) for many in todo), unit=" turns") as bar:
+        for many in todo:
+            name = many[0].name
+            bar.say(name)
+            turns[name] = rows.measure(stock, ours, many, own=args.own_answers, bar=bar)
+            summaries.append(rows.summary(many[0], turns[name]))
+            found("turns", turns)
             found("rows", summaries)
 
 

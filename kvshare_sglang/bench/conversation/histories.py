@@ -104,6 +104,14 @@ def headers(text: Text, *, num_turns: int = 40, size: int = DOCUMENT, user: int 
     return History("a clock in front", "header", turns, _answers(text, num_turns))
 
 
+def side_by_side(
+    text: Text, *, num: int = 16, num_turns: int = 10, size: int = DOCUMENT
+) -> list[History]:
+    """As many conversations with a clock, each over a document of its own."""
+    each = [headers(text, num_turns=num_turns, size=size) for _ in range(num)]
+    return [h._replace(name=f"{num} at once, a clock each", case="together") for h in each]
+
+
 def _answers(text: Text, num: int) -> list[Tokens]:
     return [text(ANSWER) for _ in range(num)]
 

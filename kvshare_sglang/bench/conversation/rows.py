@@ -1,6 +1,6 @@
 """Rows that each turn of a history computes, in a server with kvshare and in stock SGLang."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,10 @@ TARGETS: dict[str, list[tuple[str, float, str]]] = {
     ],
     "header": [
         ("sum_ratio", 0.25, "sum at most 0.25x"),
+        ("late_over_early", 1.1, "flat: late turns at most 1.1x early ones"),
+    ],
+    "together": [
+        ("sum_ratio", 1.0, "sum at most 1x"),
         ("late_over_early", 1.1, "flat: late turns at most 1.1x early ones"),
     ],
     "compaction": [("sum_ratio", 1.0, "sum at most 1x")],
@@ -46,39 +50,53 @@ def rows_of(answer: Answer, *, stock: bool) -> int:
     return kinds["recomputed"] + kinds["fresh"]
 
 
-def play(server: Server, history: History, *, own: bool, bar: Progress) -> Iterator[Answer]:
-    """The answers to all turns; ``own``: the history goes on with what this server answered."""
+def play(
+    server: Server, histories: Sequence[History], *, own: bool, bar: Progress
+) -> Iterator[list[Answer]]:
+    """The answers to each turn of conversations that go on side by side, whose turns are asked all
+    at once; ``own``: they go on with what this server answered."""
     server.flush()
-    said: list[list[int]] = []
-    for turn, written in zip(history.turns, history.answers, strict=True):
-        got = server.ask(prompt(turn, said), max_new_tokens=ANSWER if own else 1)
-        said.append(got.output_ids if own else written)
-        bar.update()
-        yield got
+    said: list[list[list[int]]] = [[] for _ in histories]
+    steps = zip(*(zip(h.turns, h.answers, strict=True) for h in histories), strict=True)
+    with ThreadPoolExecutor(len(histories)) as pool:
+        for step in steps:
+            prompts = [prompt(turn, so_far) for (turn, _), so_far in zip(step, said, strict=True)]
+            new = ANSWER if own else 1
+            many = list(pool.map(lambda ids: server.ask(ids, max_new_tokens=new), prompts))  # noqa: B023
+            for (_, written), so_far, got in zip(step, said, many, strict=True):
+                so_far.append(got.output_ids if own else written)
+            bar.update()
+            yield many
 
 
 def measure(
-    stock: Server, ours: Server, history: History, *, own: bool, bar: Progress
+    stock: Server, ours: Server, histories: Sequence[History], *, own: bool, bar: Progress
 ) -> list[Row]:
-    """A row for each turn."""
+    """A row for each turn, the sum of all that go on side by side."""
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(lambda it=it: list(play(it, history, own=own, bar=bar)))  # type: ignore[misc]
+            pool.submit(lambda it=it: list(play(it, histories, own=own, bar=bar)))  # type: ignore[misc]
             for it in (stock, ours)
         ]
         plain, shared = (job.result() for job in jobs)
+    turns = histories[0].turns
     return [
         {
-            "tokens": got.meta["prompt_tokens"],
+            "tokens": sum(one.meta["prompt_tokens"] for one in got),
             "counted": turn.counted,
-            "stock": rows_of(alone, stock=True),
-            "ours": rows_of(got, stock=False),
-            **counted(got),
-            "declined": got.kvshare["declined"],
-            "select": got.kvshare["select"],
+            "stock": sum(rows_of(one, stock=True) for one in alone),
+            "ours": sum(rows_of(one, stock=False) for one in got),
+            **{kind: sum(counted(one)[kind] for one in got) for kind in KINDS},
+            "declined": _words(one.kvshare["declined"] for one in got),
+            "select": _words(one.kvshare["select"] for one in got),
         }
-        for turn, alone, got in zip(history.turns, plain, shared, strict=True)
+        for turn, alone, got in zip(turns, plain, shared, strict=True)
     ]
+
+
+def _words(found: Iterable[str | None]) -> str | None:
+    """Which there are, None if none."""
+    return ", ".join(sorted({one for one in found if one})) or None
 
 
 def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
