@@ -132,7 +132,7 @@ class Server:
         self.log = log_dir / f"{spec.name}.log"
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
-            timeout=httpx.Timeout(900, connect=10),
+            timeout=httpx.Timeout(7200, connect=10),
             trust_env=False,
         )
         with self.log.open("wb") as out:
