@@ -81,7 +81,9 @@ class StepCosts(NamedTuple):
     requests``, and of a decode step: ``decode_step + decode_request * requests``. ``pairs`` are
     rows times what each attends to; ``overhead`` is what a request takes outside its steps (tokens
     in, tokens out). Here the overheads of any number of requests pass side by side; a real server
-    tokenises one after the other, which shows only under load."""
+    tokenises one after the other, which shows only under load. ``late``: an answer is read after
+    the step that follows, if one does: where steps run on the scheduler's own thread, as on a CPU,
+    SGLang's overlap has launched that step, and so run it, by then."""
 
     step: float = 0.004
     row: float = 0.0004
@@ -91,6 +93,7 @@ class StepCosts(NamedTuple):
     decode_step: float = 0.01
     decode_request: float = 0.001
     overhead: float = 0.01
+    late: bool = False
 
     def prefill(self, rows: int, copied: int, requests: int, pairs: float = 0.0) -> float:
         each = self.row * rows + self.pair * pairs + self.copy * copied + self.request * requests
@@ -130,6 +133,7 @@ class Worker:
     cut: tuple[Job, int] | None = None  # a prompt in several chunks, and its rows to come
     let_in: int = 0
     busy_s: float = 0.0
+    unread: list[tuple[Job, bool]] = field(default_factory=list)  # of the last step, see ``_ran``
     arrived: Any = None  # an event, while it has nothing to do
 
     def add(self, job: Job) -> None:
@@ -143,6 +147,8 @@ class Worker:
         """The process of this worker."""
         while True:
             if not (self.waiting or self.running or self.cut):
+                self._read(self.unread)
+                self.unread = []
                 self.arrived = self.env.event()
                 yield self.arrived
             batch = self._prefill()
@@ -152,14 +158,15 @@ class Worker:
                 self.step, self.rows = [], 0
                 for job in done:
                     self.cache.leave(job)
-                    job.first_s, job.left = self.env.now, job.new_tokens - 1
-                    self._run_on(job)
-                continue
-            yield self._takes(self.costs.decode(len(self.running)))
-            decoded, self.running = self.running, []
-            for job in decoded:
+                    job.left = job.new_tokens
+            else:
+                yield self._takes(self.costs.decode(len(self.running)))
+                done, self.running = self.running, []
+            for job in done:
                 job.left -= 1
-                self._run_on(job)
+                if job.left > 0:
+                    self.running.append(job)
+            self._ran([(job, job.left <= 0) for job in done])
 
     @property
     def load(self) -> int:
@@ -170,11 +177,18 @@ class Worker:
         self.busy_s += seconds
         return self.env.timeout(seconds)
 
-    def _run_on(self, job: Job) -> None:
-        if job.left > 0:
-            self.running.append(job)
-        else:
-            job.end_s = self.env.now
+    def _ran(self, answered: list[tuple[Job, bool]]) -> None:
+        """A step is over: who has a token of it, and whether that is the last one."""
+        if self.costs.late:
+            answered, self.unread = self.unread, answered
+        self._read(answered)
+
+    def _read(self, answered: list[tuple[Job, bool]]) -> None:
+        for job, last in answered:
+            if job.first_s < 0:
+                job.first_s = self.env.now
+            if last:
+                job.end_s = self.env.now
 
     def _prefill(self) -> tuple[float, list[Job]] | None:
         """Let a batch in: how long its step takes and who is then done; None if nobody is."""

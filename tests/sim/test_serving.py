@@ -43,11 +43,11 @@ def jobs(lengths, gaps, new_tokens=1):
 
 
 def serve(these, *, order="fcfs", route="least_load", workers=1, reuse=False, limits=Limits(),  # noqa: B008
-          cache=TextCache, capacity=10**6, bound=4096):  # fmt: skip
+          cache=TextCache, capacity=10**6, bound=4096, costs=COSTS):  # fmt: skip
     caches = [cache(capacity=capacity, reuse=reuse) for _ in range(workers)]
     return simulate(
         these, caches, order=policies.order_of(order, bound=bound),
-        choose=policies.route_of(route), costs=COSTS, limits=limits,
+        choose=policies.route_of(route), costs=costs, limits=limits,
     )  # fmt: skip
 
 
@@ -75,6 +75,30 @@ def test_a_long_prompt_comes_in_chunks_and_a_short_one_rides_along():
     first, second = result.jobs
     steps = [COSTS.prefill(100, 0, 1)] * 2 + [COSTS.prefill(80, 0, 2)]
     assert first.first_s == second.first_s == pytest.approx(sum(steps))
+
+
+@given(QUEUES, st.integers(1, 3))
+def test_what_is_read_late_is_read_after_the_step_that_follows_if_one_does(queue, new_tokens):
+    """One request at a time: the same steps at the same times, and an answer that others wait
+    behind is seen when the next step is over."""
+    lengths, gaps = zip(*queue, strict=True)
+    limits = Limits(chunk=1000, max_running=1)
+    these = [jobs(lengths, gaps, new_tokens) for _ in range(2)]
+    now, late = (
+        serve(one, limits=limits, costs=COSTS._replace(late=is_late))
+        for one, is_late in zip(these, (False, True), strict=True)
+    )
+    assert now.busy_s == pytest.approx(late.busy_s)
+    decode = COSTS.decode(1)
+    for i, (soon, seen) in enumerate(zip(now.jobs, late.jobs, strict=True)):
+        following = [
+            COSTS.prefill(one.tokens, 0, 1)
+            for one in now.jobs[i + 1 : i + 2]
+            if one.due_s <= soon.end_s
+        ]
+        after = following[0] if following else 0.0
+        assert seen.first_s - soon.first_s == pytest.approx(decode if new_tokens > 1 else after)
+        assert seen.end_s - soon.end_s == pytest.approx(after)
 
 
 def test_a_row_pays_for_what_it_attends_to_whatever_the_chunks():

@@ -108,11 +108,15 @@ def measure_decode(server: Server, *, vocab: int, batch: int) -> dict[int, float
     return found
 
 
-def fit(samples: Sequence[Sample], decode: dict[int, float]) -> tuple[StepCosts, float]:
+def fit(
+    samples: Sequence[Sample], decode: dict[int, float], *, late: bool = False
+) -> tuple[StepCosts, float]:
     """The costs that explain samples best, none below 0, errors relative to what was measured; and
-    the median relative error that is left. Raises ScriptError for too few samples.
+    the median relative error that is left. ``late``: of the server, see ``StepCosts``. Raises
+    ScriptError for too few samples.
 
-    What a request takes outside its steps is in each sample once.
+    What a request takes outside its steps is in each sample once. No step follows those that were
+    measured, so nothing of them was read late.
     """
     if len(samples) < 7:
         raise ScriptError(f"step costs need at least 7 samples, got {len(samples)}")
@@ -126,6 +130,7 @@ def fit(samples: Sequence[Sample], decode: dict[int, float]) -> tuple[StepCosts,
     costs = StepCosts(
         step=step, row=row, pair=pair, copy=copy, request=request, overhead=overhead,
         decode_step=max(decode[few] - each * few, 0.0), decode_request=each,
+        late=late,
     )  # fmt: skip
     return costs, float(np.median(left))
 
