@@ -168,7 +168,9 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
             bar.update()
 
     def watch() -> None:
-        while not done.wait(SAMPLE_S):
+        ended = False
+        while not ended:
+            ended = done.wait(SAMPLE_S)
             found = _PINNED.search(server.client.get("/metrics").text)
             pinned.append(float(found[1]) if found else 0.0)
 

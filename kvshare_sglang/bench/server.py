@@ -170,7 +170,7 @@ class Server:
 
     def flush(self) -> None:
         """Empty the cache."""
-        self.client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
+        self.client.post("/flush_cache", params={"timeout": 300}).raise_for_status()
 
     def ask(self, ids: Sequence[int], *, max_new_tokens: int = 1, kvshare: Any = None) -> Answer:
         """Greedy answer to a prompt of token ids; ``kvshare`` is the request's own option."""

@@ -225,7 +225,7 @@ WORK = {
 }
 
 
-def visit_of(folder: Path, *, hang_s: float = 3, **more) -> tuple[Visit, list[list[Stage]]]:
+def visit_of(folder: Path, *, hang_s: float = 10, **more) -> tuple[Visit, list[list[Stage]]]:
     out, scratch = folder / "out", folder / "scratch"
     out.mkdir(exist_ok=True)
     scratch.mkdir(exist_ok=True)
@@ -250,6 +250,12 @@ def visit_of(folder: Path, *, hang_s: float = 3, **more) -> tuple[Visit, list[li
     return Visit(out, scratch, how, **{"seconds": 60, "jobs": 2, **more}), groups
 
 
+def until_gone(mark: str) -> None:
+    """A killed process is there until its parent has seen it end."""
+    while marked(mark):
+        time.sleep(0.05)
+
+
 def told(folder: Path) -> dict:
     """The summary; the archive must be whole too, and few files lie there."""
     with tarfile.open(folder / "out" / "results.tgz") as tar:
@@ -271,10 +277,10 @@ def test_a_stage_that_fails_crashes_or_hangs_stops_no_other(tmp_path):
     assert "code -9" in why["crash"]
     assert why["absent"] == "not here"
     assert why["broken"] == "RuntimeError: planted"
-    assert why["hang"] == "stopped after 3 s"
+    assert why["hang"] == "stopped after 10 s"
     assert found["figures"] == {"good": {"x": 1}, "hang": {"half": 2}}
     assert not found["ok"]
-    assert marked(f"{os.getpid()}-hang") == []
+    until_gone(f"{os.getpid()}-hang")
 
 
 def test_stages_without_time_left_are_skipped(tmp_path):
@@ -289,7 +295,7 @@ def test_a_visit_that_is_killed_leaves_whole_files(tmp_path, number):
     process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env)
     mark = f"{process.pid}-hang"
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and len(marked(mark)) < 2:
             time.sleep(0.05)
         assert len(marked(mark)) >= 2  # the stage and its child
@@ -300,7 +306,7 @@ def test_a_visit_that_is_killed_leaves_whole_files(tmp_path, number):
         assert found["figures"]["good"] == {"x": 1}
         if number == signal.SIGTERM:
             assert found["stages"]["hang"]["verdict"] == "FAILED"
-            assert marked(mark) == []
+            until_gone(mark)
         else:
             assert found["stages"]["hang"]["verdict"] == "running"
     finally:

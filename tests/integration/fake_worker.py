@@ -1,6 +1,6 @@
 """A worker that computes nothing, for gateway and router: ``fake_worker.py PORT TEXT [STREAM]``.
 
-It says that it holds ``TEXTS[TEXT]``, answers with its port, slowly where asked to,
+It says that it holds ``TEXTS[TEXT]``, answers with its port, never where asked to ``hold`` that,
 and streams chunks.
 """
 
@@ -29,14 +29,14 @@ async def generate(request: web.Request) -> web.StreamResponse:
     refuse_unnamed(request)
     body = await request.json()
     port = request.url.port
+    if body.get("hold") == port:
+        await asyncio.Event().wait()
     if not body.get("stream"):
-        await asyncio.sleep(body.get("wait_s", 0))
         return web.json_response({"port": port, "seen": sorted(body), "pid": os.getpid()})
     reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
     await reply.prepare(request)
     for number in range(3):
         await reply.write(b"data: %s\n\n" % json.dumps({"port": port, "n": number}).encode())
-        await asyncio.sleep(body.get("wait_s", 0))
     await reply.write(b"data: [DONE]\n\n")
     return reply
 

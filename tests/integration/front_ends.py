@@ -75,6 +75,7 @@ def smg(worker: str) -> Iterator[str]:
     """The gateway in front of one worker; its address."""
     port, metrics = free_port(), free_port()
     more = ("--prometheus-port", str(metrics), "--log-level", "warn")
+    more += ("--health-check-timeout-secs", "30")
     process = gateway.start(gateway.command([worker], host="127.0.0.1", port=port, more=more))
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
     try:
@@ -88,6 +89,6 @@ def smg(worker: str) -> Iterator[str]:
 
 
 def _serves(url: str) -> bool:
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.get(url + "/readiness", timeout=5).status_code == 200
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url + "/readiness", timeout=30).status_code == 200
     return False

@@ -307,10 +307,10 @@ def pins(child: Any) -> dict[str, Any]:
 
 
 def pass_time(child: Any, seconds: float) -> None:
-    """So much later for finished turns; what is over goes when the cache is next asked."""
+    """So much later for finished turns, whose clock stands still from the first call on."""
     it = child.cache.pins
-    clock = it.clock
-    it.clock = lambda: clock() + seconds
+    now = it.clock() + seconds
+    it.clock = lambda: now
     it.expire()
 
 

@@ -68,7 +68,7 @@ class Server(bench.Server):
         return answer
 
     def post(self, path: str, body: dict[str, Any] | None = None, **kw: Any) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=120, **kw)
+        return requests.post(self.url + path, json=body, timeout=600, **kw)
 
     def stop(self) -> None:
         """All its processes at once: it has nothing to save, and takes seconds to end by itself."""
@@ -122,7 +122,7 @@ def forked(run: Callable[..., None], *args: Any) -> Done:
     with tempfile.NamedTemporaryFile("r", errors="replace") as out:
         process = imported().Process(target=_forked, args=(out.name, environment(), run, args))
         process.start()
-        process.join(120)
+        process.join(600)
         if process.is_alive():
             process.kill()
             process.join()

@@ -17,6 +17,7 @@ from conftest import Texts
 from lab import lab, request
 from server import SGLANG, SPEC, environment, forked, main, serve, unmeasured
 
+from kvshare_sglang.bench.processes import free_port
 from kvshare_sglang.config import KVShareConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,12 +119,13 @@ def test_the_token_of_the_stream_is_told_nowhere(model: Path, tmp_path: Path) ->
     secret = "the-token-that-nobody-may-see"
     (tmp_path / "token").write_text(secret)
     argv = ["--model-path", str(model), "--device", "cpu", "--kvshare"]
-    argv += ["--kvshare-stream", "tcp://0.0.0.0:45991"]
+    endpoint = f"tcp://0.0.0.0:{free_port()}"
+    argv += ["--kvshare-stream", endpoint]
     for given in ([], ["--kvshare-stream-token-file", str(tmp_path / "token")]):
         done = forked(tell_of_itself, [*argv, *given], "" if given else secret)
         assert done.returncode == 0, done.said[-3000:]
         assert "STARTED" in done.said
-        assert "tcp://0.0.0.0:45991" in done.said
+        assert endpoint in done.said
         assert secret not in done.said
     # Not by value: who tries is told no, and not what was given.
     done = forked(start_each, [[*argv, "--kvshare-stream-token", secret]])

@@ -182,7 +182,7 @@ def test_the_router_and_a_real_worker_agree_on_tokens(server: Server, model: Pat
         brain = Brain([server.url], Prompts.load(str(model)), Metrics())
         proxy = Proxy(brain, Settings("http://127.0.0.1:9", ("",)))
         async with proxy.lifespan(Starlette()):
-            for _ in range(300):
+            for _ in range(1200):
                 if brain.is_compared(0):
                     break
                 await asyncio.sleep(0.1)
@@ -196,11 +196,11 @@ def test_flush_and_abort(server: Server, texts: Texts) -> None:
     server.generate(a)
     server.flush()
     assert info(server.generate(texts.passage(5) + a))["declined"] == "no_match"
+    start = server.log.stat().st_size
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
-        for _ in range(1200):
-            if "#running-req: 3" in server.log.read_text():
-                break
+        while b"#running-req: 3" not in server.log.read_bytes()[start:]:
+            assert not any(job.done() for job in slow)
             time.sleep(0.1)
         assert server.post("/abort_request", {"abort_all": True}).status_code == 200
         kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}
