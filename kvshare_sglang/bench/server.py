@@ -133,6 +133,7 @@ class Server:
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
             timeout=httpx.Timeout(7200, connect=10),
+            limits=httpx.Limits(keepalive_expiry=1),  # SGLang closes after 5 s, maybe as we send
             trust_env=False,
         )
         with self.log.open("wb") as out:
