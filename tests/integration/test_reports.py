@@ -276,3 +276,18 @@ def test_text_of_other_embeddings_is_nobodys_source(traced: Lab, texts: Texts) -
     again = traced.one(document, fields=fields)
     torch.testing.assert_close(again["logits"], changed["logits"], atol=1e-3, rtol=1e-3)
     assert_clean(traced)
+
+
+def test_what_is_kept_stands_in_the_way_of_no_flush(llama: Path, texts: Texts) -> None:
+    """AReaL 140, SGLang 12099: an update that was to flush ended the server, since something still
+    held the cache. A turn that is kept for the next one holds it for no one who runs."""
+    document = texts.passage(300)
+    prompt = texts.passage(9) + document + texts.passage(20)
+    with lab(llama, kvshare=True, kvshare_ttl=0.5, kvshare_select="trace") as it:
+        it.one(document, kvshare={"ttl": 60})
+        assert it.one(prompt, kvshare={"ttl": 60})["kvshare"]["copied_tokens"] > 200
+        assert it.ask("probes:pins")["num"] == 2
+        assert it.ask("probes:update_weights", str(llama))
+        assert it.ask("probes:pins")["num"] == it.ask("probes:check")["resident"] == 0
+        assert_clean(it)
+        assert it.one(prompt)["kvshare"]["declined"] == "no_match"
