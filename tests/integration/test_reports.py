@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Texts
 from lab import Lab, computed, lab, request
-from test_life import assert_clean
+from test_life import KINDS, assert_clean
 from tiny_models import make_adapter
 
 
@@ -57,27 +58,60 @@ def test_cached_text_is_found_behind_new_text(traced: Lab, texts: Texts) -> None
     assert answer["exact_tokens"] + answer["copied_tokens"] > 0.7 * len(document)
 
 
-def test_orders_that_were_never_asked_for_cost_no_more_in_the_end(
-    llama: Path, texts: Texts
+@pytest.mark.parametrize("first", ["cached alone", "new behind reused text"])
+def test_documents_of_any_length_are_reused_to_their_ends(
+    first: str, traced: Lab, texts: Texts
 ) -> None:
-    """LMCache 4663: what new orders leave behind must not push the documents out."""
+    """LMCache 4667: of documents that fill no whole number of chunks, what is left at each border
+    was lost."""
+    traced.flush()
+    old, documents = texts.passage(150), [texts.passage(size) for size in (61, 137, 83, 255, 97)]
+    before = texts.passage(33)
+    if first != "cached alone":
+        traced.one(old)
+        before += old
+    told = traced.one(before + list(chain.from_iterable(documents)))["kvshare"]
+    assert (told["copied_tokens"] > 0) == (first != "cached alone")
+    for _ in range(3):
+        head, question = texts.passage(texts.rng.randrange(5, 40)), texts.passage(25)
+        chosen = chain.from_iterable(texts.rng.sample(documents, 4))
+        told = traced.one([*head, *chosen, *question])["kvshare"]
+        assert told["copied_tokens"] > 100
+        # Not one token of a document is new.
+        assert told["fresh_tokens"] <= len(head) + len(question)
+
+
+@pytest.mark.parametrize("eviction", ["frequency", "sglang", "stock"])
+def test_orders_that_were_never_asked_for_cost_no_more_in_the_end(
+    eviction: str, llama: Path, texts: Texts
+) -> None:
+    """LMCache 4663: what new orders leave behind, twenty times what the pool holds, must not push
+    the documents out. Stock SGLang says what there is to gain; under SGLang's own eviction they are
+    pushed out, or this would prove nothing."""
     head, documents = texts.passage(40), [texts.passage(100) for _ in range(16)]
-    with lab(llama, kvshare=True, max_total_tokens=2600) as it:
+    settings = {} if eviction == "stock" else {"kvshare": True, "kvshare_eviction": eviction}
+    with lab(llama, max_total_tokens=2600, **settings) as it:
         for i in range(0, 16, 4):
             it.one([*head, *chain.from_iterable(documents[i : i + 4])], new=1)
         shares = []
-        for _ in range(8):
+        for _ in range({"frequency": 10, "sglang": 6, "stock": 2}[eviction]):
             rows = tokens = 0
             for _ in range(8):
                 chosen = chain.from_iterable(texts.rng.sample(documents, 6))
                 prompt = [*head, *chosen, *texts.passage(30)]
-                rows += computed(it.one(prompt, new=4)["kvshare"])
+                answer = it.one(prompt, new=4)
+                told = answer["kvshare"]
+                rows += len(prompt) - answer["cached"] if told is None else computed(told)
                 tokens += len(prompt)
             shares.append(rows / tokens)
-        # 64 questions and their answers are about as many tokens as the pool has.
-        assert max(shares) <= 1.25 * shares[0], shares
-        assert max(shares) < 0.25, shares
-        assert_clean(it)
+        if eviction == "stock":
+            assert min(shares) > 0.8, shares
+        elif eviction == "sglang":
+            assert max(shares) > 0.3, shares
+        else:
+            assert max(shares) < 0.2, shares
+            assert max(shares) <= 1.15 * shares[0], shares
+            assert_clean(it)
 
 
 def test_cache_salts_keep_tenants_apart(traced: Lab, texts: Texts) -> None:
@@ -186,3 +220,74 @@ def test_samples_of_one_prompt_reuse_as_a_single_one_does(llama: Path, texts: Te
         rows = sum(computed(answer["kvshare"]) for answer in answers.values())
         assert rows <= computed(single["kvshare"]) + samples + 4, rows
         assert len({tuple(answers[f"{i}"]["output"]) for i in range(samples)}) == 1
+
+
+def test_cached_tokens_are_counted_once_however_often_a_request_is_retracted(
+    traced: Lab, texts: Texts
+) -> None:
+    """SGLang 11900: with each retraction the prefix of a request counted as cached once more, until
+    more was cached than asked."""
+    traced.flush()
+    head, document = texts.passage(200), texts.passage(300)
+    traced.one(head)
+    traced.one(document)
+    prompt = head + document + texts.passage(20)
+    calm = traced.one(prompt, new=60)
+    assert calm["cached"] >= 190
+    assert calm["kvshare"]["copied_tokens"] > 200
+    traced.flush()
+    traced.one(head)
+    traced.one(document)
+    script: list[Any] = [request("often", prompt, new=60)]
+    for _ in range(3):
+        script += [("polls", 12), ("call", "probes:pause"), ("call", "probes:resume")]
+    often = traced.play(script)["often"]
+    assert often["retractions"] == 3
+    assert often["cached"] == often["kvshare"]["exact_tokens"] == calm["cached"]
+    told = [often["kvshare"][f"{of}_tokens"] for of in KINDS]
+    assert told == [calm["kvshare"][f"{of}_tokens"] for of in KINDS]
+    assert sum(told) == len(prompt)
+    assert_clean(traced)
+
+
+def test_text_of_other_embeddings_is_nobodys_source(traced: Lab, texts: Texts) -> None:
+    """SGLang 27472: a request that brings embeddings for some of its tokens left its KV under the
+    tokens, and others answered from it."""
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+
+    traced.flush()
+    document = texts.passage(300)
+    others = PositionalEmbeds(embeds=torch.full((40, 128), 3.0), positions=list(range(20, 60)))
+    fields = {"positional_embed_overrides": others}
+    before = traced.ask("probes:check")["resident"]
+    changed = traced.one(document, fields=fields)
+    assert traced.ask("probes:check")["resident"] == before
+    moved = traced.one(texts.passage(9) + document)
+    assert (moved["kvshare"]["declined"], moved["cached"]) == ("no_match", 0)
+    plain = traced.one(document)
+    assert not torch.allclose(plain["logits"], changed["logits"], atol=0.1)
+    # Nor does it take what is cached under its tokens.
+    for prompt, positions in ((document, range(20, 60)), (texts.passage(9) + document, range(9))):
+        others = PositionalEmbeds(
+            embeds=torch.full((len(positions), 128), 3.0), positions=[*positions]
+        )
+        told = traced.one(prompt, fields={"positional_embed_overrides": others})
+        assert (told["kvshare"]["declined"], told["cached"]) == ("multimodal", 0)
+    again = traced.one(document, fields=fields)
+    torch.testing.assert_close(again["logits"], changed["logits"], atol=1e-3, rtol=1e-3)
+    assert_clean(traced)
+
+
+def test_what_is_kept_stands_in_the_way_of_no_flush(llama: Path, texts: Texts) -> None:
+    """AReaL 140, SGLang 12099: an update that was to flush ended the server, since something still
+    held the cache. A turn that is kept for the next one holds it for no one who runs."""
+    document = texts.passage(300)
+    prompt = texts.passage(9) + document + texts.passage(20)
+    with lab(llama, kvshare=True, kvshare_ttl=0.5, kvshare_select="trace") as it:
+        it.one(document, kvshare={"ttl": 60})
+        assert it.one(prompt, kvshare={"ttl": 60})["kvshare"]["copied_tokens"] > 200
+        assert it.ask("probes:pins")["num"] == 2
+        assert it.ask("probes:update_weights", str(llama))
+        assert it.ask("probes:pins")["num"] == it.ask("probes:check")["resident"] == 0
+        assert_clean(it)
+        assert it.one(prompt)["kvshare"]["declined"] == "no_match"

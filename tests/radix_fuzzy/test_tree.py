@@ -14,7 +14,7 @@ from strategies import NAMESPACES, fresh, random_tokens, texts
 
 from kvshare_sglang.errors import TreeError
 from kvshare_sglang.plan import Join, Run, check_runs
-from kvshare_sglang.radix_fuzzy import segments
+from kvshare_sglang.radix_fuzzy import fingerprints, segments
 from kvshare_sglang.radix_fuzzy import tree as tree_module
 from kvshare_sglang.radix_fuzzy.chunks import Chunk
 from kvshare_sglang.radix_fuzzy.fingerprints import GRAM, SPAN
@@ -619,6 +619,32 @@ def test_a_part_of_a_run_stays_pinned_when_the_segment_it_was_found_in_goes():
     tree.unpin(pin)
     assert tree.num_pins == 0
     tree.trim(trunk, 449)
+
+
+@pytest.mark.parametrize("buckets", [1, 16, 4096])
+def test_texts_that_share_every_hash_are_told_apart_by_their_tokens(buckets, monkeypatch):
+    """A hash says where to look: what is found is compared, token by token, in its namespace."""
+    hashes = fingerprints.gram_hashes
+
+    def few(tokens, *, seed=0):
+        return hashes(tokens) % np.uint64(buckets) + np.uint64(1)  # of any namespace, too
+
+    monkeypatch.setattr(fingerprints, "gram_hashes", few)
+    tree = FuzzyTree()
+    for i, namespace in enumerate((None, "a", None, "b", "a")):
+        tree.insert(namespace, random_tokens(i, 400))
+    found = dict.fromkeys((None, "a", "b"), 0)
+    for namespace in found:
+        for i in range(5):
+            text = random_tokens(i, 400)
+            prompt = np.concatenate([random_tokens(50 + i, 30), text[100:], text[:90]])
+            for run in tree.match(namespace, prompt):
+                assert tree.segment(run.source).namespace == namespace
+                cached = tree.path_tokens(run.source, run.src_start, run.src_stop)
+                assert cached.tolist() == prompt[run.dst_start : run.dst_stop].tolist()
+                found[namespace] += run.length
+    if buckets == 4096:
+        assert min(found.values()) > 250, found
 
 
 def test_what_was_trimmed_since_the_match_cannot_be_pinned():

@@ -78,6 +78,8 @@ def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
         ),
         (CHAT, {"input_ids": [1], "extra_key": "t", "cache_salt": ""}, "exact", (None, "exact"),
          (wire.name_of("t"), None)),
+        (COMPLETIONS, {"input_ids": [1], "cache_salt": "s"}, None, (None, UNSAID),
+         (None, wire.name_of("s"))),
         (COMPLETIONS, {"input_ids": [1], "lora_path": "x"}, None, (None, "exact"), ("\0x", None)),
         (GENERATE, {"input_ids": [1], "lora_path": "x", "extra_key": "t"}, None, (None, "exact"),
          (wire.name_of("t") + "\0x", None)),

@@ -267,7 +267,9 @@ def test_a_prompt_goes_where_its_text_is_in_whatever_order():
     index, _ = filled([[DOCS[0], DOCS[1]], [DOCS[2], DOCS[3]], [DOCS[4], DOCS[2]]])
     assert index.choose(prompt_of(1, 0), NONE, AUTO, 0.0).order[0] == 0
     assert index.choose(prompt_of(3, 2), NONE, AUTO, 0.0).order == [1, 2, 0]
-    assert index.choose(prompt_of(3, 2), ("other", None), AUTO, 0.0).work == Work(650, 0, 0)
+    # Nor is it known to those of another namespace, or of another salt.
+    for other in (("other", None), (None, "other")):
+        assert index.choose(prompt_of(3, 2), other, AUTO, 0.0).work == Work(650, 0, 0)
 
 
 def test_the_work_that_is_predicted_is_that_of_the_workers_own_plan():
