@@ -163,6 +163,12 @@ def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
     return Choosing(selectors[config.select], structural, unserved)
 
 
+def brings_embeddings(req: "Req") -> bool:
+    """Whether some of its tokens stand for others than they are: SGLang up to 0.5.21 caches what it
+    computes of them under the tokens all the same."""
+    return getattr(req, "positional_embed_overrides", None) is not None
+
+
 def view_of(req: "Req", mode: str) -> RequestView:
     """What admission may see of a request."""
     # Planned anew after it was retracted, its answer so far is prompt too, and SGLang computes the
@@ -170,11 +176,6 @@ def view_of(req: "Req", mode: str) -> RequestView:
     length = max(len(req.origin_input_ids), len(req.full_untruncated_fill_ids))
     # Below -1 SGLang takes a start for the first token that is not cached.
     prompt_logprobs = req.return_logprob and -1 != req.logprob_start_len < length
-    inputs = (
-        req.multimodal_inputs,
-        req.input_embeds,
-        getattr(req, "positional_embed_overrides", None),
-    )
     return RequestView(
         mode=mode,
         lora=req.lora_id is not None,
@@ -182,7 +183,11 @@ def view_of(req: "Req", mode: str) -> RequestView:
         hidden_states=bool(req.return_hidden_states),
         # Scores; without them it fills the cache, for itself or for ``n`` answers that follow.
         prefill_only=bool(req.is_prefill_only and (req.return_logprob or _pools(req))),
-        multimodal=any(value is not None for value in inputs),
+        multimodal=(
+            req.multimodal_inputs is not None
+            or req.input_embeds is not None
+            or brings_embeddings(req)
+        ),
         session=getattr(req, "session", None) is not None,
         beam_search=getattr(req, "beam_group", None) is not None,
     )

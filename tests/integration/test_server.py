@@ -518,4 +518,11 @@ def test_another_version_starts_reuses_and_stays_exact(
         assert all(computed(info(one)) <= 2 for one in samples)
         exact = it.generate(prompt, custom={"kvshare": "exact"})
         assert exact["output_ids"] == expected
+        # What other embeddings made, which these versions cache under the tokens, nobody copies.
+        text = texts.passage(300)
+        body = {"query": text, "items": [[7]], "label_token_ids": [5, 6], "model": "x"}
+        body |= {"embed_override_token_id": text[9], "query_embed_overrides": [[3.0] * 128]}
+        body["query_embed_overrides"] *= text.count(text[9])
+        assert it.post("/v1/score", body).status_code == 200
+        assert info(it.generate(texts.passage(5) + text))["copied_tokens"] == 0
         assert "memory leak" not in it.log.read_text()

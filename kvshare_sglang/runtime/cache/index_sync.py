@@ -83,6 +83,9 @@ class NodeNote:
     answers_from: int = 0
 
 
+NOBODYS = -1  # weights that no request runs by
+
+
 def _named(namespace: Any) -> tuple[str | None, ...]:
     """Key and salt as routers know them, whose hashes of text must be the same."""
     return tuple(None if name is None else name_of(str(name)) for name in namespace)

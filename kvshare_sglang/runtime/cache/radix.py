@@ -21,11 +21,11 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.runtime import versions
+from kvshare_sglang.runtime import support, versions
 from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.copies import Copies
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
-from kvshare_sglang.runtime.cache.index_sync import BranchKey, IndexSync
+from kvshare_sglang.runtime.cache.index_sync import NOBODYS, BranchKey, IndexSync
 from kvshare_sglang.runtime.cache.pins import Pins
 from kvshare_sglang.runtime.cache.queue import WaitingQueue
 from kvshare_sglang.runtime.cache.retain import Retainer
@@ -229,9 +229,12 @@ class FuzzyRadixCache(RadixCache):
         self.retainer.release(req, state)
 
     def _made_by_those_of(self, req: "Req") -> AbstractContextManager[None]:
-        """What the request leaves was made by the weights that it was admitted under."""
+        """What the request leaves was made by the weights that it was admitted under. What its
+        tokens do not tell is nobody's source."""
         state: RequestReuse | None = getattr(req, "kvshare", None)
         weights = self.sync.weights if state is None else state.weights
+        if support.brings_embeddings(req):
+            weights = NOBODYS
         return self.sync.made_by(weights, answers_from=self.prompt_end(req))
 
     def prompt_end(self, req: "Req") -> int:
