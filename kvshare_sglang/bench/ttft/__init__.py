@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--kvshare-select of the arm kvshare")  # fmt: skip
     add("--model", default="bench-100m", help="directory, shape file, a shape here, or smollm2")
     add("--dummy-weights", action="store_true", help="write no weights: --load-format dummy")
-    add("--chunk", type=int, default=8192,
-        help="chunked prefill size of all arms but plain; of more rows: window")  # fmt: skip
+    add("--chunk", type=int, default=2048,
+        help="chunked prefill size of all arms but plain (default: SGLang's on CPU)")  # fmt: skip
     add("--plain-chunk", type=int, help="chunk size of plain (default: the best of a probe)")
     add("--plain-threads", type=int, help="threads of plain (default: the best of a probe)")
     add("--miss-pairs", type=int, default=120,
