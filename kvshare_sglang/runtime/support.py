@@ -17,6 +17,7 @@ from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.policy.select.window import Window
+from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.radix import Choosing
 from kvshare_sglang.runtime.hooks import BACKEND
 from kvshare_sglang.runtime.report import Fallback
@@ -163,12 +164,6 @@ def choosing(config: KVShareConfig, runner: "ModelRunner") -> Choosing:
     return Choosing(selectors[config.select], structural, unserved)
 
 
-def brings_embeddings(req: "Req") -> bool:
-    """Whether some of its tokens stand for others than they are: SGLang up to 0.5.21 caches what it
-    computes of them under the tokens all the same."""
-    return getattr(req, "positional_embed_overrides", None) is not None
-
-
 def view_of(req: "Req", mode: str) -> RequestView:
     """What admission may see of a request."""
     # Planned anew after it was retracted, its answer so far is prompt too, and SGLang computes the
@@ -186,7 +181,7 @@ def view_of(req: "Req", mode: str) -> RequestView:
         multimodal=(
             req.multimodal_inputs is not None
             or req.input_embeds is not None
-            or brings_embeddings(req)
+            or versions.brings_embeddings(req)
         ),
         session=getattr(req, "session", None) is not None,
         beam_search=getattr(req, "beam_group", None) is not None,

@@ -50,6 +50,12 @@ def kv_row(req: Any) -> Any:
     return req.kv if hasattr(req.kv, "cache_protected_len") else req
 
 
+def brings_embeddings(req: Any) -> bool:
+    """Whether some of its tokens stand for others than they are: SGLang up to 0.5.21 caches what it
+    computes of them under the tokens all the same."""
+    return getattr(req, "positional_embed_overrides", None) is not None
+
+
 def namespace(key: Any) -> tuple[Any, Any]:
     """What a key (RadixKey or Req) must share with a source: extra_key and cache_salt."""
     return key.extra_key, getattr(key, "cache_salt", None)

@@ -68,7 +68,7 @@ class Copies:
 
     def evict_cold(self, num: int) -> int:
         """Cut out copies that SGLang's policy would evict, if they were leaves, on the way to
-        ``num`` free slots. How many slots that frees. O(copies + leaves)."""
+        ``num`` free slots. How many slots that frees. O(copies + leaves + evicted nodes)."""
         inner = [node for node in self._nodes if node.children and not node.lock_ref]
         if not inner:
             return 0
@@ -76,25 +76,36 @@ class Copies:
         priority = cache.eviction_strategy.get_priority
         heap = [(priority(node), node) for node in (*inner, *cache.evictable_leaves)]
         heapq.heapify(heap)
-        freed = leaves = 0
-        while heap and freed + leaves < num:
+        # What SGLang's own eviction will take, which goes on from leaves to their parents, and how
+        # many children that leaves to a parent.
+        taken: set[TreeNode] = set()
+        left: dict[TreeNode, int] = {}
+        cut = leaves = 0
+        while heap and cut + leaves < num:
             _, node = heapq.heappop(heap)
-            if node.children:  # one that was cut has none any more
-                freed += self._cut(node, num - freed - leaves)
-            elif node in cache.evictable_leaves:
-                leaves += len(node.key)  # SGLang's own eviction takes it
-        return freed
-
-    def _cut(self, node: "TreeNode", num: int) -> int:
-        """Cut out copies from ``node`` on, the last of the branch first, until ``num`` slots are
-        free: what is before them stays a prefix, and once ``node`` goes nobody gets to those."""
-        freed = 0
-        for one in list(_copies_from(node)):
-            if freed >= num:
-                break
-            freed += len(one.key)
-            self._cut_out(one)
-        return freed
+            if node in taken or (is_copy(node) and node not in self._nodes):
+                continue
+            if left.get(node, len(node.children)):
+                # Of the branch the last copies first: what is before them stays a prefix, and once
+                # ``node`` goes nobody gets to those.
+                for one in list(_copies_from(node)):
+                    if cut + leaves >= num:
+                        break
+                    cut += len(one.key)
+                    if one in taken:
+                        taken.remove(one)
+                        leaves -= len(one.key)
+                    elif one.parent in left:
+                        left[one.parent] -= 1
+                    self._cut_out(one)
+                continue
+            taken.add(node)
+            leaves += len(node.key)
+            above = node.parent
+            left[above] = left.get(above, len(above.children)) - 1
+            if above is not cache.root_node and not left[above] and not above.lock_ref:
+                heapq.heappush(heap, (priority(above), above))
+        return cut
 
     def _cut_out(self, node: "TreeNode") -> None:
         cache, root = self._cache, self._cache.root_node
@@ -115,7 +126,11 @@ class Copies:
     def check(self) -> None:
         """AssertionError unless the nodes are those that the tree has, and branches and holds are
         counted."""
-        passed = Counter(self._cache.sources.copies_passed())
+        passed: Counter[TreeNode] = Counter()
+        for node in self._cache.sources.held():
+            while node.parent is not None:
+                passed[node] += 1
+                node = node.parent
         found, counts, stack = set(), Counter[BranchKey](), [self._cache.root_node]
         while stack:
             node = stack.pop()

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.radix_fuzzy.tree import FuzzyTree
-from kvshare_sglang.runtime import support, versions
+from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.copies import Copies
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
@@ -141,19 +141,23 @@ class FuzzyRadixCache(RadixCache):
             self.pins.removed(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """Cold copies that text hangs on go first. Where all that may be evicted is not enough,
-        pins are given back and evicted too, then sources: SGLang is about to allocate, and raises
-        when it falls short."""
+        """Where all that may be evicted is not enough, pins are given back and evicted too, then
+        sources: SGLang is about to allocate, and raises when it falls short."""
+        result = self._evict(params)
+        while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
+            (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
+        ):
+            more = self._evict(dataclasses.replace(params, num_tokens=short))
+            result.num_tokens_evicted += more.num_tokens_evicted
+        return result
+
+    def _evict(self, params: EvictParams) -> EvictResult:
+        """Cold copies that text hangs on go first."""
         started = time.perf_counter()
         if copies := self.copies.evict_cold(params.num_tokens):
             self.update_eviction_metrics(copies, started)
         result = super().evict(dataclasses.replace(params, num_tokens=params.num_tokens - copies))
         result.num_tokens_evicted += copies
-        while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
-            (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
-        ):
-            more = super().evict(dataclasses.replace(params, num_tokens=short))
-            result.num_tokens_evicted += more.num_tokens_evicted
         return result
 
     # ---- what a request leaves, in the words of each SGLang version -----------------------
@@ -233,7 +237,7 @@ class FuzzyRadixCache(RadixCache):
         tokens do not tell is nobody's source."""
         state: RequestReuse | None = getattr(req, "kvshare", None)
         weights = self.sync.weights if state is None else state.weights
-        if support.brings_embeddings(req):
+        if versions.brings_embeddings(req):
             weights = NOBODYS
         return self.sync.made_by(weights, answers_from=self.prompt_end(req))
 

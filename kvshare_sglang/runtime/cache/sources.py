@@ -13,7 +13,6 @@ import torch
 
 from kvshare_sglang.plan import Join
 from kvshare_sglang.policy.admit import Decline
-from kvshare_sglang.runtime.cache.copies import is_copy
 from kvshare_sglang.runtime.cache.eviction import Usage, is_next_turn
 from kvshare_sglang.runtime.request import RequestReuse
 
@@ -88,14 +87,9 @@ class Sources:
             state.stop_copying(Decline.NO_ROOM)
         return bool(holders)
 
-    def copies_passed(self) -> "Iterator[TreeNode]":
-        """Each copy that stands before a source that is held, once for each hold. For checks."""
-        for state in self._holders.values():
-            for _, node in state.locked:
-                while node.parent is not None:
-                    if is_copy(node):
-                        yield node
-                    node = node.parent
+    def held(self) -> "Iterator[TreeNode]":
+        """Each node that is held, once for each hold. For checks."""
+        return (node for state in self._holders.values() for _, node in state.locked)
 
     def forget(self) -> None:
         """The tree was flushed: what was locked is gone, and so are the pins."""
