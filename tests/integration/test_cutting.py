@@ -245,3 +245,15 @@ def test_a_short_answer_at_the_end_of_a_branch_is_counted_once(uses: float) -> N
     assert size == 8 * 340
     assert tree.evict(size - 100) >= size - 100
     tree.check()
+
+
+def test_an_eviction_frees_a_little_ahead_where_it_can() -> None:
+    """Each looks at all leaves and copies, and one token a step would be asked for."""
+    tree, ahead = Tree(), Pool.size // 256
+    nodes = [tree.add(tree.root, 10, "exact") for _ in range(12)]
+    assert ahead == 39
+    assert tree.evict(1) == 40
+    tree.hold(nodes[-1])
+    assert tree.evict(1) == 40
+    assert tree.evict(1) == 30
+    assert tree.nodes() == nodes[-1:]

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
+AHEAD = 256  # this part of the pool is the least that an eviction frees
+
+
 @dataclasses.dataclass(frozen=True)
 class Choosing:
     """Who chooses rows on this server: the selector asked for, the one that serves every prompt,
@@ -67,7 +70,8 @@ class FuzzyRadixCache(RadixCache):
         self.serves_adapters = False
         self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64), later=True)
-        self.usage = Usage(params.token_to_kv_pool_allocator.size)
+        self._capacity = params.token_to_kv_pool_allocator.size
+        self.usage = Usage(self._capacity)
         self.sync = IndexSync(self.fuzzy)
         self.sources = Sources(self, self.usage)
         self.branches = Branches(self)
@@ -142,8 +146,10 @@ class FuzzyRadixCache(RadixCache):
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Where all that may be evicted is not enough, pins are given back and evicted too, then
-        sources: SGLang is about to allocate, and raises when it falls short."""
-        result = self._evict(params)
+        sources: SGLang is about to allocate, and raises when it falls short. A little more than is
+        asked for goes at once, for each eviction looks at all leaves and copies."""
+        ahead = min(self._capacity // AHEAD, self.evictable_size())
+        result = self._evict(dataclasses.replace(params, num_tokens=max(params.num_tokens, ahead)))
         while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
             (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
         ):
