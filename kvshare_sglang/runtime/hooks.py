@@ -81,7 +81,7 @@ FLAGS = (
         f"{_SRT}.server_args.prepare_server_args",
         "AFTER",
         "kvshare_sglang.runtime.launch:hook_prepare_server_args",
-        "refuse a port that is taken",
+        "refuse ports that are taken",
     ),
     HookPoint(
         f"{_SRT}.server_args.ServerArgs.check_server_args",
@@ -122,6 +122,12 @@ WRAPPED = (
         "AROUND",
         "kvshare_sglang.runtime.scheduler:hook_new_weights",
         "nothing that other weights made is copied or stepped into",
+    ),
+    HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler.__init__",
+        "AROUND",
+        "kvshare_sglang.runtime.launch:hook_start_scheduler",
+        "a start that fails there says why in one line",
     ),
     HookPoint(
         f"{_SRT}.managers.scheduler.Scheduler.on_idle",

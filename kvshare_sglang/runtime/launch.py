@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +153,7 @@ def hook_prepare_server_args(server_args: Any, *args: Any, **kw: Any) -> None:
 
     if getattr(server_args, "_kvshare", None) is not None:
         try:
-            preflight.check_port(server_args.host, server_args.port)
+            preflight.check_listeners(server_args)
         except KVShareError as error:
             sys.exit(f"error: {error}")
 
@@ -193,6 +194,26 @@ def hook_check_server_args(
         doors.install()
         os.environ[ENV] = str(os.getpid())  # tells the processes that this one spawns
     return original(server_args, *args, **kw)
+
+
+def hook_start_scheduler(
+    original: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kw: Any
+) -> None:
+    """AROUND ``Scheduler.__init__``: what only the process with the model can tell, such as a KV
+    pool that is too small, ends the start with one line, too."""
+    from kvshare_sglang.runtime import preflight
+
+    try:
+        original(scheduler, server_args, *args, **kw)
+    except Exception as error:
+        is_ours = isinstance(error, KVShareError)
+        refusal = error if is_ours else preflight.too_little_memory(error, server_args)
+        launcher = os.getppid()
+        if refusal is None or os.environ.get(ENV) != str(launcher):
+            raise
+        print(f"error: {refusal}", file=sys.stderr, flush=True)
+        os.kill(launcher, signal.SIGQUIT)  # by which SGLang ends all its processes
+        sys.exit(1)
 
 
 def check_engine_keywords() -> None:

@@ -1,11 +1,13 @@
-"""What ends a start before anything of it is touched: checkpoint, architecture, pool and port.
+"""What ends a start before anything of it is touched: checkpoint, architecture, pool and ports.
 
 SGLang finds these out later, some in a child process after the weights are loaded, and says them
-with a traceback. What cannot be told cheaply here is left to it and to ``support.check_model``.
+with a traceback. What cannot be told cheaply here is left to it and to ``support.check_model``;
+``too_little_memory`` is how it is told of memory, once the weights are there.
 """
 
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import Any
 from kvshare_sglang import wire
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import StartError
-from kvshare_sglang.runtime import support
+from kvshare_sglang.runtime import support, versions
 
 # Fields of SGLang's ServerArgs that are looked at.
 FIELDS = (
     *("model_path", "load_format", "trust_remote_code", "revision", "json_model_override_args"),
     *("model_config_parser", "decrypted_config_file", "max_total_tokens", "radix_cache_backend"),
+    *("nccl_port", "dist_init_addr"),
 )
 CONFIGS = ("config.json", "params.json")  # of transformers, of Mistral
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -36,6 +39,7 @@ def check(values: Mapping[str, Any], config: KVShareConfig) -> None:
         wire.check_free(config.stream)
     if values.get("max_total_tokens") is not None:
         check_pool(values["max_total_tokens"], config)
+    check_rendezvous(values)
 
 
 def check_checkpoint(values: Mapping[str, Any]) -> None:
@@ -99,8 +103,43 @@ def check_pool(size: int, config: KVShareConfig) -> None:
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise StartError unless a server could listen there; binds as SGLang's server does."""
+def too_little_memory(error: Exception, server_args: Any) -> StartError | None:
+    """What a start ends with where SGLang found no memory for a KV pool, which it says by the flag
+    to raise; None for any other error."""
+    if not re.search(r"(raise|increase) --mem-fraction-static", str(error), re.IGNORECASE):
+        return None
+    fraction = versions.resolved(server_args).mem_fraction_static
+    return StartError(
+        f"--mem-fraction-static {fraction} leaves no room for a KV pool, at least "
+        f"{least_pool(server_args._kvshare)} tokens are needed: {str(error).splitlines()[0]}"
+    )
+
+
+def check_listeners(server_args: Any) -> None:
+    """Raise StartError unless a server could listen where it will."""
+    check_port(server_args.host, server_args.port)
+    flag, port = "--grpc-port", getattr(server_args, "grpc_port", None)
+    if port is None:
+        flag, port = "SGLANG_GRPC_PORT", os.environ.get("SGLANG_GRPC_PORT")
+    if str(port).isdigit():  # what is no number, SGLang says
+        check_port(server_args.host, int(str(port)), said=f"{flag} {port}")
+
+
+def check_rendezvous(values: Mapping[str, Any]) -> None:
+    """Raise StartError unless torch could listen where the processes of a model find each other;
+    it does so on every address, also where there is one process."""
+    address, port = values.get("dist_init_addr"), values.get("nccl_port")
+    said = f"--nccl-port {port}"
+    if address:
+        port, said = address.rpartition(":")[2], f"--dist-init-addr {address}"
+    elsewhere = os.environ.get("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE")
+    if str(port).isdigit() and not elsewhere:
+        check_port("0.0.0.0", int(str(port)), said=said)
+
+
+def check_port(host: str, port: int, *, said: str | None = None) -> None:
+    """Raise StartError unless a server could listen there; binds as SGLang's server does.
+    ``said``: how the user named the port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -108,5 +147,6 @@ def check_port(host: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartError(
-                f"--host {host} --port {port} cannot be listened on ({reason}): choose another port"
+                f"{said or f'--host {host} --port {port}'} cannot be listened on ({reason}): "
+                "choose another port"
             ) from None

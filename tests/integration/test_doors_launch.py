@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import site
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from kvshare_sglang.bench.processes import free_port
 from kvshare_sglang.config import KVShareConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKEN_BYTES = 4 * 2 * 2 * 32 * 4  # of the model: layers, K and V, heads, dim, float32
 
 
 def run(
@@ -85,6 +87,9 @@ def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> N
             (["--model-path", str(tmp_path / "other")], "the architecture GemmaForCausalLM yet"),
             ([*good, "--max-total-tokens", "100"], "a KV pool of 100 tokens is too small"),
             ([*good, "--port", port], f"--port {port} cannot be listened on"),
+            ([*good, "--grpc-port", port], f"--grpc-port {port} cannot be listened on"),
+            ([*good, "--nccl-port", port], f"--nccl-port {port} cannot be listened on"),
+            ([*good, "--dist-init-addr", f"localhost:{port}"], f"localhost:{port} cannot be lis"),
             ([*good, "--config", str(options)], "--kvshare-budget must be float in [0, 1], got"),
             ([*good, f"--config={options}"], f"SGLang does not read {options} here"),
         ]
@@ -97,6 +102,53 @@ def test_what_cannot_start_says_so_in_one_line(model: Path, tmp_path: Path) -> N
         assert line.startswith("error: ")
         assert expected in line
         assert "\n" not in line
+
+
+def start_with_the_model(argv: list[str], rooms: list[float]) -> None:
+    """The process with the model, as a launcher starts it, where memory has room for so many tokens
+    of KV (below 0: not even for the weights)."""
+    import multiprocessing
+
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.mem_cache import kv_cache_configurator
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
+    load_plugins()
+    server_args = prepare_server_args(argv)
+    server_args.resolve_once()
+    server_args.check_server_args()
+    signal.signal(signal.SIGQUIT, lambda *_: print("QUIT"))
+    context, gib = multiprocessing.get_context("fork"), 1 << 30
+    bootstrap.get_available_gpu_memory = lambda *a, **k: 8.0
+    for room in rooms:
+        left = 8 * (1 - server_args.mem_fraction_static) + room * TOKEN_BYTES / gib
+        kv_cache_configurator.get_available_gpu_memory = lambda *a, left=left, **k: left
+        _, pipe = context.Pipe()
+        given = (server_args, PortArgs.init_new(server_args), 0, 0, 0, None, pipe)
+        process = context.Process(target=run_scheduler_process, args=given)
+        process.start()
+        process.join()
+        print("ENDED", process.exitcode)
+
+
+def test_a_pool_that_memory_makes_too_small_is_one_line_of_the_process_with_the_model(
+    model: Path,
+) -> None:
+    """Only there it is known. No room at all SGLang finds, too little to reuse we do."""
+    flags = dataclasses.replace(SPEC, mem_fraction=0.5).flags()
+    argv = ["--model-path", str(model), *flags, "--kvshare"]
+    done = forked(start_with_the_model, argv, [-1.0, 0.5, 100.5])
+    assert done.returncode == 0, done.said[-3000:]
+    said = done.said.splitlines()
+    assert "Traceback" not in done.said, done.said[-3000:]
+    errors = [line for line in said if line.startswith("error: ")]
+    no_room = "error: --mem-fraction-static 0.5 leaves no room for a KV pool, at least 144 tokens"
+    assert [line.startswith(no_room) for line in errors] == [True, True, False], errors
+    assert errors[2].startswith("error: a KV pool of 100 tokens is too small for one prompt")
+    assert "at least 144 are needed: raise" in errors[2]
+    assert said.count("QUIT") == said.count("ENDED 1") == 3
 
 
 def tell_of_itself(argv: list[str], token: str) -> None:
