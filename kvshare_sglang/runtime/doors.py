@@ -1,7 +1,7 @@
 """What a request may say at any door of a server, and where its answer says what was reused.
 
-Every door (``/generate``, completions, chat, Responses, Anthropic's messages, gRPC, ``Engine``)
-ends in ``TokenizerManager.generate_request``, in the process that tokenises.
+Every door (``/generate``, completions, chat, Responses, Anthropic's messages, Ollama's API, gRPC,
+``Engine``) ends in ``TokenizerManager.generate_request``, in the process that tokenises.
 """
 
 import json
@@ -83,6 +83,12 @@ def hook_answer(answer: Any, *args: Any, **kw: Any) -> None:
     record of each choice, as ``meta_info["kvshare"]`` is in ``/generate``."""
     if seen := _records.get(None):
         answer.kvshare = [seen[index] for index in sorted(seen)]
+
+
+def hook_ollama_answer(_: None, answer: Any, *args: Any, **kw: Any) -> None:
+    """AFTER the making of what Ollama's API answers: the whole, or the end of a stream."""
+    if answer.done:
+        hook_answer(answer)
 
 
 class HeaderCheck:

@@ -184,6 +184,10 @@ WRAPPED = (
 _PROTOCOL = f"{_SRT}.entrypoints.openai.protocol"
 _USAGE = f"{_SRT}.entrypoints.openai.usage_processor.UsageProcessor"
 _ANTHROPIC = f"{_SRT}.entrypoints.anthropic"
+_OLLAMA = f"{_SRT}.entrypoints.ollama.protocol"
+_OLLAMAS = tuple(
+    f"Ollama{what}{how}Response" for what in ("Chat", "Generate") for how in ("", "Stream")
+)
 DOORS = (
     HookPoint(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
@@ -200,11 +204,21 @@ DOORS = (
             f"{_ANTHROPIC}.serving._anthropic_usage_from_openai",
         )
     ),
+    *(
+        HookPoint(
+            f"{_OLLAMA}.{name}.__init__",
+            "AFTER",
+            "kvshare_sglang.runtime.doors:hook_ollama_answer",
+            "show the record",
+        )
+        for name in _OLLAMAS
+    ),
 )
 # Models of answers that must take a field of ours, by the module that holds them.
 ANSWERS = (
     (_PROTOCOL, ("UsageInfo", "ResponsesResponse")),
     (f"{_ANTHROPIC}.protocol", ("AnthropicUsage",)),
+    (_OLLAMA, _OLLAMAS),
 )
 _ROTARY = f"{_SRT}.layers.rotary_embedding.base.RotaryEmbedding"
 _REQ = f"{_SRT}.managers.schedule_batch.Req"

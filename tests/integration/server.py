@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import doors
 import requests
 from lab import imported
 
@@ -89,7 +90,7 @@ def serve(
     """A server for the length of a ``with`` block, or ScriptError with the end of its log.
     ``options``: what stands in a file for ``sglang serve``; ``env``: what it has besides."""
     port = free_port()
-    has = environment(sglang) | dict(env or {})
+    has = environment(sglang) | {"AIP_PREDICT_ROUTE": doors.VERTEX} | dict(env or {})
     name = f"server-{port}"
     spec = dataclasses.replace(SPEC, name=name, model=model, port=port, args=args, env=has)
     if options:

@@ -1,5 +1,6 @@
 """Every door of a server: what a request may ask for, what is refused, what its answer says."""
 
+import collections
 import contextlib
 import json
 import math
@@ -8,19 +9,22 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import front_ends
-import grpc
 import pytest
 import requests
-from doors import DOORS, Door, events, told
+from conftest import Texts
+from doors import DOORS, NATIVE, VERTEX, Door, events, told
 from lab import computed
 from server import Server, forked, script, serve, unmeasured
 
 from kvshare_sglang.bench.processes import free_port
+from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy import ttl
+from kvshare_sglang.policy.options import parse_options
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
 
@@ -39,7 +43,7 @@ SHARED = 16
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started as ``sglang serve``, by a file of options."""
     folder, grpc_port = tmp_path_factory.mktemp("doors"), free_port()
-    args = ("--enable-cache-report", "--grpc-port", str(grpc_port), *NAMED)
+    args = ("--enable-cache-report", "--enable-metrics", "--grpc-port", str(grpc_port), *NAMED)
     with serve(model, folder, *args, options=OPTIONS) as it:
         it.grpc_port = grpc_port  # type: ignore[attr-defined]
         begin(it)
@@ -111,6 +115,13 @@ def test_the_answer_says_what_was_reused(server: Server, door: Door, stream: boo
     (seen,) = told(door, reply)
     assert seen["declined"] is None
     assert seen["copied_tokens"] > 64
+    led = seen["exact_tokens"] + seen["blended_tokens"]
+    assert led <= SHARED
+    whole = led + seen["copied_tokens"] + computed(seen)
+    if door.path.startswith("/api/"):  # Ollama's own words have no place for what was cached
+        (*_, last) = events(reply)
+        assert whole == last.get("prompt_eval_count", whole)
+        return
     # Next to it stands what SGLang says: the exact prefix alone is called cached.
     usage: dict[str, Any] = {}
     for event in events(reply):
@@ -121,9 +132,7 @@ def test_the_answer_says_what_was_reused(server: Server, door: Door, stream: boo
     assert cached == seen["exact_tokens"] < seen["copied_tokens"]
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     prompt += cached * (door.path == "/v1/messages")  # there the two are apart
-    led = seen["exact_tokens"] + seen["blended_tokens"]
-    assert led <= SHARED
-    assert led + seen["copied_tokens"] + computed(seen) == prompt
+    assert whole == prompt
 
 
 @every_door
@@ -214,7 +223,7 @@ def test_a_body_comes_before_the_header(server: Server, door: Door, stream: bool
 @both_ways
 def test_bad_options_are_a_400(server: Server, door: Door, stream: bool) -> None:
     reply = server.post(door.path, door.asking("text", {"budget": 9}, stream=stream))
-    if stream and door.path == "/generate":  # here SGLang says so of all that it refuses
+    if stream and door.path in NATIVE:  # here SGLang says so of all that it refuses
         (event,) = events(reply)
         assert event["error"]["code"] == 400
     else:
@@ -243,29 +252,57 @@ def odd_options(rng: random.Random, depth: int = 3) -> Any:
         return rng.choice(leaves)
     if roll < 0.6:
         return [odd_options(rng, depth - 1) for _ in range(rng.randrange(4))]
-    keys = rng.sample(["mode", "budget", "", "kvshare", "0", "a" * 200], rng.randrange(4))
+    keys = rng.sample(["mode", "budget", "ttl", "", "kvshare", "0", "a" * 200], rng.randrange(4))
     return {key: odd_options(rng, depth - 1) for key in keys}
 
 
+def odd_numbers() -> Iterator[dict[str, Any]]:
+    """Options with one key, at its limits, past them, and of other kinds."""
+    for name, most in (("budget", 1), ("ttl", ttl.LONGEST)):
+        for value in (0, most, 1e-9, -1e-9, most + 1, math.nan, math.inf, True, "1", [1], 10**30):
+            yield {name: value}
+
+
+def refusal(option: Any) -> str | None:
+    """What every door must say of it; None for what is served."""
+    try:
+        parse_options({"kvshare": option})
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def test_no_option_hurts_the_server(server: Server) -> None:
-    """Odd values through every door: each is served or refused, and the next request is fine."""
+    """Odd values through every door: what is bad is refused in words, all else is served."""
     rng, start = random.Random(7), server.log.stat().st_size
     deep: Any = "exact"
     for _ in range(300):
         deep = [deep]
-    odd = [odd_options(rng) for _ in range(60)] + [deep]
-    verdicts = set()
-    for i, option in enumerate(odd):
+    odd = [odd_options(rng) for _ in range(60)] + [*odd_numbers()]
+    verdicts = collections.Counter[bool]()
+    for i, option in enumerate([*odd, deep]):
         door = WITH_OPTIONS[i % len(WITH_OPTIONS)]
         # requests refuses nan and inf; clients that write them are served or told off.
         body = json.dumps(door.asking(f"text {i}", option))
         reply = requests.post(
             server.url + door.path, body, headers={"Content-Type": "application/json"}, timeout=60
         )
-        verdicts.add(reply.status_code)
-        assert reply.status_code in (200, 400, 422), (option, reply.text)
-    assert {200, 400} <= verdicts
-    for header in ("9" * 5000, "\xff\xfe", "0." + "3" * 4000, "=" * 100, "budget=budget=1"):
+        said = refusal(option)
+        verdicts[said is None] += 1
+        assert reply.status_code == (200 if said is None else 400), (option, reply.text)
+        if said is not None:  # some doors round large numbers before they come to us
+            said, _, _ = said.partition("got ")
+            words = (json.dumps(said, ensure_ascii=False)[1:-1], "json_invalid")  # as nan is
+            assert any(one in reply.text for one in words), (option, reply.text)
+    assert min(verdicts[True], verdicts[False]) > 10, verdicts
+    for header in (
+        "9" * 5000,
+        "\xff\xfe",
+        "0." + "3" * 4000,
+        "=" * 100,
+        "budget=budget=1",
+        "ttl=5",
+    ):
         for door in doors_of(server):
             reply = server.post(door.path, door.body("x"), headers={"X-KVShare": header})
             assert reply.status_code in (200, 400), reply.text
@@ -297,6 +334,13 @@ def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> No
         reply = server.post("/generate", {"text": text, "sampling_params": nested})
         assert reply.status_code in (200, 400, 422, 500), reply.text  # as without kvshare
     assert len(server.generate([5], new=3)["output_ids"]) == 3
+    # Several prompts of Vertex's.
+    several = {
+        "instances": [{"text": one} for one in text],
+        "parameters": {"sampling_params": each},
+    }
+    for answer in server.post(VERTEX, several, headers=headers).json()["predictions"]:
+        assert answer["meta_info"]["kvshare"][0]["declined"] == "exact_requested"
     # A record for each sample of a prompt, in their order.
     for stream in (False, True):
         for door in DOORS[1:3]:
@@ -304,6 +348,112 @@ def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> No
             reply = server.post(door.path, body, headers={"X-KVShare": "exact"})
             declined = [record["declined"] for record in told(door, reply)]
             assert declined == ["exact_requested"] * 3
+
+
+ASKED = {"type": "choice", "instructions": "Which?", "criteria": {"a": "one", "b": "two"}}
+NAMES = [{"name": "one"}, {"name": "two"}]
+# Doors that answer with scores: what they are asked of a text, where the scores stand, how many
+# prompts that is.
+SCORES: dict[str, tuple[Callable[[str], dict[str, Any]], str, int]] = {
+    "/v1/score": (
+        lambda text: {"query": text, "items": ["yes", "no"], "label_token_ids": [5, 6]},
+        "scores",
+        2,
+    ),
+    "/v1/decisions": (
+        lambda text: {
+            "input": text,
+            "questions": [{"id": "a", "type": "choice", "question": "Which?", "options": NAMES}],
+        },
+        "answers",
+        1,
+    ),
+    "/v1/systemone": (
+        lambda text: {"model": "x", "state": text, "questions": {"a": ASKED}},
+        "answers",
+        1,
+    ),
+}
+
+
+def declined(server: Server, reason: str) -> float:
+    """How many requests the server counted as declined for it."""
+    counted = rf'^sglang:kvshare_declined_requests_total{{.*reason="{reason}".*}} (.*)$'
+    found = re.findall(
+        counted, requests.get(server.url + "/metrics", timeout=60).text, re.MULTILINE
+    )
+    return sum(map(float, found))
+
+
+@pytest.fixture
+def other_text(server: Server) -> Iterator[None]:
+    """What is cached may be anything; afterwards it is ``CODE`` again."""
+    yield
+    begin(server)
+
+
+def test_scores_are_exact_and_counted(server: Server, other_text: None) -> None:
+    """They have no answer for which anything would be saved, and no place for a record."""
+    numbers = re.compile(r"[-\d.]+(?:e[-\d]+)?")
+    bodies = {
+        path: asked(fresh(Door(path, ()), False, "scored"))
+        for path, (asked, _, _) in SCORES.items()
+    }
+
+    def scores(path: str, header: str, reason: str) -> tuple[str, list[float]]:
+        _, place, prompts = SCORES[path]
+        before = declined(server, reason)
+        reply = server.post(path, bodies[path], headers={"X-KVShare": header})
+        assert reply.status_code == 200, reply.text
+        assert declined(server, reason) == before + prompts
+        said = json.dumps(reply.json()[place])
+        return numbers.sub("", said), [float(number) for number in numbers.findall(said)]
+
+    found = {path: scores(path, "0.3", "prefill_only") for path in SCORES}
+    server.flush()
+    for path, (words, values) in found.items():
+        alone = scores(path, "exact", "exact_requested")
+        assert words == alone[0]
+        assert values == pytest.approx(alone[1], rel=1e-3)
+        bad = server.post(path, bodies[path], headers={"X-KVShare": "exakt"})
+        assert bad.status_code == 400
+        assert "got 'exakt'" in bad.text
+
+
+def test_a_session_is_exact_and_says_why(server: Server, other_text: None, texts: Texts) -> None:
+    """Each turn of one that SGLang holds, over text that was copied and would be again."""
+    document = texts.passage(200)
+    server.generate(document)
+    first = [*texts.passage(5), *document]
+    assert server.generate(first)["meta_info"]["kvshare"][0]["copied_tokens"] > 64
+    session = server.post("/open_session", {"capacity_of_str_len": 10**6}).json()
+    turns = [first, [*texts.passage(4), *document], texts.passage(3)]
+    so_far: list[int] = []
+    seen: list[tuple[list[int], list[int]]] = []
+    params = {"id": session}
+    for turn in turns:
+        answer = server.generate(turn, session_params=params)
+        (record,) = answer["meta_info"]["kvshare"]
+        assert record["declined"] == "session"
+        assert record["copied_tokens"] == record["blended_tokens"] == 0
+        so_far = [*so_far, *turn]
+        seen.append((so_far, answer["output_ids"]))
+        so_far = [*so_far, *answer["output_ids"]]
+        params = {"id": session, "rid": answer["meta_info"]["id"]}
+    answer = server.generate([7], session_params=params, custom={"kvshare": "exact"})
+    assert answer["meta_info"]["kvshare"][0]["declined"] == "exact_requested"
+    body = {"input_ids": [7], "session_params": params}
+    bad = server.post("/generate", body, headers={"X-KVShare": "exakt"})
+    assert bad.status_code == 400
+    bad = server.post("/generate", body | {"sampling_params": {"custom_params": {"kvshare": 7}}})
+    assert bad.status_code == 400
+    assert server.post("/close_session", {"session_id": session}).status_code == 200
+    reply = server.post("/generate", body)
+    assert reply.status_code == 400
+    assert "does not exist" in reply.text
+    server.flush()
+    for prompt, output in seen:
+        assert server.generate(prompt, custom={"kvshare": "exact"})["output_ids"] == output
 
 
 GRPC = [(door, name) for door, name in zip(DOORS[1:3], ("Complete", "ChatComplete"), strict=True)]
@@ -339,9 +489,13 @@ def test_native_grpc_is_a_door_as_http_is(
         assert error["code"] == 400
         assert error["message"].endswith("got 'exakt'")
     odd = random.Random(stream)
-    for option in [odd_options(odd) for _ in range(20)]:
-        with contextlib.suppress(grpc.RpcError):
-            ask(door.asking("text", option, stream=stream))
+    for option in [*[odd_options(odd) for _ in range(20)], *odd_numbers()]:
+        answers, said = ask(door.asking("text", option, stream=stream)), refusal(option)
+        if said is None:
+            assert seen(answers)["declined"] in ("no_match", "exact_requested"), option
+        else:
+            (error,) = answers
+            assert (error["code"], error["message"]) == (400, said), option
     assert len(server.generate([5], new=3)["output_ids"]) == 3
 
 
@@ -412,7 +566,7 @@ def test_each_tokenizer_worker_refuses_and_tells(workers: Server, door: Door, wh
         assert "one of auto, exact, got 'exakt'" in reply.text
         for option in ("auto", {"budget": 0.1}, {"mode": "auto"}):
             assert asked(door.asking(f"{option} {text}", option))["copied_tokens"] > 64
-        for option in (None, {}, {"budget": None}):
+        for option in (None, {}, {"budget": None}, {"ttl": 5}):
             declined = asked(door.asking(f"{option} {text}", option))["declined"]
             assert declined == "exact_requested"
     assert "Traceback" not in workers.log.read_text().split("The server is fired up")[1]

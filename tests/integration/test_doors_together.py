@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import requests
-from doors import DOORS, Door, events, told
+from doors import DOORS, NATIVE, Door, events, told
 from lab import computed
 from server import Server, serve
 
@@ -55,7 +55,7 @@ def wanted(rng: random.Random, name: str, documents: list[str]) -> Wanted:
     text = " ".join([rng.choice(["Read", "Here is", "So"]), *some, name])
     new, samples, stranger = rng.choice([1, 8, 200]), 1, False
     more: dict[str, Any] = {}
-    if door.path == "/generate":
+    if door.path in NATIVE:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
         if rng.random() < 0.5:
             more |= {"return_logprob": True, "logprob_start_len": rng.choice([-1, 0, 0, 7])}
@@ -94,13 +94,13 @@ def ask(server: Server, it: Wanted) -> requests.Response | None:
 
 def records_of(it: Wanted, reply: requests.Response) -> list[dict[str, Any]]:
     """One of each sample."""
-    if it.door.path != "/generate":
+    if it.door.path not in NATIVE:
         return told(it.door, reply)
     return [record for info in infos(reply) for record in info["kvshare"]]
 
 
 def infos(reply: requests.Response) -> list[dict[str, Any]]:
-    """What /generate says of each sample, in its last event."""
+    """What /generate and Vertex say of each sample, in its last event."""
     found = events(reply)
     each = found[0] if isinstance(found[0], list) else found
     last = {one.get("index", i if each is found[0] else 0): one for i, one in enumerate(each)}
@@ -108,7 +108,7 @@ def infos(reply: requests.Response) -> list[dict[str, Any]]:
 
 
 def input_logprobs(reply: requests.Response) -> list[float]:
-    """Of the prompt of an answer of /generate."""
+    """Of the prompt of such an answer."""
     (info,) = infos(reply)
     return [one[0] for one in info["input_token_logprobs"]]
 
@@ -123,7 +123,7 @@ def test_every_door_at_once_in_too_little_room(server: Server) -> None:
     seen: collections.Counter[str] = collections.Counter()
 
     def client(seed: int) -> list[tuple[Wanted, list[float]]]:
-        rng, exact = random.Random(seed), []
+        rng, exact = random.Random(seed + 100), []
         for i in range(REQUESTS):
             it = wanted(rng, f"question {seed} {i}", documents)
             reply = ask(server, it)
@@ -132,7 +132,7 @@ def test_every_door_at_once_in_too_little_room(server: Server) -> None:
                 continue
             records = records_of(it, reply)
             assert len(records) == it.samples
-            native = it.door.path == "/generate"
+            native = it.door.path in NATIVE
             prompt = infos(reply)[0]["prompt_tokens"] if native else 0
             for one in records:
                 led = one["exact_tokens"] + one["blended_tokens"]
