@@ -316,11 +316,14 @@ def test_the_rust_front_end_takes_options_by_generate_and_says_the_rest_in_the_l
         assert not ask(None)
         assert ask("auto")
         assert ask({"budget": 0.5})
+        assert ask({"ttl": 5})
         assert not ask("exact")
         assert not ask("exakt")
         why = "reuses nothing: custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
         assert why in it.log.read_text()
         for odd in ({"a": 1}, {"budget": "x"}, {"budget": -1}, {"mode": "x" * 999}, 7, 10**30):
+            assert not ask(odd), odd
+        for odd in ({"ttl": "x"}, {"ttl": -1}, {"ttl": 3601}):
             assert not ask(odd), odd
         for odd in ([["exact"]], {"mode": {}}, {"budget": [1]}):  # it refuses some itself
             assert not ask(odd, 400), odd
