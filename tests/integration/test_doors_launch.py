@@ -338,6 +338,7 @@ def datasets(tmp_path: Path) -> Path:
     """A folder with what SGLang's benchmarks import and this test does not use."""
     (tmp_path / "stand-in").mkdir()
     (tmp_path / "stand-in" / "datasets.py").write_text("load_dataset = None\n")
+    (tmp_path / "stand-in" / "tabulate.py").write_text("tabulate = None\n")
     return tmp_path / "stand-in"
 
 
@@ -347,29 +348,64 @@ def run_beside(folder: str, module: str, *argv: str) -> None:
     main(module, *argv)
 
 
-def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
-    model: Path, datasets: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of three that share all but their beginning, as SGLang's benchmarks read it."""
     text = " ".join(f"word{i} = compute({i})" for i in range(60))
     talks = [[{"value": f"case {i}: {text}"}, {"value": "yes"}] for i in range(3)]
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps([{"conversations": talk} for talk in talks]))
-    module = "sglang.benchmark.offline_throughput"
-    arguments = [
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    return file
+
+
+def on(model: Path, prompts: Path) -> list[str]:
+    """What a benchmark is told of the server and of its prompts."""
+    return [
         *("--model-path", str(model), "--kvshare", "--kvshare-seam", "8"),
         *dataclasses.replace(SPEC, max_total_tokens=8192).flags(),
         *("--max-running-requests", "1", "--dataset-name", "sharegpt", "--skip-warmup"),
-        *("--dataset-path", str(prompts), "--num-prompts", "3", "--sharegpt-output-len", "4"),
+        *("--dataset-path", str(prompts)),
     ]
+
+
+def refused_alone(datasets: Path, module: str, arguments: list[str]) -> bool:
+    """It reads its arguments before it loads plug-ins, and does not run."""
+    alone = forked(run_beside, str(datasets), module, *arguments)
+    return alone.returncode == 2 and (
+        "unrecognized arguments: --kvshare" in alone.said.splitlines()[-1]
+    )
+
+
+def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
+    model: Path, datasets: Path, prompts: Path
+) -> None:
+    module = "sglang.benchmark.offline_throughput"
+    arguments = [*on(model, prompts), "--num-prompts", "3", "--sharegpt-output-len", "4"]
     done = run(sys.executable, "-m", "kvshare_sglang", module, *arguments, path=datasets)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
     assert unmeasured(seam=8) in said
     assert "KVShare batch, #reuse-seq: 1" in said
-    # Alone it reads its arguments before it loads plug-ins, and does not run.
-    alone = forked(run_beside, str(datasets), module, *arguments)
-    assert alone.returncode == 2
-    assert "unrecognized arguments: --kvshare" in alone.said.splitlines()[-1]
+    assert refused_alone(datasets, module, arguments)
+
+
+def test_the_benchmark_of_one_batch_starts_a_server_that_reuses(
+    model: Path, datasets: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, which loads plug-ins as late as a server does."""
+    module = "sglang.benchmark.one_batch_server"
+    arguments = [
+        *(*on(model, prompts), "--port", str(free_port()), "--batch-size", "3"),
+        *("--enable-multi-batch", "--input-len", "300", "--output-len", "4"),
+        *("--result-filename", str(tmp_path / "result.jsonl")),
+    ]
+    started = ("kvshare_sglang", module, *arguments)
+    done = forked(run_beside, str(datasets), *started)
+    assert done.returncode == 0, done.said[-3000:]
+    assert unmeasured(seam=8) in done.said
+    assert "KVShare batch, #reuse-seq: 1" in done.said
+    assert (tmp_path / "result.jsonl").is_file()
+    assert refused_alone(datasets, module, arguments)
 
 
 @pytest.mark.parametrize("module", ["sglang.benchmark.one_batch", "sglang.bench_one_batch"])
