@@ -36,6 +36,22 @@ def force_plans(child: Any) -> None:
     scheduler._plan = plan
 
 
+def eight_bits_on_a_cpu() -> None:
+    """A KV cache of 8 bits as other devices have it: SGLang has one on CPUs with AMX alone, and for
+    one of its own backends."""
+    from sglang.srt.mem_cache import kv_cache_configurator, kv_cache_dtype
+    from sglang.srt.platforms import current_platform
+
+    class Elsewhere:
+        def is_cpu(self) -> bool:
+            return False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(current_platform, name)
+
+    kv_cache_configurator.current_platform = kv_cache_dtype.current_platform = Elsewhere()
+
+
 def break_joining(child: Any) -> None:
     """Rows that should join a batch in the middle make it fail there."""
     from kvshare_sglang.runtime import attention

@@ -177,6 +177,28 @@ def test_who_chose_the_rows_is_told(
         assert (exact["select"], exact["select_reason"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("select", "dtype", "bits"), [("trace", "fp8_e4m3", 3), ("dhd", "fp8_e5m2", 2)]
+)
+def test_a_cache_of_8_bits_is_chosen_from_by_structure(
+    llama: Path, texts: Texts, select: str, dtype: str, bits: int
+) -> None:
+    source, prompt = moved(texts, 150)
+    settings = {"kv_cache_dtype": dtype, "mutation": "probes:eight_bits_on_a_cpu"}
+    with lab(llama, kvshare=True, kvshare_select=select, **settings) as it:
+        it.one(source, new=1)
+        reused = it.one(prompt, new=4, keep="kv")
+        told = reused["kvshare"]
+        assert (told["select"], told["select_reason"]) == ("window", "fp8_cache")
+        assert told["copied_tokens"] > 100
+        assert it.ask("probes:counts")["fallbacks"] == {(select, "window", "fp8_cache"): 1}
+        full = it.one(prompt, new=4, kvshare="exact", extra_key="x", keep="kv")
+        # K of the first layer hangs on a token and its position alone: turned, and rounded twice.
+        ours, exact = (answer["kv"][0][0].float() for answer in (reused, full))
+        assert reused["kv"][0].dtype.itemsize == 1
+        assert (ours - exact).abs().max() <= 2.0**-bits * exact.abs().max()
+
+
 def test_a_window_hides_no_run_from_a_trace(llama: Path, texts: Texts) -> None:
     """A run of 60 tokens after an edit: at window 32, the default, it was dropped once."""
     a, b = texts.passage(200), texts.passage(60)
