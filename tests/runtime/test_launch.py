@@ -184,6 +184,55 @@ def test_an_address_that_is_not_this_machines_is_named() -> None:
         preflight.check_port("127.0.0.1", 65536)
 
 
+def test_every_port_that_a_server_takes_is_named_as_it_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SGLANG_GRPC_PORT", raising=False)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        sock.listen()
+        free = SimpleNamespace(host="127.0.0.1", port=0)
+        preflight.check_listeners(free)  # an SGLang that knows no gRPC
+        with pytest.raises(StartError, match=f"^--grpc-port {port} cannot"):
+            preflight.check_listeners(SimpleNamespace(**vars(free), grpc_port=port))
+        monkeypatch.setenv("SGLANG_GRPC_PORT", str(port))
+        with pytest.raises(StartError, match=f"^SGLANG_GRPC_PORT {port} cannot"):
+            preflight.check_listeners(SimpleNamespace(**vars(free), grpc_port=None))
+        preflight.check_listeners(SimpleNamespace(**vars(free), grpc_port=0))
+        taken = {"nccl_port": port}
+        with pytest.raises(StartError, match=f"^--nccl-port {port} cannot"):
+            preflight.check_rendezvous(taken)
+        # Only one of the two is listened on.
+        preflight.check_rendezvous({**taken, "dist_init_addr": "localhost:0"})
+        with pytest.raises(StartError, match=rf"^--dist-init-addr \[::1\]:{port} cannot"):
+            preflight.check_rendezvous({"dist_init_addr": f"[::1]:{port}"})
+        monkeypatch.setenv("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "env://")
+        preflight.check_rendezvous(taken)
+    for left_to_sglang in ({}, {"dist_init_addr": "nowhere"}, {"nccl_port": None}):
+        preflight.check_rendezvous(left_to_sglang)
+
+
+@pytest.mark.parametrize(
+    ("said", "ours"),
+    [
+        ("Not enough memory. Please try to increase --mem-fraction-static.", True),
+        ("Loaded weights leave no memory. Raise --mem-fraction-static above 0.003\nmore", True),
+        ("if it is an OOM problem, set --mem-fraction-static to a smaller value", False),
+        ("CUDA out of memory", False),
+        ("", False),
+    ],
+)
+def test_too_little_memory_is_known_by_the_flag_to_raise(said: str, ours: bool) -> None:
+    args = ServerArgs(model_path="x", mem_fraction_static=0.1)
+    args._kvshare = KVShareConfig(min_reuse=100, seam=20)
+    error = preflight.too_little_memory(RuntimeError(said), args)
+    assert (error is not None) == ours
+    if error is not None:
+        assert "--mem-fraction-static 0.1 leaves no room for a KV pool, at least 220" in str(error)
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("path", ["s3://bucket/model", "none", "dummy", None])
 def test_what_is_no_directory_and_no_name_is_left_to_sglang(path: str | None) -> None:
     preflight.check_checkpoint({"model_path": path})
