@@ -206,10 +206,12 @@ def hook_start_scheduler(
     try:
         original(scheduler, server_args, *args, **kw)
     except Exception as error:
+        launcher = os.getppid()
+        if os.environ.get(ENV) != str(launcher):
+            raise
         is_ours = isinstance(error, KVShareError)
         refusal = error if is_ours else preflight.too_little_memory(error, server_args)
-        launcher = os.getppid()
-        if refusal is None or os.environ.get(ENV) != str(launcher):
+        if refusal is None:
             raise
         print(f"error: {refusal}", file=sys.stderr, flush=True)
         os.kill(launcher, signal.SIGQUIT)  # by which SGLang ends all its processes

@@ -22,7 +22,7 @@ from kvshare_sglang.runtime import support, versions
 FIELDS = (
     *("model_path", "load_format", "trust_remote_code", "revision", "json_model_override_args"),
     *("model_config_parser", "decrypted_config_file", "max_total_tokens", "radix_cache_backend"),
-    *("nccl_port", "dist_init_addr"),
+    *("nccl_port", "dist_init_addr", "nnodes"),
 )
 CONFIGS = ("config.json", "params.json")  # of transformers, of Mistral
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -121,7 +121,7 @@ def check_listeners(server_args: Any) -> None:
     flag, port = "--grpc-port", getattr(server_args, "grpc_port", None)
     if port is None:
         flag, port = "SGLANG_GRPC_PORT", os.environ.get("SGLANG_GRPC_PORT")
-    if str(port).isdigit():  # what is no number, SGLang says
+    if str(port).isdecimal():  # what is no number, SGLang says
         check_port(server_args.host, int(str(port)), said=f"{flag} {port}")
 
 
@@ -133,7 +133,7 @@ def check_rendezvous(values: Mapping[str, Any]) -> None:
     if address:
         port, said = address.rpartition(":")[2], f"--dist-init-addr {address}"
     elsewhere = os.environ.get("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE")
-    if str(port).isdigit() and not elsewhere:
+    if str(port).isdecimal() and not elsewhere and (values.get("nnodes") or 1) == 1:
         check_port("0.0.0.0", int(str(port)), said=said)
 
 

@@ -49,6 +49,7 @@ class Job:
     first_s: float = -1.0
     end_s: float = -1.0
     left: int = 0  # tokens that it has yet to answer
+    read: int = 0  # tokens of its answer that were seen
 
     @property
     def attends(self) -> float:
@@ -133,7 +134,7 @@ class Worker:
     cut: tuple[Job, int] | None = None  # a prompt in several chunks, and its rows to come
     let_in: int = 0
     busy_s: float = 0.0
-    unread: list[tuple[Job, bool]] = field(default_factory=list)  # of the last step, see ``_ran``
+    unread: list[Job] = field(default_factory=list)  # who has a token of the last step
     arrived: Any = None  # an event, while it has nothing to do
 
     def add(self, job: Job) -> None:
@@ -147,8 +148,7 @@ class Worker:
         """The process of this worker."""
         while True:
             if not (self.waiting or self.running or self.cut):
-                self._read(self.unread)
-                self.unread = []
+                self._read_all()
                 self.arrived = self.env.event()
                 yield self.arrived
             batch = self._prefill()
@@ -157,8 +157,10 @@ class Worker:
                 yield self._takes(seconds)
                 self.step, self.rows = [], 0
                 for job in done:
-                    self.cache.leave(job)
                     job.left = job.new_tokens
+            elif not self.running:  # what was not read holds all that there is
+                self._read_all()
+                continue
             else:
                 yield self._takes(self.costs.decode(len(self.running)))
                 done, self.running = self.running, []
@@ -166,7 +168,10 @@ class Worker:
                 job.left -= 1
                 if job.left > 0:
                     self.running.append(job)
-            self._ran([(job, job.left <= 0) for job in done])
+            if self.costs.late:
+                done, self.unread = self.unread, done
+            for job in done:
+                self._read(job)
 
     @property
     def load(self) -> int:
@@ -177,24 +182,27 @@ class Worker:
         self.busy_s += seconds
         return self.env.timeout(seconds)
 
-    def _ran(self, answered: list[tuple[Job, bool]]) -> None:
-        """A step is over: who has a token of it, and whether that is the last one."""
-        if self.costs.late:
-            answered, self.unread = self.unread, answered
-        self._read(answered)
+    def _read(self, job: Job) -> None:
+        """It has another token; its prompt is stored with the first one."""
+        if job.first_s < 0:
+            self.cache.leave(job)
+            job.first_s = self.env.now
+        job.read += 1
+        if job.read == job.new_tokens:
+            job.end_s = self.env.now
 
-    def _read(self, answered: list[tuple[Job, bool]]) -> None:
-        for job, last in answered:
-            if job.first_s < 0:
-                job.first_s = self.env.now
-            if last:
-                job.end_s = self.env.now
+    def _read_all(self) -> None:
+        for job in self.unread:
+            self._read(job)
+        self.unread = []
 
     def _prefill(self) -> tuple[float, list[Job]] | None:
         """Let a batch in: how long its step takes and who is then done; None if nobody is."""
         room, copied, requests, pairs = self.limits.chunk, 0, 0, 0.0
         done: list[Job] = []
-        memory = self.limits.memory - sum(one.tokens + one.new_tokens for one in self.running)
+        ended = [job for job in self.unread if job.left <= 0]  # which nobody knows yet
+        running = [*self.running, *ended]
+        memory = self.limits.memory - sum(one.tokens + one.new_tokens for one in running)
         if self.cut is not None:
             job, rows = self.cut
             memory -= job.tokens + job.new_tokens
@@ -208,8 +216,8 @@ class Worker:
             for i in self.order(self.waiting, self):
                 job = self.waiting[i]
                 memory -= job.tokens + job.new_tokens
-                alone = not (requests or self.running)
-                full = len(self.running) + requests >= self.limits.max_running
+                alone = not (requests or running)
+                full = len(running) + requests >= self.limits.max_running
                 if room == 0 or full or (memory < 0 and not alone):
                     break
                 job.work = work = self.cache.take(job)
@@ -223,7 +231,7 @@ class Worker:
                     done.append(job)
             self._note(let_in)
         if not requests:
-            if self.waiting and not self.running:
+            if self.waiting and not running:
                 raise RuntimeError(f"worker {self.number}: nobody of those who wait was let in")
             return None
         self.step, self.rows = done, self.limits.chunk - room

@@ -200,7 +200,7 @@ def test_flush_and_abort(server: Server, texts: Texts) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.generate, texts.passage(3) + a, new=4000) for _ in range(3)]
         while b"#running-req: 3" not in server.log.read_bytes()[start:]:
-            assert not any(job.done() for job in slow)
+            assert not any(job.done() for job in slow)  # they answer 4,000 tokens each
             time.sleep(0.1)
         assert server.post("/abort_request", {"abort_all": True}).status_code == 200
         kinds = {answer.result()["meta_info"]["finish_reason"]["type"] for answer in slow}

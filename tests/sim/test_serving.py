@@ -1,5 +1,6 @@
 """Simulated servers obey the laws of queues, and hold what the real index would find."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -77,28 +78,38 @@ def test_a_long_prompt_comes_in_chunks_and_a_short_one_rides_along():
     assert first.first_s == second.first_s == pytest.approx(sum(steps))
 
 
-@given(QUEUES, st.integers(1, 3))
-def test_what_is_read_late_is_read_after_the_step_that_follows_if_one_does(queue, new_tokens):
-    """One request at a time: the same steps at the same times, and an answer that others wait
-    behind is seen when the next step is over."""
-    lengths, gaps = zip(*queue, strict=True)
-    limits = Limits(chunk=1000, max_running=1)
-    these = [jobs(lengths, gaps, new_tokens) for _ in range(2)]
+@given(QUEUES, st.integers(1, 3), st.sampled_from([1, 8]))
+def test_what_is_read_late_is_read_after_the_step_that_follows_if_one_does(
+    queue, new_tokens, max_running
+):
+    """Prompts as long as a chunk, one a step. Where one request runs at a time, it holds its place
+    until its last token was read, so nothing but its first one is late, by a decode step."""
+    _, gaps = zip(*queue, strict=True)
+    limits = Limits(chunk=50, max_running=max_running)
+    num = 1 if max_running > 1 else new_tokens
     now, late = (
-        serve(one, limits=limits, costs=COSTS._replace(late=is_late))
-        for one, is_late in zip(these, (False, True), strict=True)
+        serve(jobs([50] * len(gaps), gaps, num), limits=limits, costs=COSTS._replace(late=is_late))
+        for is_late in (False, True)
     )
     assert now.busy_s == pytest.approx(late.busy_s)
-    decode = COSTS.decode(1)
+    step = COSTS.prefill(50, 0, 1)
     for i, (soon, seen) in enumerate(zip(now.jobs, late.jobs, strict=True)):
-        following = [
-            COSTS.prefill(one.tokens, 0, 1)
-            for one in now.jobs[i + 1 : i + 2]
-            if one.due_s <= soon.end_s
-        ]
-        after = following[0] if following else 0.0
-        assert seen.first_s - soon.first_s == pytest.approx(decode if new_tokens > 1 else after)
-        assert seen.end_s - soon.end_s == pytest.approx(after)
+        if max_running == 1:
+            assert seen.first_s - soon.first_s == pytest.approx(COSTS.decode(1) if num > 1 else 0)
+            assert seen.end_s == pytest.approx(soon.end_s)
+        else:
+            following = [one for one in now.jobs[i + 1 : i + 2] if one.due_s <= soon.end_s]
+            assert seen.first_s == seen.end_s == pytest.approx(soon.end_s + step * len(following))
+
+
+def test_what_was_not_read_is_known_to_nobody():
+    """Text of a step is no prefix in the next one, whose batch was chosen before."""
+    one, other = (Job(i, 0.0, 100, 1, prompt=text(7, 100)) for i in range(2))
+    for late, exact in ((False, 99), (True, 0)):
+        limits = Limits(chunk=100)
+        these = [dataclasses.replace(one), dataclasses.replace(other)]
+        done = serve(these, limits=limits, costs=COSTS._replace(late=late)).jobs
+        assert (done[0].work.exact, done[1].work.exact) == (0, exact)
 
 
 def test_a_row_pays_for_what_it_attends_to_whatever_the_chunks():

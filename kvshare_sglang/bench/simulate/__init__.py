@@ -218,8 +218,9 @@ def measured(
         server, vocab=model.vocab_size, chunk=args.chunk, most=most, reuse=reuse,
         repeats=args.samples,
     )  # fmt: skip
-    decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=most)
-    costs, left = calibrate.fit(samples, decode, late=args.device == "cpu")
+    late = args.device == "cpu"
+    decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=most, late=late)
+    costs, left = calibrate.fit(samples, decode, late=late)
     return {
         "costs": costs._asdict(), "error": left, "decode_s": decode,
         "samples": [one._asdict() for one in samples],

@@ -94,8 +94,11 @@ def _sample(
     return Sample(took, steps, sum(rows), pairs, sum(copies), len(answers))
 
 
-def measure_decode(server: Server, *, vocab: int, batch: int) -> dict[int, float]:
-    """Seconds of a decode step by how many requests decode: one, and ``batch``."""
+def measure_decode(
+    server: Server, *, vocab: int, batch: int, late: bool = False
+) -> dict[int, float]:
+    """Seconds of a decode step by how many requests decode: one, and ``batch``. ``late``: a first
+    token is read after the first of these steps."""
     rng = np.random.default_rng(1)
     found = {}
     for together in (1, batch):
@@ -103,7 +106,7 @@ def measure_decode(server: Server, *, vocab: int, batch: int) -> dict[int, float
         prompts = [rng.integers(5, vocab, 24).tolist() for _ in range(together)]
         with ThreadPoolExecutor(together) as pool:
             answers = list(pool.map(lambda ids: server.ask(ids, max_new_tokens=DECODED), prompts))
-        each = [(one.total_s - one.ttft_s) / (DECODED - 1) for one in answers]
+        each = [(one.total_s - one.ttft_s) / (DECODED - 1 - late) for one in answers]
         found[together] = common.median(each)
     return found
 
@@ -115,8 +118,8 @@ def fit(
     the median relative error that is left. ``late``: of the server, see ``StepCosts``. Raises
     ScriptError for too few samples.
 
-    What a request takes outside its steps is in each sample once. No step follows those that were
-    measured, so nothing of them was read late.
+    What a request takes outside its steps is in each sample once. Samples ask for one token, and no
+    step follows them, so nothing of them was read late.
     """
     if len(samples) < 7:
         raise ScriptError(f"step costs need at least 7 samples, got {len(samples)}")
