@@ -28,7 +28,7 @@ Mass = Callable[[Tokens], np.ndarray]  # attention to each position of a prompt
 
 
 class Memory(Protocol):
-    """KV by slot. ``slots`` are those of a request's tokens, in order."""
+    """KV by slot."""
 
     def free(self, slots: np.ndarray) -> None: ...
 
@@ -45,9 +45,9 @@ class Memory(Protocol):
 
 @dataclass(eq=False, repr=False)
 class Page:
-    """A node of the tree. ``branch``: of whose text, and in a blended branch made by which weights;
-    or what no one can name. ``open``: rows that are copies, None in the plain branch. ``depth``: of
-    text computed after it. ``used``: when, by a clock of its own for each use."""
+    """A node of the tree. ``branch``: whose text it is, and in a blended branch which weights made
+    it; or what no one can name. ``open``: rows that are copies, None in the plain branch.
+    ``depth``: of text computed after it. ``used``: when, in uses of all pages."""
 
     branch: object
     parent: "Page | None"
@@ -203,7 +203,7 @@ class Server:
         return node
 
     def longest(self, tenant: int, tokens: Tokens, *, blended: bool) -> Page:
-        """Where the longest prefix ends, in the plain branch or a blended one that covers more."""
+        """Where the longest prefix ends: in the plain branch, or a blended one that covers more."""
         node = best = self._walk(self.root, (tenant, None), tokens)
         for above in (*node.path()[::-1], self.root) if blended else ():
             other = self._walk(above, (tenant, self.weights), tokens)
@@ -385,7 +385,7 @@ class Server:
             last = self._store_exact(req, state.done)
         elif state.stage is Stage.COPIED:
             last = self._store(req, state.done, ended=False)
-        elif state.plan is not None and state.plan.blend:
+        elif state.plan.blend:
             return
         else:
             last = self._store_exact(req, min(state.plan.exact_len, state.done))
@@ -412,10 +412,8 @@ class Server:
         stop = stop // self.page * self.page
         node, branch, new = self.root, (req.tenant, None), []
         while node.stop < stop:
-            child, here = (
-                self._next(node, branch, req.tokens),
-                slice(node.stop, node.stop + self.page),
-            )
+            here = slice(node.stop, node.stop + self.page)
+            child = self._next(node, branch, req.tokens)
             if child is None:
                 child = self._add(node, branch, req, node.stop)
                 new.append(child)
