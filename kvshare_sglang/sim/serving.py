@@ -188,7 +188,7 @@ class Worker:
             self.cache.leave(job)
             job.first_s = self.env.now
         job.read += 1
-        if job.read == job.new_tokens:
+        if job.read >= job.new_tokens:
             job.end_s = self.env.now
 
     def _read_all(self) -> None:

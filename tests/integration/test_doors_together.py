@@ -121,6 +121,11 @@ def test_every_door_at_once_in_too_little_room(server: Server) -> None:
     words = [f"w{i}" for i in range(300)]
     documents = [" ".join(rng.choices(words, k=n)) for n in (40, 90, 60, 120, 75)]
     seen: collections.Counter[str] = collections.Counter()
+    # Alone each is reused; at once that is a matter of what is evicted when.
+    for document in (one for one in documents if len(one.split()) > 80):
+        server.generate(document)
+        told = server.generate(f"So {document}")["meta_info"]["kvshare"][0]
+        assert told["copied_tokens"] > 0, told
 
     def client(seed: int) -> list[tuple[Wanted, list[float]]]:
         rng, exact = random.Random(seed + 100), []
@@ -156,7 +161,8 @@ def test_every_door_at_once_in_too_little_room(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
         exact = [one for some in pool.map(client, range(CLIENTS)) for one in some]
     # What the test is about was there.
-    assert seen["copied"] > 0 < seen["exact_requested"], seen
+    assert seen["copied"] > 0, seen
+    assert seen["exact_requested"] > 10, seen
     assert seen["cut"] > 5, seen
     assert len(exact) >= 3
     for it, found in exact:

@@ -86,12 +86,16 @@ def measure(
             "counted": turn.counted,
             "stock": sum(rows_of(one, stock=True) for one in alone),
             "ours": sum(rows_of(one, stock=False) for one in got),
-            **{kind: sum(counted(one)[kind] for one in got) for kind in KINDS},
+            **_sums([counted(one) for one in got]),
             "declined": _words(one.kvshare["declined"] for one in got),
             "select": _words(one.kvshare["select"] for one in got),
         }
         for turn, alone, got in zip(turns, plain, shared, strict=True)
     ]
+
+
+def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {kind: sum(one[kind] for one in counts) for kind in KINDS}
 
 
 def _words(found: Iterable[str | None]) -> str | None:

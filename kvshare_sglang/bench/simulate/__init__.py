@@ -220,9 +220,9 @@ def measured(
     )  # fmt: skip
     late = args.device == "cpu"
     decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=most, late=late)
-    costs, left = calibrate.fit(samples, decode, late=late)
+    costs, left = calibrate.fit(samples, decode)
     return {
-        "costs": costs._asdict(), "error": left, "decode_s": decode,
+        "costs": costs._replace(late=late)._asdict(), "error": left, "decode_s": decode,
         "samples": [one._asdict() for one in samples],
     }  # fmt: skip
 

@@ -111,12 +111,9 @@ def measure_decode(
     return found
 
 
-def fit(
-    samples: Sequence[Sample], decode: dict[int, float], *, late: bool = False
-) -> tuple[StepCosts, float]:
+def fit(samples: Sequence[Sample], decode: dict[int, float]) -> tuple[StepCosts, float]:
     """The costs that explain samples best, none below 0, errors relative to what was measured; and
-    the median relative error that is left. ``late``: of the server, see ``StepCosts``. Raises
-    ScriptError for too few samples.
+    the median relative error that is left. Raises ScriptError for too few samples.
 
     What a request takes outside its steps is in each sample once. Samples ask for one token, and no
     step follows them, so nothing of them was read late.
@@ -133,7 +130,6 @@ def fit(
     costs = StepCosts(
         step=step, row=row, pair=pair, copy=copy, request=request, overhead=overhead,
         decode_step=max(decode[few] - each * few, 0.0), decode_request=each,
-        late=late,
     )  # fmt: skip
     return costs, float(np.median(left))
 

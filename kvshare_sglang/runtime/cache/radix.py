@@ -70,8 +70,7 @@ class FuzzyRadixCache(RadixCache):
         self.serves_adapters = False
         self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64), later=True)
-        self._capacity = params.token_to_kv_pool_allocator.size
-        self.usage = Usage(self._capacity)
+        self.usage = Usage(params.token_to_kv_pool_allocator.size)
         self.sync = IndexSync(self.fuzzy)
         self.sources = Sources(self, self.usage)
         self.branches = Branches(self)
@@ -148,7 +147,7 @@ class FuzzyRadixCache(RadixCache):
         """Where all that may be evicted is not enough, pins are given back and evicted too, then
         sources: SGLang is about to allocate, and raises when it falls short. A little more than is
         asked for goes at once, for each eviction looks at all leaves and copies."""
-        ahead = min(self._capacity // AHEAD, self.evictable_size())
+        ahead = min(self.token_to_kv_pool_allocator.size // AHEAD, self.evictable_size())
         result = self._evict(dataclasses.replace(params, num_tokens=max(params.num_tokens, ahead)))
         while (short := params.num_tokens - result.num_tokens_evicted) > 0 and (
             (self.pins is not None and self.pins.give_back(short)) or self.sources.give_back()
