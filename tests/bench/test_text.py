@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kvshare_sglang.bench import common, passages, why
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.bench.quality.cases import Encoder
+from kvshare_sglang.bench.quality.outcomes import apart
 from kvshare_sglang.bench.text import arms, prompts, report
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import fill
@@ -117,11 +119,24 @@ def test_all_rows_again_are_full_prefill_and_copies_are_not(model, one):
     found = row["arms"]
     assert list(found) == ["full", *chosen]
     assert found["all"]["kl"] < 1e-5
+    assert found["all"].get("top1_sure", 1) == 1
     assert (found["all"]["same"], found["all"]["recomputed"]) == (True, 1)
     assert found["all"]["margin"] == pytest.approx(found["full"]["margin"], abs=1e-2)
     assert found["copies"]["kl"] > 10 * found["all"]["kl"]
     assert found["copies"]["recomputed"] < 0.1 < found["trace refresh"]["recomputed"]
     assert row["copied"] > 0.5
+
+
+def test_tokens_that_full_prefill_is_sure_of_are_told_apart():
+    """Three tokens: sure and kept, sure and lost, not sure and lost."""
+    true = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1], [0.4, 0.3, 0.3]])
+    along = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.7, 0.1], [0.3, 0.4, 0.3]])
+    far = apart(true.log(), along.log())
+    assert (far.top1, far.sure) == (pytest.approx(1 / 3), 0.5)
+    by_hand = [0.0, 0.8 * np.log(4) - 0.1 * np.log(7), 0.4 * np.log(4 / 3) + 0.3 * np.log(3 / 4)]
+    assert far.kl == pytest.approx(np.mean(by_hand))
+    assert far.kl_most == pytest.approx(max(by_hand))
+    assert apart(true[2:].log(), along[2:].log()).sure is None
 
 
 def test_where_every_copy_is_put_right_nothing_is_wrong(model, one, monkeypatch):

@@ -51,11 +51,12 @@ class Outcome(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """Top-1 agreement with full prefill along its continuation, KL from it, and the agreement where
-    full prefill gives its token at least one half."""
+    """Top-1 agreement with full prefill along its continuation, KL from it (mean and most of a
+    token), and the agreement where full prefill gives its token at least one half."""
 
     top1: float
     kl: float
+    kl_most: float
     sure: float | None
 
 
@@ -125,10 +126,11 @@ def _outcome(
 ) -> Outcome:  # fmt: skip
     written = _rouge_l(model, prompt.ids, kv, first, true) if rouge else None
     judged = _answered(model, kv, first, along, true.told, prompt)
-    top1, kl, sure = _apart(true, along)
+    far = _apart(true, along)
     return Outcome(
-        *judged, top1, kl, recomputed, computed, declined=False, rouge_l=written, top1_sure=sure
-    )
+        *judged, far.top1, far.kl, recomputed, computed, declined=False, rouge_l=written,
+        top1_sure=far.sure,
+    )  # fmt: skip
 
 
 def shares(
@@ -165,6 +167,18 @@ def judge(logprobs: torch.Tensor, answer: np.ndarray) -> tuple[bool, float, floa
     return bool((mine > best).all()), float((mine - best).min()), float(-mine.mean())
 
 
+def apart(true: torch.Tensor, along: torch.Tensor) -> Apart:
+    """How far ``along`` is from full prefill's log-probabilities ``true``, both [n, vocab]."""
+    best, token = true.max(-1)
+    agree = (along.argmax(-1) == token).float()
+    kl = (true.exp() * (true - along)).sum(-1)
+    sure = agree[best > math.log(0.5)]
+    return Apart(
+        float(agree.mean()), float(kl.mean()), float(kl.max()),
+        float(sure.mean()) if len(sure) else None,
+    )  # fmt: skip
+
+
 def follow(model: Model, kv: KV, first: torch.Tensor, told: np.ndarray, known: int) -> torch.Tensor:
     """Log-probabilities along ``told[known:]``, the first of them from ``first``."""
     rest = model.go_on(kv, told[:-1], known=known) if len(told) > known + 1 else first[:0]
@@ -183,11 +197,7 @@ def _answered(
 
 def _apart(true: Truth, along: torch.Tensor) -> Apart:
     assert true.logprobs is not None
-    best, token = true.logprobs.max(-1)
-    agree = (along.argmax(-1) == token).float()
-    kl = (true.logprobs.exp() * (true.logprobs - along)).sum(-1).mean()
-    sure = agree[best > math.log(0.5)]
-    return Apart(float(agree.mean()), float(kl), float(sure.mean()) if len(sure) else None)
+    return apart(true.logprobs, along)
 
 
 def _rouge_l(

@@ -10,7 +10,7 @@ import torch
 from kvshare_sglang.bench import passages
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked
-from kvshare_sglang.bench.quality.outcomes import follow, judge
+from kvshare_sglang.bench.quality.outcomes import apart, follow, judge
 from kvshare_sglang.plan import ReusePlan
 from kvshare_sglang.sim.engine import KV, Lab, Model
 from kvshare_sglang.sim.writing import side_by_side
@@ -74,16 +74,16 @@ class Truth(NamedTuple):
     logprobs: torch.Tensor  # [n, vocab], along ``told``
 
     def measured(self, told: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
-        """KL from full prefill along its answer, mean and most of a token; top-1 agreement there;
-        margin and negative log-likelihood of the right answer. Both arguments [n, vocab] are
-        log-probabilities, along ``told`` and ``right``."""
-        kl = (self.logprobs.exp() * (self.logprobs - told)).sum(-1)
-        agree = (told.argmax(-1) == self.logprobs.argmax(-1)).float()
+        """KL from full prefill along its answer, mean and most of a token; top-1 agreement there,
+        of all tokens and of those that full prefill gives at least one half; margin and negative
+        log-likelihood of the right answer. Both arguments [n, vocab] are log-probabilities, along
+        ``told`` and ``right``."""
+        far = apart(self.logprobs, told)
         _, margin, nll = judge(right, self.right[len(self.ids) :])
-        return {
-            "kl": float(kl.mean()), "kl_most": float(kl.max()), "top1": float(agree.mean()),
-            "margin": margin, "nll": nll,
+        found = {
+            "kl": far.kl, "kl_most": far.kl_most, "top1": far.top1, "margin": margin, "nll": nll,
         }  # fmt: skip
+        return found if far.sure is None else found | {"top1_sure": far.sure}
 
 
 def truth(model: Model, texts: Texts, ids: np.ndarray, one: Asked) -> Truth:

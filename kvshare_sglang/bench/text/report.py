@@ -9,7 +9,7 @@ import numpy as np
 from kvshare_sglang.bench import common
 
 MEANS = (
-    "kl", "kl_most", "margin", "nll", "top1", "same",
+    "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same",
     "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
 
@@ -106,6 +106,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         margin="{margin:.2f}",
         nll="{nll:.3f}",
         top1="{top1:.3f}",
+        sure="{top1_sure:.3f}",
         same="{same:.2f}",
         recomputed="{recomputed:.1%}",
         computed="{computed:.1%}",
