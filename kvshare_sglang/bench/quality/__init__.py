@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", nargs="+", type=float, default=[0.12], help="for those that name none")
     add("--layer", type=int, default=1, help="the check layer")
     add("--n", type=int, default=500, help="prompts of each case")
+    add("--draw", type=int, default=0, metavar="K",
+        help="other prompts: those of 0 are what choices in the code were made on")  # fmt: skip
     add("--rouge", type=int, default=0, help="of the splices: how many to continue for ROUGE-L")
     add("--facts", type=int, default=60, help="sentences in a prompt")
     add("--min-reuse", type=int, default=32, help="--kvshare-min-reuse")
@@ -82,7 +84,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": [], "decode": [], "stream": []}
     setting = Setting(
         args.model, args.dtype, args.device, _config(args), args.selector,
-        layer=args.layer, n=args.n, facts=args.facts, rouge=args.rouge,
+        layer=args.layer, n=args.n, facts=args.facts, rouge=args.rouge, draw=args.draw,
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     threads = max(1, common.threads() // args.workers)

@@ -67,14 +67,15 @@ def drawn(draw: Callable[[], T | None], *, missing: str) -> Iterator[T]:
 
 
 def prompts(
-    encode: Encoder, task: str, case: str, *, n: int, size: tasks.Size, max_len: int
+    encode: Encoder, task: str, case: str, *, n: int, size: tasks.Size, max_len: int, draw: int = 0
 ) -> Iterator[Prompt]:
     """Test prompts of a task: always the same ones. Those that the model cannot hold are left
-    out and replaced. Raises NoPrompt if none is found in ``TRIES`` samples."""
-    rng = random.Random(f"test quality {task} {case}")
+    out and replaced. ``draw``: other ones, of the same kind; what was decided on prompts was on
+    those of draw 0. Raises NoPrompt if none is found in ``TRIES`` samples."""
+    rng = random.Random(f"test quality {task} {case}" + (f" {draw}" if draw else ""))
     filler = tasks.sentences("test")
 
-    def draw() -> Prompt | None:
+    def one() -> Prompt | None:
         pair = pair_of(rng, task, case, size, filler)
         if pair is None:
             return None
@@ -91,7 +92,7 @@ def prompts(
         f"{task}, {case}: none of {TRIES} samples of {size.facts} facts gives a prompt that"
         f" fits into {max_len} tokens"
     )
-    yield from itertools.islice(drawn(draw, missing=missing), n)
+    yield from itertools.islice(drawn(one, missing=missing), n)
 
 
 def pair_of(

@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     n: int
     facts: int
     rouge: int  # so many splices are continued for ROUGE-L
+    draw: int  # of the prompts
 
 
 @functools.cache
@@ -48,7 +49,9 @@ def measure(setting: Setting, task: str, case: str) -> list[dict[str, Any]]:
     splice = case == "splice"
     full: list[Truth] = []
     found: dict[tuple[str, float], list[Outcome]] = {}
-    wanted = prompts(encode, task, case, n=setting.n, size=size, max_len=len(model.table))
+    wanted = prompts(
+        encode, task, case, n=setting.n, size=size, max_len=len(model.table), draw=setting.draw
+    )
     for i, prompt in enumerate(wanted):
         lab = lab_of(model, setting.config, prompt)
         true = truth(
