@@ -45,28 +45,37 @@ def answers(rows: list[Row]) -> list[str]:
         for c, case in TOLD_CASES.items()
         if (found := compared(rows).get((t, c)))
     }
+    rivals = [LABELS[name] for name in RIVALS]
     lines = markdown(
-        ("what was cached, what is asked", "full prefill", "kvshare", "CacheBlend", "copies alone"),
+        ("what was cached, what is asked", "full prefill", "kvshare", "points apart, 95%", *rivals,
+         "copies alone"),
         [
             (
                 label,
                 _share(found, OURS, "{accuracy_full:.3f}"),
                 _share(found, OURS, "**{accuracy:.3f}**"),
-                _share(found, "cacheblend", "{accuracy:.3f}"),
+                points(found[OURS]["ci95"]).removesuffix(" points"),
+                *(_share(found, name, "{accuracy:.3f}") for name in RIVALS),
                 _share(found, OURS, "{accuracy_copy:.3f}"),
             )
             for label, found in told.items()
         ],
-    )
-    mine = [found[OURS] for found in told.values()]
+    )  # fmt: skip
+    each = list(told.values())
+    mine = [found[OURS] for found in each]
     again = [100 * r["recomputed_share"] for r in mine]
     counts = sorted({r["n"] for r in mine})
+    spent = {
+        label: [100 * found[name]["computed_share"] for found in each if name in found]
+        for name, label in {OURS: "kvshare", **{name: LABELS[name] for name in RIVALS}}.items()
+    }
+    shares = ", ".join(f"{k} {min(v):.0f} to {max(v):.0f}%" for k, v in spent.items() if v)
     return [
         *lines,
         "",
         f"(accuracy, {' or '.join(map(str, counts))} prompts a row; {min(again):.0f} to"
-        f" {max(again):.0f}% of the reused rows computed again, all counted; CacheBlend with about"
-        " as many FLOPs)",
+        f" {max(again):.0f}% of the reused rows computed again, all counted; of full prefill's"
+        f" FLOPs {shares})",
     ]
 
 
