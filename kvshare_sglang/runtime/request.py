@@ -156,7 +156,6 @@ class RequestReuse:
             blended = before.clip(0, plan.prefix_len).num
             reused = before - (before - plan.reused_rows)
             copied_before = (reused - self.again).num  # a chunk's last row ran there in any case
-            self.again |= reused
             record["blended_tokens"] -= blended
             record["copied_tokens"] -= copied_before
             record["recomputed_tokens"] += blended + copied_before

@@ -81,12 +81,15 @@ class DeviceTrace:
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         count = min(count, self._num_open)
         self._shares.pop(0)
-        if width := 2 * self._stretch:  # as ``spread``
-            mass = mass.masked_fill(~self._open, 0.0)
-            mass = max_pool1d(mass[None], width + 1, stride=1, padding=width // 2)[0]
         # Attention is never negative.
         order = torch.sort(mass.masked_fill(~self._open, -1.0), descending=True, stable=True)
-        at = order.indices[:count].sort().values
+        at = order.indices
+        if width := 2 * self._stretch:  # as ``spread``; like ones in the order of their own mass
+            mass = mass.masked_fill(~self._open, 0.0)
+            wide = max_pool1d(mass[None], width + 1, stride=1, padding=width // 2)[0]
+            wide = wide.masked_fill(~self._open, -1.0)[at]
+            at = at[torch.sort(wide, descending=True, stable=True).indices]
+        at = at[:count].sort().values
         self._open.index_fill_(0, at, False)
         self._kept.append(at)
         self._left -= count

@@ -63,20 +63,20 @@ class AttentionTrace(NamedTuple):
         follow edits: nothing attends to rows that meant another thing there.
 
         ``start``: the rows before it have KV by now, by default those of the prefix hit. Where a
-        prompt came in chunks, those that were copied and the new text computed over them may run
+        prompt came in chunks, those that were copied and the new text computed over copies may run
         once more, and where a prefix hit has open rows, ``most_open`` of these, by default what the
         budget buys of them.
         """
         start = plan.prefix_len if start is None else start
         required = self.required(plan, start)
-        candidates = plan.reused_rows
-        if plan.copies and start > plan.copies[0].dst_start:
-            candidates |= plan.fresh_rows.clip(plan.copies[0].dst_start, start)
         repaired = repair_rows(plan, budget=budget)
         if most_open is not None:
             repaired = min(repaired, most_open)
         shared = plan.blend.open if plan.blend and repaired else Rows()
-        candidates = (candidates | shared) - required
+        stale = plan.copies[0].dst_start if plan.copies else plan.prompt_len
+        stale = plan.prefix_len if shared else stale
+        over = plan.fresh_rows.clip(stale, start) if start > stale else Rows()
+        candidates = (plan.reused_rows | over | shared) - required
         count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
         after = rows_after_edits(plan, each=AFTER_EDIT, limit=int(AFTER_EDITS * count)) - required
         rows = required | after
@@ -193,11 +193,12 @@ class Trace:
         return rows if rows.num >= CARRIED_FROM else Rows()
 
     def feed(self, mass: np.ndarray) -> None:
-        """``mass`` [prompt_len]: attention of the query rows to each position. O(n log n)."""
+        """``mass`` [prompt_len]: attention of the query rows to each position. Of a stretch that
+        does not fit as a whole, those go first that are attended to. O(n log n)."""
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         where = np.flatnonzero(self._candidates)
-        mass = spread(np.where(self._candidates, mass, 0), self.stretch)
-        order = where[np.argsort(-mass[where], kind="stable")]
+        wide = spread(np.where(self._candidates, mass, 0), self.stretch)
+        order = where[np.lexsort((-mass[where], -wide[where]))]
         shared = self._shared[order]
         order = order[~shared | (np.cumsum(shared) <= self._left_shared)]
         rows = Rows.at(np.sort(order[:count]))

@@ -22,6 +22,7 @@ USUAL, CARE = 0.15, 0.3  # the default budget, and that of a model that was neve
 REPAIR = 0.25  # open rows before it that a new row buys: what a turn may cost beside its text
 FEWEST, TURN = 4, 60  # tokens of new text that may ask something, and that it counts as at least
 QUERY = 64  # of so many rows the attention is looked at, the last ones
+SINK = 4  # the first tokens of a prompt, which draw attention whatever they say
 
 
 class Sees(StrEnum):
@@ -142,9 +143,24 @@ def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: i
     ``max(suffix, 1)`` tokens, which choose the next token and always run."""
     check_runs(runs, start=prefix_len, stop=prompt_len)
     limit = prompt_len - max(suffix, 1)
+    runs = behind_sink(runs)
     useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
     copies = [run.cut(run.dst_start, min(run.dst_stop, limit)) for run in useful]
     return ReusePlan(prompt_len, prefix_len, tuple(useful), tuple(copies))
+
+
+def behind_sink(runs: Sequence[Run]) -> list[Run]:
+    """What of the runs may be copied: of moved text nothing to the first ``SINK`` positions. Text
+    from the middle of a prompt is no sink (Xiao et al. 2023, arXiv 2309.17453), and without one
+    every row behind is off.
+
+    >>> [tuple(run[1:4]) for run in behind_sink([Run(1, 300, 0, 90), Run(1, 0, 90, 60)])]
+    [(304, 4, 86), (0, 90, 60)]
+    """
+    return [
+        run.cut(min(max(run.dst_start, SINK), run.dst_stop), run.dst_stop) if run.shift else run
+        for run in runs
+    ]
 
 
 def required_rows(plan: ReusePlan, *, suffix: int) -> Rows:

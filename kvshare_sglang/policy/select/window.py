@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvshare_sglang.plan import Join, ReusePlan, Run, check_runs
-from kvshare_sglang.policy.select.base import MERGE_GAP, MIN_COPY, Sees, budget_rows
+from kvshare_sglang.policy.select.base import MERGE_GAP, MIN_COPY, Sees, behind_sink, budget_rows
 
 
 class Window(NamedTuple):
@@ -28,6 +28,7 @@ class Window(NamedTuple):
         its run. A run after the text that it was computed after has no head."""
         check_runs(runs, start=prefix_len, stop=prompt_len)
         limit = prompt_len - max(self.seam, 1)
+        runs = behind_sink(runs)
         useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
         useful = [run for run in useful if run.length - self.head(run) >= MIN_COPY]
         while True:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wishes import SEAM, copied_whole, wishes
 
-from kvshare_sglang.plan import Blend, Join, Rows, Run, merge_ranges
+from kvshare_sglang.plan import Blend, Join, ReusePlan, Rows, Run, merge_ranges
 from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.select import attention_trace
 from kvshare_sglang.policy.select.attention_trace import (
@@ -71,7 +71,8 @@ def test_no_more_rows_run_than_admission_was_told(wish, seed):
 
 @given(wishes(), st.integers(0, 9), st.integers(0, 100))
 def test_each_step_takes_what_the_one_before_attends_to_most(wish, stretch, seed):
-    """Of the rows that may be chosen, those near one that is attended to: a look at each pair."""
+    """Of the rows that may be chosen, those near one that is attended to, and of these the ones
+    that are attended to themselves: a look at each pair."""
     rng = np.random.default_rng(seed)
     trace = AttentionTrace(SEAM, stretch).trace(wish.plan, budget=wish.budget)
     free = wish.plan.reused_rows - required_rows(wish.plan, suffix=SEAM)
@@ -80,11 +81,13 @@ def test_each_step_takes_what_the_one_before_attends_to_most(wish, stretch, seed
         at = (free - before).positions
         near = np.abs(at[:, None] - at[None]) <= stretch
         trace.feed(mass)
-        mass[at] = (near * mass[at]).max(axis=1, initial=0)
+        wide = mass.copy()
+        wide[at] = (near * mass[at]).max(axis=1, initial=0)
+        rank = list(zip(wide, mass, strict=True))
         taken, left = trace.rows, free - trace.chosen
         assert trace.chosen - before == taken
         if left and taken:
-            assert mass[taken.positions].min() >= mass[left.positions].max()
+            assert min(rank[i] for i in taken.positions) >= max(rank[i] for i in left.positions)
 
 
 @given(wishes())
@@ -208,6 +211,18 @@ def test_with_the_last_chunk_run_its_new_text_the_question_and_what_was_copied_o
     # In one chunk it is the trace of a whole prompt.
     if start == plan.prefix_len:
         assert rows == required | trace.chosen
+
+
+@pytest.mark.parametrize("most_open", [None, 0])
+def test_text_of_earlier_chunks_over_open_rows_of_the_prefix_hit_may_run_again(most_open):
+    """But not where none of those can be put right."""
+    blend = Blend(100, Rows([(100, 900)]), depth=1)
+    plan = ReusePlan.computing(
+        Rows([(1000, 6000)]), prompt_len=6000, prefix_len=1000, runs=(), blend=blend
+    )
+    trace = SELECTOR.trace(plan, budget=0.15, start=5096, most_open=most_open)
+    want = [] if most_open == 0 else [(100, 900), (1000, 5096)]
+    assert Rows.where(trace.candidates) == Rows(want)
 
 
 @given(wishes(), st.integers(0, 100))

@@ -12,6 +12,7 @@ from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import (
     NEW,
     REACH,
+    SINK,
     RowScores,
     Sees,
     SelectionRequest,
@@ -46,6 +47,17 @@ def rows_of(selector, wish):
 
 def chosen(selector, wish):
     return rows_of(selector, wish) - required_rows(wish.plan, suffix=SEAM)
+
+
+@given(runs_in_a_prompt(), st.floats(0, 1), st.integers(1, 300))
+def test_moved_text_is_no_sink_whatever_selector_copies_it(case, budget, shift):
+    runs, prefix_len, prompt_len = case
+    moved = [run._replace(src_start=run.src_start + shift) for run in runs]
+    for selector in ALL:
+        plan = selector.plan(moved, prompt_len=prompt_len, prefix_len=prefix_len, budget=budget)
+        first = Rows([(prefix_len, SINK)][: prefix_len < SINK])
+        assert not first - plan.compute, selector.name
+        assert not plan.copies or plan.copies[0].dst_start >= SINK, selector.name
 
 
 @given(runs_in_a_prompt(), st.floats(0, 1))
