@@ -23,6 +23,7 @@ class Decline(StrEnum):
     TOO_LITTLE = "too_little"
     DEVIATION = "deviation"
     NO_ROOM = "no_room"
+    EVERY_ROW = "every_row"  # of its batch must run: a neighbour wants something of each token
     FAULT = "fault"
     SHADOW = "shadow"
 

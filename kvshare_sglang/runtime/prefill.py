@@ -68,8 +68,11 @@ def narrow(
     members = _members(fb, batch)
     every_row = rows = [member.whole for member in members]
     reuse = BatchReuse(rows=every_row) if _ALL_ROWS else None
+    whole = support.needs_every_row(fb, batch)
+    if whole:
+        _copy_nothing(members)
     planned = any(member.plan is not None for member in members)
-    if planned and not _ALL_ROWS and not support.needs_every_row(fb, batch):
+    if planned and not _ALL_ROWS and not whole:
         for member in members:
             member.later = _chooses_later(member)
         rows = few_enough([member.planned_rows() for member in members], runner)
@@ -100,6 +103,14 @@ def _members(fb: "ForwardBatch", batch: "ScheduleBatch") -> list[_Member]:
         plan = state.plan if state else None
         out.append(_Member(req, Range(start, start + length), state, plan))
     return out
+
+
+def _copy_nothing(members: Sequence[_Member]) -> None:
+    """All rows of the batch run, so what they leave is exact as far as what is before them."""
+    for member in members:
+        if member.state is not None and member.state.stage is Stage.ADMITTED:
+            member.state.stop_copying(Decline.EVERY_ROW)
+            member.plan = member.state.plan
 
 
 def _chooses_later(member: _Member) -> bool:

@@ -360,6 +360,7 @@ def test_odd_prompts(kv_lab: Lab, texts: Texts) -> None:
 def test_hidden_states_in_a_batch_with_reuse(llama: Path, texts: Texts) -> None:
     """SGLang hands out a batch's hidden states by the length of each prompt."""
     a, mine, other = texts.passage(300), texts.passage(40), texts.passage(500)
+    moved = texts.passage(4) + a
     with lab(llama, kvshare=True, enable_return_hidden_states=True) as it:
         alone = it.one(mine, hidden_states=True, new=3)["hidden_states"]
         it.flush()
@@ -369,13 +370,16 @@ def test_hidden_states_in_a_batch_with_reuse(llama: Path, texts: Texts) -> None:
                 [
                     # First: a batch that is charged by rows would have it wait.
                     request("mine", mine, hidden_states=True, new=3, extra_key="x"),
-                    request("reuse", texts.passage(4) + a),
+                    request("reuse", moved),
                     request("other", other),
                 ]
             ]
         )
         assert batch["mine"]["kvshare"]["declined"] == "hidden_states"
         assert computed(batch["reuse"]["kvshare"]) == 304
+        assert batch["reuse"]["kvshare"]["declined"] == "every_row"
+        again = it.one(moved, kvshare="exact")
+        assert again["kvshare"]["exact_tokens"] == 303  # nothing of it was copied
         got = batch["mine"]["hidden_states"]
         assert [len(part) for part in got] == [len(part) for part in alone]
         for ours, theirs in zip(got, alone, strict=True):
