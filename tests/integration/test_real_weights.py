@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lab import computed, lab, request
 
 from kvshare_sglang.bench import smollm2
 from kvshare_sglang.bench.demo.story import BAKERY, BOOKSHOP, FERRY, SYSTEM
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.select.base import SINK
 from kvshare_sglang.runtime import calibration
+from kvshare_sglang.sim.engine import Lab, Model
 
 pytestmark = pytest.mark.weights
 MODEL = smollm2.MODELS / smollm2.NAME
@@ -22,7 +26,7 @@ class Chat:
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
-        self.ids = self._encode(
+        self.ids = self.encode(
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
             + "\n\n".join([*documents, f"Question: {question}"])
             + "<|im_end|>\n<|im_start|>assistant\n"
@@ -30,10 +34,10 @@ class Chat:
 
     def goes_on(self, answer: list[int], question: str) -> list[int]:
         said = f"<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        self.ids = [*self.ids, *answer, *self._encode(said)]
+        self.ids = [*self.ids, *answer, *self.encode(said)]
         return self.ids
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -64,3 +68,21 @@ def test_a_conversation_over_moved_passages_answers_as_full_prefill_does() -> No
         chat.goes_on(answer, "Who is the captain of the ferry?")
         _, record = ask()
         assert record["blended_tokens"] > 0.5 * len(chat.ids)  # its own past is a prefix
+
+
+@pytest.mark.parametrize("selector", ["copy", "window"])
+def test_a_prompt_that_begins_with_moved_text_has_a_sink(selector: str) -> None:
+    """As a completion without a chat may, where the tokenizer adds no first token. If its first row
+    is a copy from the middle of another prompt all rows are off: a KL of .86, with the sink .05."""
+    before = Chat((BOOKSHOP, FERRY, BAKERY), "When does the bakery open?")
+    text = f"{BAKERY}\n\n{FERRY}\n\n{BOOKSHOP}\n\nThe crossing of the ferry takes"
+    ids = np.array(before.encode(text), np.int32)
+    model = Model(MODEL)
+    with_runs = Lab(model, KVShareConfig())
+    with_runs.add(np.array(before.ids, np.int32))
+    plan = with_runs.plan(ids)
+    assert plan.runs[0].dst_start <= SINK
+    done = with_runs.prefill(ids, plan, selector, budget=0.0)
+    full, mine = (x.log_softmax(-1) for x in (model.full(ids)[0], done.logits))
+    kl = float((full.exp() * (full - mine)).sum())
+    assert kl < 0.1
