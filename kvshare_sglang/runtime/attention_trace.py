@@ -122,6 +122,9 @@ class TraceStage:
         for job, trace, first in zip(self.jobs, traces, firsts, strict=False):
             if carried := trace.carried():
                 kept[job.number] = (carried, first)
+        for job, trace in zip(self.jobs, traces, strict=True):
+            mine, _ = kept.get(job.number, (Rows(), None))
+            job.state.traced(trace.ran - mine.num, share=self._depth(runner))
         halves = {number: mine for number, (mine, _) in kept.items()}
         return _Chosen(rows, earlier, self._plans(rows, halves), kept)
 
@@ -153,6 +156,8 @@ class TraceStage:
         recorded = runner.attn_backend.kvshare.recorded
         layer = self._layer(runner)
         trace_on_device.follow(there, self.jobs, fb, forward, layer=layer, recorded=recorded)
+        for job, trace in zip(self.jobs, there, strict=True):
+            job.state.traced(trace.ran, share=self._depth(runner))
         return [trace.chosen() for trace in there]
 
     def _run_chosen_on_device(
@@ -184,6 +189,10 @@ class TraceStage:
 
     def _layer(self, runner: "ModelRunner") -> int:
         return probe_layer(len(runner.model.model.layers), self.probe_at)
+
+    def _depth(self, runner: "ModelRunner") -> float:
+        """Which share of the layers a pass runs."""
+        return self._layer(runner) / len(runner.model.model.layers)
 
     def _plans(self, rows: Sequence[Rows], carried: Mapping[int, Rows]) -> list[ReusePlan]:
         """By job: what is copied once ``rows`` ran, of which those ``carried`` ran their lower

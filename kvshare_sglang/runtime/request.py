@@ -163,6 +163,10 @@ class RequestReuse:
             self.again |= here - (here - plan.reused_rows)
         return copied
 
+    def traced(self, rows: int, *, share: float) -> None:
+        """Passes through ``share`` of the layers ran so many rows to choose, beside the batch."""
+        self.record["traced_tokens"] = round(rows * share)
+
     def advance(self, stop: int) -> bool:
         """The prompt is through up to ``stop``; whether all that is copied has been enqueued."""
         self.done = stop

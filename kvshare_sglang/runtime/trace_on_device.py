@@ -69,6 +69,7 @@ class DeviceTrace:
         self._left, self._shares = trace.left, list(trace.shares)
         self._stretch = trace.stretch
         self._kept = [kept]
+        self.ran = 0
         self.rows = DeviceRows(trace.rows.num, trace.length, rows)
         self.asking = Asking(places, query, self.length)
 
@@ -94,6 +95,7 @@ class DeviceTrace:
         self._kept.append(at)
         self._left -= count
         self._num_open -= count
+        self.ran += self.rows.num
         self.rows = DeviceRows(count, self.length, at)
         self.asking = Asking(torch.arange(count, device=at.device), at, self.length)
 

@@ -91,11 +91,12 @@ class _Encoder:
 
 
 def _of_the_reader(n: int) -> Iterator[Prompt]:
-    """The reader reads nothing but the tasks that it was trained on."""
+    """The reader reads nothing but the tasks that it was trained on. Of another draw than what it
+    is measured on."""
     encode = cases.Encoder(READER)
     kinds = [(task, case) for case in ("splice", "edit far", "template") for task in READ]
     streams = [
-        cases.prompts(encode, task, case, n=n, size=SIZE, max_len=READER_HOLDS)
+        cases.prompts(encode, task, case, n=n, size=SIZE, max_len=READER_HOLDS, draw=2)
         for task, case in kinds
     ]
     for i in range(n):

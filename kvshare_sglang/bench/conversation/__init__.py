@@ -32,7 +32,7 @@ ROOM = 64  # tokens that are left for an answer
 
 # Of a result, what is shown: the columns, and what makes rows of it.
 TABLES: dict[str, tuple[dict[str, str], Callable[[Any], list[dict[str, Any]]]]] = {
-    "rows": (rows.COLUMNS, list),
+    "rows": (rows.COLUMNS, rows.told),
     "samples": (samples.COLUMNS, list),
     "memory": (memory.COLUMNS, memory.told),
     "tasks": (questions.COLUMNS, list),

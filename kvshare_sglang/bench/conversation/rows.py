@@ -43,11 +43,16 @@ def counted(answer: Answer) -> dict[str, int]:
 
 
 def rows_of(answer: Answer, *, stock: bool) -> int:
-    """Rows that ran for a prompt."""
+    """Rows that ran for a prompt, passes that chose some of them counted by the layers they ran."""
     if stock:
         return int(answer.meta["prompt_tokens"] - answer.meta["cached_tokens"])
     kinds = counted(answer)
-    return kinds["recomputed"] + kinds["fresh"]
+    return kinds["recomputed"] + kinds["fresh"] + passes_of(answer)
+
+
+def passes_of(answer: Answer) -> int:
+    """What the passes that chose rows cost, in rows through all layers."""
+    return int(answer.kvshare.get("traced_tokens", 0))
 
 
 def play(
@@ -86,6 +91,7 @@ def measure(
             "counted": turn.counted,
             "stock": sum(rows_of(one, stock=True) for one in alone),
             "ours": sum(rows_of(one, stock=False) for one in got),
+            "passes": sum(passes_of(one) for one in got),
             **_sums([counted(one) for one in got]),
             "declined": _words(one.kvshare["declined"] for one in got),
             "select": _words(one.kvshare["select"] for one in got),
@@ -115,6 +121,7 @@ def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
         "turns": len(rows),
         "stock": sum(r["stock"] for r in rows),
         "ours": sum(r["ours"] for r in rows),
+        "passes": sum(r.get("passes", 0) for r in rows),
         "sum_ratio": sum(r["ours"] for r in rows) / sum(r["stock"] for r in rows),
         "most_ratio": worst["ours"] / worst["stock"],
         "most_over": max(r["ours"] - r["stock"] for r in judged),
@@ -129,11 +136,17 @@ def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def told(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the table; before passes were counted they were in no sum."""
+    return [{"passes": "-", **one} for one in summaries]
+
+
 COLUMNS = {
     "history": "{name}",
     "turns": "{turns}",
     "stock_rows": "{stock}",
     "our_rows": "{ours}",
+    "of_them_passes": "{passes}",
     "sum": "{sum_ratio:.2f}x",
     "worst_turn": "{most_ratio:.2f}x",
     "rows_over": "{most_over:+d}",

@@ -90,6 +90,7 @@ class AttentionTrace(NamedTuple):
             shared=(shared.mask(plan.prompt_len), repaired),
             shares=shares,
             stretch=self.stretch,
+            asks_once=not plan.runs and start == plan.prefix_len,
         )
 
     def required(self, plan: ReusePlan, start: int) -> Rows:
@@ -109,6 +110,8 @@ class Trace:
     the last of them, pay to the prompt there. At the end ``chosen`` holds ``count`` of the
     candidates (bool [prompt_len]): those ``at_first``, and of the rest ``shares[i]`` from step
     ``i``. ``shared``: of these candidates only so many may be chosen. ``stretch``: see ``spread``.
+    ``asks_once``: the question's lower layers run once, see ``carried``. ``ran``: rows of all
+    passes so far.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Trace:
         shared: tuple[np.ndarray, int] | None = None,
         shares: Sequence[float] = SHARES,
         stretch: int = 0,
+        asks_once: bool = False,
     ) -> None:
         self._candidates = candidates.copy()
         self.stretch = stretch
@@ -130,7 +134,8 @@ class Trace:
         self._shares = list(shares)
         self._chosen = np.zeros(len(candidates), bool)
         self.rows, self.query = rows, query
-        self._first, self._asking = rows, query
+        self._first, self._asking = rows, Rows() if asks_once else query
+        self.ran = 0
         if at_first is not None:
             self._take(at_first)
 
@@ -185,12 +190,13 @@ class Trace:
         """Once done: new text whose lower layers, which the first step ran, need not run again.
 
         They saw copies that were not repaired yet; the layers above, and the question, see those
-        repaired.
+        repaired. In a turn that goes on from text which reused, and copies nothing, so does the
+        question in its upper layers alone: it costs twice as much otherwise as what is repaired.
         """
         if self.rows is self._first:  # there was no step
             return Rows()
         rows = self._first - self._asking - self.chosen
-        return rows if rows.num >= CARRIED_FROM else Rows()
+        return rows if rows.num >= (CARRIED_FROM if self._asking else 1) else Rows()
 
     def feed(self, mass: np.ndarray) -> None:
         """``mass`` [prompt_len]: attention of the query rows to each position. Of a stretch that
@@ -204,6 +210,7 @@ class Trace:
         rows = Rows.at(np.sort(order[:count]))
         self._take(rows)
         self._shares.pop(0)
+        self.ran += self.rows.num
         self.rows = self.query = rows
 
     def _take(self, rows: Rows) -> None:

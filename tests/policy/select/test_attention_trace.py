@@ -1,5 +1,6 @@
 """Traces choose what is attended to, step by step, within their budget."""
 
+import math
 from unittest import mock
 
 import numpy as np
@@ -223,6 +224,22 @@ def test_text_of_earlier_chunks_over_open_rows_of_the_prefix_hit_may_run_again(m
     trace = SELECTOR.trace(plan, budget=0.15, start=5096, most_open=most_open)
     want = [] if most_open == 0 else [(100, 900), (1000, 5096)]
     assert Rows.where(trace.candidates) == Rows(want)
+
+
+@pytest.mark.parametrize("start", [1000, 1016])
+def test_a_turn_that_only_repairs_runs_the_lower_layers_of_its_question_once(start):
+    """Not where an earlier chunk has run some of it."""
+    blend = Blend(100, Rows([(100, 900)]), depth=1)
+    plan = ReusePlan.computing(
+        Rows([(1000, 1030)]), prompt_len=1030, prefix_len=1000, runs=(), blend=blend
+    )
+    trace = SELECTOR.trace(plan, budget=0.15, start=start)
+    assert not trace.carried()  # there was no pass yet
+    finished(trace, np.random.default_rng(0))
+    assert trace.carried() == Rows([(1000, 1030)][: start == 1000])
+    passes = 30 if start == 1000 else 14 + 16
+    half, quarter = (math.ceil(repair_rows(plan, budget=0.15) * part) for part in (1 / 2, 1 / 4))
+    assert trace.ran == passes + half + quarter
 
 
 @given(wishes(), st.integers(0, 100))

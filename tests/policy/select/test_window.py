@@ -7,7 +7,13 @@ from oracles import covered
 from strategies import prompts_with_runs
 
 from kvshare_sglang.plan import Join, Run
-from kvshare_sglang.policy.select.base import MERGE_GAP, MIN_COPY, NEW, budget_rows
+from kvshare_sglang.policy.select.base import (
+    MERGE_GAP,
+    MIN_COPY,
+    NEW,
+    behind_sink,
+    budget_rows,
+)
 from kvshare_sglang.policy.select.window import Window
 
 BUDGETS = st.one_of(st.sampled_from((0.0, 0.15, 1.0)), st.floats(0, 1))
@@ -89,7 +95,7 @@ def test_heads_are_computed_in_full_where_the_budget_has_room_for_all(case):
     plan, runs, asked = case
     seam, window = asked["seam"], asked["window"]
     of = {Join.SEAM: seam, Join.EDIT: max(seam, window), Join.ON: 0, Join.SAME: 0}
-    heads = {run: min(run.length, of[run.join]) for run in runs}
+    heads = {run: min(run.length, of[run.join]) for run in behind_sink(runs)}
     if sum(heads.values()) <= budget_rows(
         plan.runs, prefix_len=plan.prefix_len, budget=asked["budget"]
     ):
