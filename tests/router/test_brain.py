@@ -214,7 +214,10 @@ def part(text, kind="text"):
     ("path", "body"),
     [
         (CHAT, {"messages": [
-            TURNS[0], {"role": "user", "content": [part("a"), part("b")]}, *TURNS[2:]]}),
+            TURNS[0], {"role": "user", "content": [part("a"), part("b")]},
+            {"role": "assistant", "content": "c", "tool_calls": [
+                {"type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}]},
+            *TURNS[3:]]}),
         (RESPONSES, {"instructions": "be\nbrief", "input": [
             {"role": "user", "content": [part("a", "input_text"), part("b", "input_text")]},
             {"type": "reasoning", "summary": []},
