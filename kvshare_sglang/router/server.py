@@ -201,7 +201,7 @@ class Proxy:
             gone.cancel()
             if not pump.done():
                 pump.cancel()
-            self._brain.answered(decision)
+            self._brain.ended(decision)
             with contextlib.suppress(asyncio.CancelledError, _Gone):
                 await pump
 

@@ -49,18 +49,18 @@ def test_a_stand_in_makes_the_worker_that_was_meant_avoided_and_teaches_no_key(b
     brain.doubted.clear()
     decision = decide(brain, 0)
     brain.served(decision, URLS[decision.second])
-    assert brain.index.standing(0, 0.0).avoid
+    assert brain.index.standings(0.0)[0].avoid
     assert 0 in brain.doubted
     assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
     brain.served(decision, URLS[0] + "/")
-    assert not brain.index.standing(0, 0.0).avoid
+    assert not brain.index.standings(0.0)[0].avoid
 
 
 @pytest.mark.parametrize("url", [None, "http://someone:9"])
 def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
     decision = decide(brain, 0)
     brain.served(decision, url)
-    assert not any(brain.index.standing(i, 0.0).avoid for i in range(3))
+    assert not any(brain.index.standings(0.0)[i].avoid for i in range(3))
 
 
 @pytest.mark.parametrize(

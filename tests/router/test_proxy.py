@@ -490,8 +490,10 @@ def test_chunks_pass_one_by_one_and_a_client_that_leaves_ends_the_request_at_the
                 go_on.set()
             assert await reply.content.readany() == b"data: 2\n\n"
             assert not any(one.routed for one in brain.index.workers)  # it has begun to answer
+            assert sum(len(one.open) for one in brain.index.workers) == 1
             reply.close()
             await asyncio.wait_for(gateway.ended.wait(), 15)
+            await until(lambda: not any(one.open for one in brain.index.workers))
             # And one that leaves before anything was answered.
             gateway.ended.clear()
             gateway.answer = lambda request: hang(gateway)
@@ -500,7 +502,12 @@ def test_chunks_pass_one_by_one_and_a_client_that_leaves_ends_the_request_at_the
             assert sum(len(one.routed) for one in brain.index.workers) == 1
             task.cancel()
             await asyncio.wait_for(gateway.ended.wait(), 15)
-            await until(lambda: not any(one.routed for one in brain.index.workers))
+            await until(lambda: not any(one.routed or one.open for one in brain.index.workers))
+            # And one that is answered whole.
+            gateway.answer = gateway._echo
+            async with client.post(url + GENERATE, json={"text": "z" * 50}) as reply:
+                assert reply.status == 418
+            await until(lambda: not any(one.open for one in brain.index.workers))
 
     asyncio.run(run())
 
@@ -557,6 +564,7 @@ def test_a_gateway_that_is_gone_is_a_502_and_one_that_breaks_off_breaks_the_answ
             with pytest.raises(aiohttp.ClientError):
                 async with client.post(url + GENERATE, json={"text": "x"}) as reply:
                     await reply.read()
+            await until(lambda: not any(one.routed or one.open for one in brain.index.workers))
         async with aiohttp.ClientSession() as session:
             proxy = server.Proxy(brain, Settings("http://127.0.0.1:9", ("", "")))
             proxy._client = session
@@ -596,7 +604,7 @@ def test_a_fault_of_the_router_fails_no_request():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("what", ["route", "answers", "served"])
+@pytest.mark.parametrize("what", ["route", "answers", "ended", "served"])
 def test_what_the_router_cannot_note_fails_no_request(what):
     async def run():
         gateway = Gateway()
