@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import resource
 import secrets
 import signal
 import sys
@@ -21,6 +22,9 @@ from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import Prompts
 from kvshare_sglang.router.server import Settings, make_app
 
+logger = logging.getLogger(__name__)
+
+MOST_FILES = 65535  # open at a time; a request that passes has two, its client's and its own
 TOKEN_FLAG = "--stream-token-file"
 
 
@@ -83,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.drain_seconds < 0:
             raise ConfigError("--drain-seconds", args.drain_seconds, "0 or more")
+        _open_many()
         with _gateway(args) as (url, process):
             _serve(args, url, process)
     except KVShareError as error:
@@ -91,6 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _open_many() -> None:
+    """Let this process, and a gateway that it starts, have more files open than the usual 1,024: as
+    many as SGLang's server takes, or as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= MOST_FILES:
+        return
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < MOST_FILES:
+        told = "%d files may be open at a time, so about %d requests: see ulimit -Hn"
+        logger.warning(told, most, most // 2)
 
 
 @contextlib.contextmanager
