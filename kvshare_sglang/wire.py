@@ -147,6 +147,7 @@ def token_of(
     environment: Mapping[str, str] = os.environ,
     *,
     token_flag: str = "--kvshare-stream-token-file",
+    variable: str = TOKEN_ENV,
 ) -> str:
     """The token in a file, without white space around it, or that of the environment; empty: none.
 
@@ -154,7 +155,7 @@ def token_of(
     was meant for a flag must not get into a log.
     """
     if not file:
-        return environment.get(TOKEN_ENV, "")
+        return environment.get(variable, "")
     try:
         token = Path(file).read_text().strip()
     except (OSError, ValueError):

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FILES = 65535  # open at a time; a request that passes has two, its client's and its own
 TOKEN_FLAG = "--stream-token-file"
+KEY_FLAG, KEY_ENV = "--worker-api-key-file", "KVSHARE_WORKER_API_KEY"
 
 
 class Worker(NamedTuple):
@@ -72,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=30080)
     add(TOKEN_FLAG, default="", metavar="FILE",
         help=f"as the workers' --kvshare-stream-token-file; else {wire.TOKEN_ENV}")  # fmt: skip
+    add(KEY_FLAG, default="", metavar="FILE",
+        help=f"the workers' --api-key, for the router's own requests; else {KEY_ENV}")  # fmt: skip
     add("--drain-seconds", type=int, default=180, metavar="S",
         help="how long answers under way may take once the router is asked to end, its gateway's"
         " too; default: 180, as smg's own")  # fmt: skip
@@ -137,12 +140,13 @@ def _serve(args: argparse.Namespace, url: str, process: gateway.Process | None) 
     for one in workers:
         if one.stream:
             wire.check_endpoint(one.stream, token, flag="--worker", token_flag=TOKEN_FLAG)
+    key = wire.token_of(args.worker_api_key_file, token_flag=KEY_FLAG, variable=KEY_ENV)
     prompts = Prompts()
     if args.model_path:
         prompts = Prompts.load(args.model_path, trust_remote_code=args.trust_remote_code)
     urls = [one.url for one in workers]
     brain = Brain(urls, prompts, Metrics(), secret=secrets.randbits(63))
-    settings = Settings(url, tuple(one.stream for one in workers), token)
+    settings = Settings(url, tuple(one.stream for one in workers), token, key)
     config = uvicorn.Config(
         make_app(brain, settings),
         host=args.host,

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -52,11 +53,13 @@ Headers = list[tuple[str, str]]
 
 
 class Settings(NamedTuple):
-    """``streams``: each worker's endpoint, empty where it has none."""
+    """``streams``: each worker's endpoint, empty where it has none. ``api_key``: of the workers, as
+    their ``--api-key``."""
 
     gateway: str
     streams: tuple[str, ...]
     token: str = ""
+    api_key: str = ""
 
 
 class _Gone(Exception):
@@ -85,6 +88,9 @@ class Proxy:
         self._client: aiohttp.ClientSession
         self._next: dict[int, tuple[float, float]] = {}  # by worker: not before, and how long then
         self._missed: set[int] = set()  # doubted, and not to be found so far
+        self._refused: set[str] = set()  # who wants another key, and that it does was said
+        key = settings.api_key
+        self._own: dict[str, str] = {"authorization": f"Bearer {key}"} if key else {}
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -299,15 +305,23 @@ class Proxy:
 
     async def _json(self, method: str, url: str, body: Any = None) -> Any:
         """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where
-        it does not, or has a fault."""
+        it does not, has a fault, or wants another key."""
         limit = aiohttp.ClientTimeout(total=10)
-        sent = {} if body is None else _as_json(body)
+        sent = {"headers": self._own} if body is None else _as_json(body, self._own)
         async with self._client.request(method, url, timeout=limit, **sent) as reply:
-            if reply.status >= 500:
+            if self._is_refused(url, reply.status) or reply.status >= 500:
                 raise aiohttp.ClientError(f"{url}: {reply.status}")
             with contextlib.suppress(orjson.JSONDecodeError):
                 return orjson.loads(await reply.read())
         return None
+
+    def _is_refused(self, url: str, status: int) -> bool:
+        refused = status in (401, 403)
+        who = "://".join(urlsplit(url)[:2])
+        if refused and who not in self._refused:
+            self._refused.add(who)
+            logger.warning("%s refuses the router's own requests: it needs an API key", who)
+        return refused
 
     async def _probe_all(self) -> None:
         """Until the gateway names workers by ids that are not known here: then nothing could be
@@ -376,11 +390,10 @@ class Proxy:
         body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             limit = aiohttp.ClientTimeout(total=60)
-            async with self._client.post(
-                self._settings.gateway + GENERATE, timeout=limit, **_as_json(body, {KEY: key})
-            ) as reply:
+            url, sent = self._settings.gateway + GENERATE, _as_json(body, {**self._own, KEY: key})
+            async with self._client.post(url, timeout=limit, **sent) as reply:
                 by = self._brain.number(reply.headers.get(SERVED))
-                if by is None and reply.status < 400:
+                if by is None and not self._is_refused(url, reply.status) and reply.status < 400:
                     raise _Strange(reply.headers.get(SERVED, "(no id)")[:200])
                 return by
         return None

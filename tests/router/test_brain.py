@@ -263,6 +263,8 @@ def test_a_worker_that_is_no_address_is_refused(text):
          "without --stream-token-file (or KVSHARE_STREAM_TOKEN)"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--stream-token-file", "s3cret"],
          "--stream-token-file must be"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--worker-api-key-file", "s3cret"],
+         "--worker-api-key-file must be"),
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
@@ -319,6 +321,7 @@ def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
     assert wire.token_of(str(tmp_path / "a"), {wire.TOKEN_ENV: "b"}) == "a"
     assert wire.token_of("", {wire.TOKEN_ENV: "b"}) == "b"
     assert wire.token_of("", {}) == ""
+    assert wire.token_of("", {wire.TOKEN_ENV: "b", "OTHER": "c"}, variable="OTHER") == "c"
     for bad in (str(tmp_path / "empty"), str(tmp_path), "not-a-file-but-the-token", "\0"):
         with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
             wire.token_of(bad, {wire.TOKEN_ENV: "b"})

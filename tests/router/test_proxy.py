@@ -48,9 +48,13 @@ class Gateway:
         self.ended = asyncio.Event()
         self.urls, self.spelling = [], ""  # of the URLs on its ring
         self.down, self.template, self.probes = set(), None, 0
+        self.api_key = ""
 
     async def handle(self, request):
         body = await request.read()
+        open_to_all = not self.api_key or request.path.startswith("/health")  # as SGLang
+        if not open_to_all and request.headers.get("authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         own = request.path == "/tokenize" or body == PROBE
         if own and request.content_type != "application/json":  # as SGLang and smg
             return web.json_response({"message": "Unsupported Media Type"}, status=400)
@@ -82,7 +86,7 @@ PROBE = b'{"input_ids":[1],"sampling_params":{"max_new_tokens":1}}'
 
 
 @contextlib.asynccontextmanager
-async def running(gateway, prompts=None, *, host="127.0.0.1"):
+async def running(gateway, prompts=None, *, host="127.0.0.1", api_key=""):
     """The gateway, twice (two workers), and a router before it; the router's URL and its brain."""
     runner = web.AppRunner(_app(gateway), handler_cancellation=True)
     await runner.setup()
@@ -92,7 +96,8 @@ async def running(gateway, prompts=None, *, host="127.0.0.1"):
         await web.SockSite(runner, sock).start()
     gateway.urls = urls[:2]
     brain = Brain(urls[:2], prompts or Prompts(Bytes()), Metrics())
-    app = make_app(brain, Settings(urls[0].replace("127.0.0.1", host), ("", "")))
+    settings = Settings(urls[0].replace("127.0.0.1", host), ("", ""), api_key=api_key)
+    app = make_app(brain, settings)
     it = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     task = asyncio.create_task(it.serve(sockets=[socks[2]]))
     try:
@@ -258,6 +263,36 @@ def test_no_tokens_are_handed_on_before_every_worker_was_asked_in_its_newest_lif
             assert not brain.sure()
             brain.index.begin(1, wire.Snapshot(8, 1, 0, 1, {}, []))
             await until(lambda: brain.sure() == {GENERATE, CHAT})
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("key", ["right", "wrong", ""])
+def test_workers_that_want_a_key_are_asked_with_it_and_one_that_refuses_teaches_nothing(
+    key, monkeypatch, caplog
+):
+    monkeypatch.setattr(server, "RETRY_S", 0.02)
+
+    async def run():
+        gateway = Gateway()
+        gateway.api_key = "right"
+        async with running(gateway, api_key=key) as (client, url, brain):
+            refused = "refuses the router's own requests"
+            if key != "right":
+                await until(lambda: all(caplog.text.count(one) for one in gateway.urls))
+                await asyncio.sleep(0.1)
+                assert not any(map(brain.is_compared, (0, 1)))
+                assert caplog.text.count(refused) == 2  # once for each
+                assert "another way" not in caplog.text
+                gateway.api_key = ""
+            await until(lambda: brain.sure() == {GENERATE, CHAT} and not brain.doubted)
+            assert brain.prompts.models == {"s3://m"}
+            assert (refused in caplog.text) == (key != "right")
+            # It is the router's own: a client's request goes on with the client's alone.
+            gateway.api_key = ""
+            async with client.post(url + GENERATE, json={"text": "x"}):
+                pass
+            assert "authorization" not in gateway.seen[-1][0].headers
 
     asyncio.run(run())
 
