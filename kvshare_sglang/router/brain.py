@@ -45,7 +45,8 @@ class Brain:
         self.urls = list(urls)
         self.index = Index(len(self.urls), secret=secret)
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
-        self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
+        # By worker: the key that did not lead there, to be tried once more; None: any of its own.
+        self.doubted: dict[int, str | None] = dict.fromkeys(range(len(self.urls)))
         self._alike: dict[int, tuple[int, frozenset[str]]] = {}
         self._models: dict[int, str | None] = {}
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
@@ -190,7 +191,7 @@ class Brain:
         self.metrics.served.labels(as_meant=str(by == meant).lower()).inc()
         self.index.served(meant, by, now)
         if by != meant:
-            self.doubted.add(meant)
+            self.doubted[meant] = decision.key
             self._alike.pop(meant, None)  # it may come back with another tokenizer
 
     def number(self, url: str | None) -> int | None:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -344,11 +343,12 @@ class Proxy:
             if now < due or not await self._healthy(self._brain.urls[worker]):
                 self._missed.add(worker)
             elif await self._probe(worker):
-                doubted.discard(worker)
-                del self._next[worker]
+                del doubted[worker], self._next[worker]
                 if worker in self._missed:  # who stood in for it seemed to have its keys
                     self._missed.discard(worker)
-                    doubted.update(set(range(len(self._brain.urls))) - {worker})
+                    for other in range(len(self._brain.urls)):
+                        if other != worker:
+                            doubted.setdefault(other, None)
             else:
                 self._missed.add(worker)
                 self._next[worker] = now + wait, min(2 * wait, MOST_RETRY_S)
@@ -362,25 +362,28 @@ class Proxy:
 
     async def _probe(self, worker: int) -> bool:
         """Whether a key is known to lead to a worker. Where the gateway sends other keys there, but
-        not the one that was computed, its ring is another one, and these are learned."""
-        keys = self._brain.keys
-        others = [i for i in range(len(self._brain.urls)) if i != worker]
+        not the one in doubt, its ring is another one: all that was computed for the worker goes,
+        and one of those others stays."""
+        keys, urls = self._brain.keys, self._brain.urls
+        others = [i for i in range(len(urls)) if i != worker]
         named = keys.key([worker, *others])
-        if named and await self._asked(named[0]) == worker:
+        key = self._brain.doubted.get(worker) or (named and named[0])
+        if key and await self._asked(key) == worker:
             return True
-        for turn in range(PROBES):
-            spare = keys.spare(turn)
+        for _ in range(PROBES):
+            spare = keys.spare()
             by = await self._asked(spare)
             if by is None:
                 return False
             if by != worker:
                 continue
             # The gateway knows it. It may have learned that a moment ago: once more.
-            by = await self._asked(named[0]) if named else None
-            if by is not None and by != worker and named:
-                logger.warning("key %s leads to %s", named[0], self._brain.urls[by])
-                keys.served(named[0], by)
-            if by != worker:
+            by = await self._asked(key) if key else None
+            if key and by is not None and by != worker:
+                logger.warning("key %s leads to %s", key, urls[by])
+                keys.served(key, by)
+                keys.only(worker, spare)
+            elif by is None:
                 keys.served(spare, worker)
             return True
         return False
@@ -399,7 +402,7 @@ class Proxy:
         return None
 
 
-def _as_json(body: Any, headers: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def _as_json(body: Any, headers: Mapping[str, str]) -> dict[str, Any]:
     """A body of the router's own. Its session adds no header by itself, and SGLang and the gateway
     refuse a body that does not say that it is JSON."""
     return {

@@ -50,7 +50,7 @@ def test_a_stand_in_makes_the_worker_that_was_meant_avoided_and_teaches_no_key(b
     decision = decide(brain, 0)
     brain.served(decision, URLS[decision.second])
     assert brain.index.standings(0.0)[0].avoid
-    assert 0 in brain.doubted
+    assert brain.doubted == {0: decision.key}
     assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
     brain.served(decision, URLS[0] + "/")
     assert not brain.index.standings(0.0)[0].avoid

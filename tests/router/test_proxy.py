@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from kvshare_sglang import wire
 from kvshare_sglang.router import server
-from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.brain import Brain, Decision
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import (
     CHAT,
@@ -418,6 +418,38 @@ def test_a_key_that_leads_nowhere_is_tried_ever_more_rarely():
     assert gaps.min() >= 2
 
 
+@pytest.mark.parametrize("num", [2, 4, 8, 40])
+@pytest.mark.parametrize("others", [0.0, 0.3, 1.0])
+def test_on_any_other_ring_each_worker_comes_to_have_a_key_and_no_key_leads_elsewhere(num, others):
+    """Of this share of the workers the gateway places other names on its ring."""
+    urls = [f"http://10.0.0.{i}:30000" for i in range(num)]
+    strange = {f"{url}/" if i < others * num else url for i, url in enumerate(urls)}
+    theirs = Ring(sorted(strange, key=lambda url: urls.index(url.rstrip("/"))))
+    brain = Brain(urls, Prompts(), Metrics())
+    proxy, rng, before = server.Proxy(brain, Settings("", ())), np.random.default_rng(num), []
+    computed = dict(brain.keys._by_pair)
+
+    async def healthy(url):
+        return True
+
+    async def asked(key):
+        return theirs.pair(key)[0]
+
+    proxy._healthy, proxy._asked = healthy, asked
+    for now in range(0, 4000, 2):
+        asyncio.run(proxy._probe_due(now))
+        for _ in range(5):
+            order = rng.permutation(num).tolist()
+            named = brain.keys.key(order)
+            by = None if named is None else theirs.pair(named[0])[0]
+            decision = Decision(named and named[0], order[0], order[1])
+            brain.served(decision, None if by is None else urls[by])
+            before.append(by == order[0])
+    assert all(before[-1000:])
+    if not others:
+        assert brain.keys._by_pair == computed
+
+
 def test_a_task_that_fails_goes_on_and_says_so_once_for_faults_in_a_row(monkeypatch, caplog):
     monkeypatch.setattr(server, "RETRY_S", 0)
     fates = iter([ValueError("planned"), KeyError("more"), None, OSError("again"), EOFError()])
@@ -668,7 +700,7 @@ def test_keys_are_learned_where_the_gateways_ring_is_another_one_and_not_from_a_
         gateway.spelling, gateway.down = spelling, {0}
         async with running(gateway) as (_, _, brain):
             before = dict(brain.keys._by_pair)
-            await until(lambda: brain.doubted == {0})
+            await until(lambda: set(brain.doubted) == {0})
             if not spelling:
                 await asyncio.sleep(0.2)
                 assert brain.keys._by_pair == before
