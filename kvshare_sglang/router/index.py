@@ -6,7 +6,7 @@ routed counts as held while it waits and for some seconds. Times are seconds of 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -164,6 +164,8 @@ class Index:
         if isinstance(message, wire.Beat):
             fits = message.number == mirror.number
             one.beat, mirror.weights = message, message.weights
+            if message.default:  # reuse is switched off and on while the worker runs
+                mirror.config = replace(mirror.config, default=message.default)
         else:
             fits = message.number == mirror.number + 1
             mirror.number = message.number

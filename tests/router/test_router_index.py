@@ -529,6 +529,20 @@ def test_a_request_that_says_nothing_gets_what_its_worker_gives_by_default():
         assert index.choose(prompt, NONE, AUTO, 0.0).work.copied > 0
 
 
+@pytest.mark.parametrize("configured", ["auto", "exact"])
+def test_a_request_that_says_nothing_gets_what_the_last_beat_told(configured):
+    """Reuse is switched off, by a gate or by hand, and on again while a worker runs."""
+    prompt = prompt_of(1)
+    index, lives = filled([[DOCS[1]], [DOCS[2]]], default=configured)
+    for default in ("exact", "auto", "exact"):
+        index.hear(0, beat(lives[0], default=default), 0.0)
+        unsaid, said = (
+            index.work(0, prompt, NONE, RequestOptions(mode)) for mode in (UNSAID, default)
+        )
+        assert unsaid == said
+        assert (unsaid.copied > 0) == (default == "auto")
+
+
 def test_what_was_routed_counts_as_held_while_it_waits(monkeypatch):
     prompt = prompt_of(5)
     again = np.concatenate([QUESTION, prompt])
