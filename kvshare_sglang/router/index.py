@@ -23,6 +23,7 @@ from kvshare_sglang.router.joint import MOST_WORKERS, JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror, Namespace
 
 EXACTLY = 3  # workers whose work is predicted exactly
+MOST_PIECES = 512  # of a prompt that are found exactly: 30 microseconds each, and all else waits
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
 MOST_SENT = 1 << 20  # tokens that a worker counts as holding of which that is not known
 MOST_WAITING = 1 << 17  # grams of what waits that are kept longer: of about half a million tokens
@@ -84,6 +85,12 @@ def _saved(
     a prefix hit whatever was asked for, and of what is found behind it a share."""
     front = coverage(np.bitwise_and.accumulate(masks), widths)[: len(shares)]
     return front + shares * (coverage(masks, widths)[: len(shares)] - front)
+
+
+def _pieces(masks: Words, worker: int) -> int:
+    """In how many places what a worker holds of a prompt begins, roughly."""
+    held = (masks >> np.uint64(worker)) & np.uint64(1)
+    return int(np.count_nonzero(held[1:] > held[:-1]))
 
 
 @dataclass(slots=True)
@@ -268,7 +275,11 @@ class Index:
         works: list[Work | None] = [None] * len(guesses)
         really: list[Work | None] = [None] * len(guesses)
         for i in first[:EXACTLY]:
-            works[i], real = guesses[i], self.work(i, prompt, namespace, options)
+            works[i] = guesses[i]
+            if _pieces(held, i) > MOST_PIECES:
+                really[i] = guesses[i]
+                continue
+            real = self.work(i, prompt, namespace, options)
             if real is not None:
                 # What is hoped for is on its way there, and is found when the request runs.
                 saved = int(hoped[i] - known[i])

@@ -497,6 +497,25 @@ def test_only_a_few_workers_are_looked_at_exactly(monkeypatch):
     assert 4 in asked
 
 
+@pytest.mark.parametrize("options", [AUTO, RequestOptions("exact")])
+def test_a_prompt_in_very_many_pieces_is_guessed_and_goes_where_its_text_is(options, monkeypatch):
+    """A match takes time for each piece, in which no answer passes."""
+    monkeypatch.setattr(index_module, "MOST_PIECES", 10)
+    asked, text = [], random_tokens(3, 1200)
+    real = Index.work
+    monkeypatch.setattr(Index, "work", lambda self, i, *a: asked.append(i) or real(self, i, *a))
+    index, _ = filled([[DOCS[0]], [DOCS[1], text]])
+    for every, exactly in ((300, True), (40, False)):
+        prompt = text.copy()
+        prompt[every::every] = -1
+        choice = index.choose(prompt, NONE, options, 0.0)
+        assert choice.order[0] == 1
+        assert (1 in asked) == exactly
+        assert 0 in asked  # which holds none of it
+        assert (choice.work.rows < 900) == (options is AUTO)
+        asked.clear()
+
+
 @pytest.mark.parametrize("options", [RequestOptions("exact"), RequestOptions(budget=1.0)])
 def test_what_may_not_be_copied_goes_where_its_prefix_is_among_many_workers(options):
     """Others hold as much of its text, in other places, and less in all."""
