@@ -45,12 +45,14 @@ def tools_of(path: str, body: dict[str, Any]) -> Any:
             for tool in tools
             if "name" in tool
         ]
-    choice = body.get("tool_choice")
+    choice = body.get("tool_choice") or {}
     if isinstance(choice, str):
         choice = {"type": choice}
-    if choice and choice["type"] == "none":
+    kind = choice.get("type", "function")
+    if kind == "none":
         return None
-    if choice and (name := choice.get("name") or choice.get("function", {}).get("name")):
+    name = choice.get("name") or choice.get("function", {}).get("name")
+    if name and kind in ("function", "custom", "tool"):
         tools = [tool for tool in tools if tool["function"]["name"] == name]
     return tools or None
 

@@ -171,7 +171,7 @@ class Index:
         if isinstance(message, wire.Beat):
             fits = message.number == mirror.number
             one.beat, mirror.weights = message, message.weights
-            if message.default:  # reuse is switched off and on while the worker runs
+            if message.default not in ("", mirror.config.default):  # reuse was switched off, or on
                 mirror.config = replace(mirror.config, default=message.default)
         else:
             fits = message.number == mirror.number + 1

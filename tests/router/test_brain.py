@@ -7,7 +7,7 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
-from kvshare_sglang.router.chats import messages_of, tools_of
+from kvshare_sglang.router.chats import messages_of, options_of, tools_of
 from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import (
@@ -244,6 +244,30 @@ def test_a_conversation_is_the_same_in_each_protocol(path, body):
     }
     assert tools_of(path, {"tools": tools[path]}) == tools[CHAT]
     assert not tools_of(path, {})
+
+
+@pytest.mark.parametrize(
+    ("choice", "named"),
+    [
+        (None, "fg"),
+        ("auto", "fg"),
+        ("none", ""),
+        ({"type": "function", "name": "g"}, "g"),
+        ({"type": "function", "name": "h"}, ""),
+        ({"type": "mcp", "name": "g"}, "fg"),  # it cannot be forced
+    ],
+)
+def test_a_response_may_choose_among_its_tools(choice, named):
+    tools = [{"type": "function", "name": name} for name in "fg"]
+    told = tools_of(RESPONSES, {"tools": tools, "tool_choice": choice})
+    assert [tool["function"]["name"] for tool in told or ()] == list(named)
+
+
+def test_an_effort_of_a_response_is_told_to_the_template_as_one_of_a_chat():
+    for effort in ("none", "low"):
+        of_response = options_of(RESPONSES, {"reasoning": {"effort": effort}})
+        assert of_response == options_of(CHAT, {"reasoning_effort": effort})
+        assert of_response["enable_thinking"] == (effort != "none")
 
 
 @pytest.mark.parametrize(
