@@ -90,7 +90,8 @@ class Snapshot(msgspec.Struct, tag="snapshot", array_like=True, frozen=True):
 class Beat(msgspec.Struct, tag="beat", array_like=True, frozen=True):
     """Load. ``rows``: those that the waiting requests will run, as far as can be told;
     ``rows_per_s``: at what pace a queue was worked off lately, 0 where there was none. ``number``:
-    of the last changes."""
+    of the last changes. ``default``: what requests get now that name no mode, empty: as configured.
+    """
 
     run: int
     number: int
@@ -99,6 +100,7 @@ class Beat(msgspec.Struct, tag="beat", array_like=True, frozen=True):
     waiting: int
     rows: int
     rows_per_s: float
+    default: str = ""
 
 
 Message = Changes | Snapshot | Beat
@@ -147,6 +149,7 @@ def token_of(
     environment: Mapping[str, str] = os.environ,
     *,
     token_flag: str = "--kvshare-stream-token-file",
+    variable: str = TOKEN_ENV,
 ) -> str:
     """The token in a file, without white space around it, or that of the environment; empty: none.
 
@@ -154,7 +157,7 @@ def token_of(
     was meant for a flag must not get into a log.
     """
     if not file:
-        return environment.get(TOKEN_ENV, "")
+        return environment.get(variable, "")
     try:
         token = Path(file).read_text().strip()
     except (OSError, ValueError):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import resource
 import secrets
 import signal
 import sys
@@ -21,7 +22,11 @@ from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import Prompts
 from kvshare_sglang.router.server import Settings, make_app
 
+logger = logging.getLogger(__name__)
+
+MOST_FILES = 65535  # open at a time; a request that passes has two, its client's and its own
 TOKEN_FLAG = "--stream-token-file"
+KEY_FLAG, KEY_ENV = "--worker-api-key-file", "KVSHARE_WORKER_API_KEY"
 
 
 class Worker(NamedTuple):
@@ -68,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=30080)
     add(TOKEN_FLAG, default="", metavar="FILE",
         help=f"as the workers' --kvshare-stream-token-file; else {wire.TOKEN_ENV}")  # fmt: skip
+    add(KEY_FLAG, default="", metavar="FILE",
+        help=f"the workers' --api-key, for the router's own requests; else {KEY_ENV}")  # fmt: skip
     add("--drain-seconds", type=int, default=180, metavar="S",
         help="how long answers under way may take once the router is asked to end, its gateway's"
         " too; default: 180, as smg's own")  # fmt: skip
@@ -83,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.drain_seconds < 0:
             raise ConfigError("--drain-seconds", args.drain_seconds, "0 or more")
+        _open_many()
         with _gateway(args) as (url, process):
             _serve(args, url, process)
     except KVShareError as error:
@@ -91,6 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _open_many() -> None:
+    """Let this process, and a gateway that it starts, have more files open than the usual 1,024: as
+    many as SGLang's server takes, or as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= MOST_FILES:
+        return
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < MOST_FILES:
+        told = "%d files may be open at a time, so about %d requests: see ulimit -Hn"
+        logger.warning(told, most, most // 2)
 
 
 @contextlib.contextmanager
@@ -118,12 +140,13 @@ def _serve(args: argparse.Namespace, url: str, process: gateway.Process | None) 
     for one in workers:
         if one.stream:
             wire.check_endpoint(one.stream, token, flag="--worker", token_flag=TOKEN_FLAG)
+    key = wire.token_of(args.worker_api_key_file, token_flag=KEY_FLAG, variable=KEY_ENV)
     prompts = Prompts()
     if args.model_path:
         prompts = Prompts.load(args.model_path, trust_remote_code=args.trust_remote_code)
     urls = [one.url for one in workers]
     brain = Brain(urls, prompts, Metrics(), secret=secrets.randbits(63))
-    settings = Settings(url, tuple(one.stream for one in workers), token)
+    settings = Settings(url, tuple(one.stream for one in workers), token, key)
     config = uvicorn.Config(
         make_app(brain, settings),
         host=args.host,

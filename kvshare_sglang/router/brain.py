@@ -45,7 +45,8 @@ class Brain:
         self.urls = list(urls)
         self.index = Index(len(self.urls), secret=secret)
         self.keys, self.prompts, self.metrics, self._clock = Keys(urls), prompts, metrics, clock
-        self.doubted = set(range(len(self.urls)))  # whether their keys lead to them is to be tried
+        # By worker: the key that did not lead there, to be tried once more; None: any of its own.
+        self.doubted: dict[int, str | None] = dict.fromkeys(range(len(self.urls)))
         self._alike: dict[int, tuple[int, frozenset[str]]] = {}
         self._models: dict[int, str | None] = {}
         self._numbers = {url.rstrip("/"): n for n, url in enumerate(self.urls)}
@@ -144,7 +145,8 @@ class Brain:
         return self.index.choose(reading.tokens, reading.namespace, reading.options, now)
 
     def sent(self, decision: Decision) -> Decision:
-        """The request goes out: it counts as work of its worker until ``answered``."""
+        """The request goes out: it counts as work of its worker until ``answered``, and as one that
+        decodes until ``ended``."""
         if decision.key is None or decision.choice is None:
             return decision
         try:
@@ -157,13 +159,22 @@ class Brain:
         return decision._replace(ticket=ticket)
 
     def answered(self, decision: Decision) -> None:
-        """It has begun to answer, or never will. Safe to call again."""
+        """It has begun to answer. Safe to call again."""
         if not decision.ticket:
             return
         try:
             self.index.answers(decision.best, decision.ticket)
         except Exception:
             self._fault("the router could not note that a request is answered")
+
+    def ended(self, decision: Decision) -> None:
+        """Its answer is through, or never will be. Safe to call again."""
+        if not decision.ticket:
+            return
+        try:
+            self.index.ended(decision.best, decision.ticket)
+        except Exception:
+            self._fault("the router could not note that a request has ended")
 
     def served(self, decision: Decision, url: str | None) -> None:
         """Learn from who served: ``x-smg-routed-worker-id`` of the answer, if there is one."""
@@ -180,7 +191,7 @@ class Brain:
         self.metrics.served.labels(as_meant=str(by == meant).lower()).inc()
         self.index.served(meant, by, now)
         if by != meant:
-            self.doubted.add(meant)
+            self.doubted[meant] = decision.key
             self._alike.pop(meant, None)  # it may come back with another tokenizer
 
     def number(self, url: str | None) -> int | None:
@@ -189,10 +200,9 @@ class Brain:
 
     def told(self) -> dict[str, Any]:
         """How each worker stands, for ``/health``."""
-        now = self._clock()
+        standings = self.index.standings(self._clock())
         workers = []
-        for number, (url, one) in enumerate(zip(self.urls, self.index.workers, strict=True)):
-            standing = self.index.standing(number, now)
+        for url, one, standing in zip(self.urls, self.index.workers, standings, strict=True):
             held = one.mirror.num_tokens if one.mirror else None
             told = {"url": url, "indexed_tokens": held, "queued_rows": standing.rows}
             workers.append({**told, "running": standing.running, "avoided": standing.avoid})

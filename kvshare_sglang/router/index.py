@@ -6,7 +6,7 @@ routed counts as held while it waits and for some seconds. Times are seconds of 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from kvshare_sglang.router.joint import MOST_WORKERS, JointMap, coverage
 from kvshare_sglang.router.mirror import Mirror, Namespace
 
 EXACTLY = 3  # workers whose work is predicted exactly
+MOST_PIECES = 512  # of a prompt that are found exactly: 30 microseconds each, and all else waits
 RECENT_S = 10.0  # routed text counts as held for this long, at least half of it
 MOST_SENT = 1 << 20  # tokens that a worker counts as holding of which that is not known
 MOST_WAITING = 1 << 17  # grams of what waits that are kept longer: of about half a million tokens
@@ -86,12 +87,18 @@ def _saved(
     return front + shares * (coverage(masks, widths)[: len(shares)] - front)
 
 
+def _pieces(masks: Words, worker: int) -> int:
+    """In how many places what a worker holds of a prompt begins, roughly."""
+    held = (masks >> np.uint64(worker)) & np.uint64(1)
+    return int(np.count_nonzero(held[1:] > held[:-1]))
+
+
 @dataclass(slots=True)
 class Worker:
     """``mirror`` None: what it holds is not known. ``run``: the last life that it told of, 0: none.
     ``routed``: of requests that were sent there and have not begun to answer, by ticket, the rows
-    and when that was, infinite where the first token will be seen. ``sent``: tokens, about; at most
-    MOST_SENT."""
+    and when that was, infinite where the first token will be seen. ``open``: the tickets of those
+    whose answers have not ended. ``sent``: tokens, about; at most MOST_SENT."""
 
     mirror: Mirror | None = None
     run: int = 0
@@ -100,6 +107,7 @@ class Worker:
     suspect: float = 0.0  # until then
     failures: int = 0
     routed: dict[int, tuple[int, float]] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
     sent: int = 0
 
 
@@ -163,6 +171,8 @@ class Index:
         if isinstance(message, wire.Beat):
             fits = message.number == mirror.number
             one.beat, mirror.weights = message, message.weights
+            if message.default not in ("", mirror.config.default):  # reuse was switched off, or on
+                mirror.config = replace(mirror.config, default=message.default)
         else:
             fits = message.number == mirror.number + 1
             mirror.number = message.number
@@ -179,13 +189,15 @@ class Index:
     # ---- what becomes of requests ------------------------------------------------------------
 
     def route(self, worker: int, choice: Choice, now: float, *, streams: bool = True) -> int:
-        """A request goes there; a ticket for ``answers``. Of an answer that does not ``stream`` it
-        is not seen when its prompt is through: soon the worker's own beats say what waits."""
+        """A request goes there; a ticket for ``answers`` and ``ended``. Of an answer that does not
+        ``stream`` it is not seen when its prompt is through: soon the worker's own beats say what
+        waits."""
         self._tickets += 1
         self._recent.add(self._tickets, choice.hashes, worker, now)
         one = self.workers[worker]
         rows = choice.work.rows if choice.work else choice.tokens
         one.routed[self._tickets] = rows, math.inf if streams else now
+        one.open.add(self._tickets)
         one.sent += choice.tokens
         if one.sent > MOST_SENT:  # halved alike, they still say who got less
             for each in self.workers:
@@ -196,6 +208,11 @@ class Index:
         """Its first token is there, or its end: it waits no longer. Safe to call again."""
         self.workers[worker].routed.pop(ticket, None)
         self._recent.done(ticket)
+
+    def ended(self, worker: int, ticket: int) -> None:
+        """Its answer is through, or never will be. Safe to call again."""
+        self.answers(worker, ticket)
+        self.workers[worker].open.discard(ticket)
 
     def served(self, meant: int, by: int, now: float) -> None:
         """Who served: where another one stood in, the one that was meant is left alone a while, the
@@ -209,19 +226,27 @@ class Index:
     def _trust(self, worker: int) -> None:
         self.workers[worker].failures, self.workers[worker].suspect = 0, 0.0
 
-    def standing(self, worker: int, now: float) -> Standing:
-        """How a worker stands in the eyes of ``cost.order``. What it says of its queue is some
-        tenths of a second old, what was sent there since is known here: the greater counts."""
-        one = self.workers[worker]
+    def standings(self, now: float) -> list[Standing]:
+        """How the workers stand in the eyes of ``cost.order``. What one says of its queue is some
+        tenths of a second old, what was sent there since is known here: the greater counts. One
+        that says nothing decodes what was sent there and has not ended, and holds as much as the
+        others, and what it was sent more than the mean."""
+        known = [one.mirror.num_tokens for one in self.workers if one.mirror]
+        mean_sent = sum(one.sent for one in self.workers) // len(self.workers)
+        usual = sum(known) // len(known) - mean_sent if known else 0
+        return [self._standing(one, now, held=usual + one.sent) for one in self.workers]
+
+    def _standing(self, one: Worker, now: float, *, held: int) -> Standing:
+        """``held``: where that is not known."""
         quiet = now - one.heard if one.heard is not None else 0.0
         beat = one.beat if quiet < SILENT_S else None
         since = now - 2 * wire.BEAT_S if beat else -math.inf
         sent = sum(rows for rows, at in one.routed.values() if at >= since)
         return Standing(
             rows=max(beat.rows if beat else 0, sent),
-            running=beat.running if beat else 0,
+            running=beat.running if beat else len(one.open),
             rows_per_s=beat.rows_per_s if beat else 0.0,
-            held=one.mirror.num_tokens if one.mirror else one.sent,
+            held=one.mirror.num_tokens if one.mirror else held,
             avoid=SILENT_S <= quiet < AVOID_S or now < one.suspect,
         )
 
@@ -238,7 +263,7 @@ class Index:
         gaps = np.diff(marks.positions, append=marks.positions[-1:] + GRAM)
         widths = np.minimum(gaps, SPAN).astype(np.float32)
         there = held | self._recent.find(marks.hashes, now)
-        standings = [self.standing(i, now) for i in range(len(self.workers))]
+        standings = self.standings(now)
         shares = np.array([self._saves(i, options) for i in range(len(self.workers))], np.float32)
         known = hoped = _saved(held, widths, shares)
         if (there != held).any():
@@ -250,7 +275,11 @@ class Index:
         works: list[Work | None] = [None] * len(guesses)
         really: list[Work | None] = [None] * len(guesses)
         for i in first[:EXACTLY]:
-            works[i], real = guesses[i], self.work(i, prompt, namespace, options)
+            works[i] = guesses[i]
+            if _pieces(held, i) > MOST_PIECES:
+                really[i] = guesses[i]
+                continue
+            real = self.work(i, prompt, namespace, options)
             if real is not None:
                 # What is hoped for is on its way there, and is found when the request runs.
                 saved = int(hoped[i] - known[i])
@@ -262,7 +291,7 @@ class Index:
 
     def by_load(self, now: float) -> Choice:
         """Whom to send a prompt to that is not known."""
-        standings = [self.standing(i, now) for i in range(len(self.workers))]
+        standings = self.standings(now)
         works = [Work(UNKNOWN, 0, 0)] * len(standings)
         ranked = order(works, standings, prompt_len=UNKNOWN)
         return Choice(ranked, None, UNKNOWN, np.empty(0, np.uint64))

@@ -14,7 +14,7 @@ from kvshare_sglang import wire
 from kvshare_sglang.errors import ConfigError, KVShareError
 from kvshare_sglang.policy.options import RequestOptions, parse_header, parse_options, with_header
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
-from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES, messages_of, tools_of
+from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES, messages_of, options_of, tools_of
 from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.mirror import Namespace
 
@@ -152,7 +152,7 @@ class Prompts:
         if path in CHATS:
             text = self._tokenizer.apply_chat_template(
                 messages_of(path, body), tokenize=False, add_generation_prompt=True,
-                tools=tools_of(path, body),
+                tools=tools_of(path, body), **options_of(path, body),
             )  # fmt: skip
         else:
             text = body.get("text") if path == GENERATE else _only(body.get("prompt"))

@@ -54,7 +54,7 @@ class Keys:
 
     def __init__(self, urls: Sequence[str], *, salt: str = "kvshare") -> None:
         ring = Ring(urls)
-        self._salt = salt
+        self._salt, self._spares = salt, 0
         self._by_pair: dict[tuple[int, int], str] = {}  # the same twice: the next one is not known
         wanted = ring.pairs()
         # Arcs differ in length: pairs that only short ones have may go without a key.
@@ -86,9 +86,16 @@ class Keys:
         if not any(known == key for known in self._by_pair.values()):
             self._by_pair.setdefault((worker, worker), key)
 
-    def spare(self, number: int) -> str:
-        """A key of which nothing is known."""
-        return f"{self._salt}-spare-{number}"
+    def only(self, worker: int, key: str) -> None:
+        """This key leads to a worker, and one that was computed does not: the ring is another one,
+        and nothing else that was computed for that worker is worth anything. O(pairs)."""
+        others = {pair: known for pair, known in self._by_pair.items() if pair[0] != worker}
+        self._by_pair = {**others, (worker, worker): key}
+
+    def spare(self) -> str:
+        """A key of which nothing is known, each time another one."""
+        self._spares += 1
+        return f"{self._salt}-spare-{self._spares}"
 
     @property
     def num_pairs(self) -> int:

@@ -10,8 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -52,11 +52,13 @@ Headers = list[tuple[str, str]]
 
 
 class Settings(NamedTuple):
-    """``streams``: each worker's endpoint, empty where it has none."""
+    """``streams``: each worker's endpoint, empty where it has none. ``api_key``: of the workers, as
+    their ``--api-key``."""
 
     gateway: str
     streams: tuple[str, ...]
     token: str = ""
+    api_key: str = ""
 
 
 class _Gone(Exception):
@@ -85,6 +87,9 @@ class Proxy:
         self._client: aiohttp.ClientSession
         self._next: dict[int, tuple[float, float]] = {}  # by worker: not before, and how long then
         self._missed: set[int] = set()  # doubted, and not to be found so far
+        self._refused: set[str] = set()  # who wants another key, and that it does was said
+        key = settings.api_key
+        self._own: dict[str, str] = {"authorization": f"Bearer {key}"} if key else {}
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -201,7 +206,7 @@ class Proxy:
             gone.cancel()
             if not pump.done():
                 pump.cancel()
-            self._brain.answered(decision)
+            self._brain.ended(decision)
             with contextlib.suppress(asyncio.CancelledError, _Gone):
                 await pump
 
@@ -299,15 +304,23 @@ class Proxy:
 
     async def _json(self, method: str, url: str, body: Any = None) -> Any:
         """What a worker answers, None where that is no JSON. Raises ClientError, TimeoutError where
-        it does not, or has a fault."""
+        it does not, has a fault, or wants another key."""
         limit = aiohttp.ClientTimeout(total=10)
-        sent = {} if body is None else _as_json(body)
+        sent = {"headers": self._own} if body is None else _as_json(body, self._own)
         async with self._client.request(method, url, timeout=limit, **sent) as reply:
-            if reply.status >= 500:
+            if self._is_refused(url, reply.status) or reply.status >= 500:
                 raise aiohttp.ClientError(f"{url}: {reply.status}")
             with contextlib.suppress(orjson.JSONDecodeError):
                 return orjson.loads(await reply.read())
         return None
+
+    def _is_refused(self, url: str, status: int) -> bool:
+        refused = status in (401, 403)
+        who = "://".join(urlsplit(url)[:2])
+        if refused and who not in self._refused:
+            self._refused.add(who)
+            logger.warning("%s refuses the router's own requests: it needs an API key", who)
+        return refused
 
     async def _probe_all(self) -> None:
         """Until the gateway names workers by ids that are not known here: then nothing could be
@@ -330,11 +343,12 @@ class Proxy:
             if now < due or not await self._healthy(self._brain.urls[worker]):
                 self._missed.add(worker)
             elif await self._probe(worker):
-                doubted.discard(worker)
-                del self._next[worker]
+                del doubted[worker], self._next[worker]
                 if worker in self._missed:  # who stood in for it seemed to have its keys
                     self._missed.discard(worker)
-                    doubted.update(set(range(len(self._brain.urls))) - {worker})
+                    for other in range(len(self._brain.urls)):
+                        if other != worker:
+                            doubted.setdefault(other, None)
             else:
                 self._missed.add(worker)
                 self._next[worker] = now + wait, min(2 * wait, MOST_RETRY_S)
@@ -348,25 +362,28 @@ class Proxy:
 
     async def _probe(self, worker: int) -> bool:
         """Whether a key is known to lead to a worker. Where the gateway sends other keys there, but
-        not the one that was computed, its ring is another one, and these are learned."""
-        keys = self._brain.keys
-        others = [i for i in range(len(self._brain.urls)) if i != worker]
+        not the one in doubt, its ring is another one: all that was computed for the worker goes,
+        and one of those others stays."""
+        keys, urls = self._brain.keys, self._brain.urls
+        others = [i for i in range(len(urls)) if i != worker]
         named = keys.key([worker, *others])
-        if named and await self._asked(named[0]) == worker:
+        key = self._brain.doubted.get(worker) or (named and named[0])
+        if key and await self._asked(key) == worker:
             return True
-        for turn in range(PROBES):
-            spare = keys.spare(turn)
+        for _ in range(PROBES):
+            spare = keys.spare()
             by = await self._asked(spare)
             if by is None:
                 return False
             if by != worker:
                 continue
             # The gateway knows it. It may have learned that a moment ago: once more.
-            by = await self._asked(named[0]) if named else None
-            if by is not None and by != worker and named:
-                logger.warning("key %s leads to %s", named[0], self._brain.urls[by])
-                keys.served(named[0], by)
-            if by != worker:
+            by = await self._asked(key) if key else None
+            if key and by is not None and by != worker:
+                logger.warning("key %s leads to %s", key, urls[by])
+                keys.served(key, by)
+                keys.only(worker, spare)
+            elif by is None:
                 keys.served(spare, worker)
             return True
         return False
@@ -376,17 +393,16 @@ class Proxy:
         body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             limit = aiohttp.ClientTimeout(total=60)
-            async with self._client.post(
-                self._settings.gateway + GENERATE, timeout=limit, **_as_json(body, {KEY: key})
-            ) as reply:
+            url, sent = self._settings.gateway + GENERATE, _as_json(body, {**self._own, KEY: key})
+            async with self._client.post(url, timeout=limit, **sent) as reply:
                 by = self._brain.number(reply.headers.get(SERVED))
-                if by is None and reply.status < 400:
+                if by is None and not self._is_refused(url, reply.status) and reply.status < 400:
                     raise _Strange(reply.headers.get(SERVED, "(no id)")[:200])
                 return by
         return None
 
 
-def _as_json(body: Any, headers: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def _as_json(body: Any, headers: Mapping[str, str]) -> dict[str, Any]:
     """A body of the router's own. Its session adds no header by itself, and SGLang and the gateway
     refuse a body that does not say that it is JSON."""
     return {

@@ -172,6 +172,7 @@ class Load(NamedTuple):
     waiting: int = 0
     rows: int = 0
     rows_done: int = 0  # since the start
+    default: str = ""
 
 
 class Pace:
@@ -284,7 +285,7 @@ class Publisher(threading.Thread):
             load = self._load()
             self._pace.note(now, load)
             of = load.weights, load.running, load.waiting, load.rows, self._pace.rows_per_s
-            self._send(wire.encode(wire.Beat(self._run, self._number, *of)))
+            self._send(wire.encode(wire.Beat(self._run, self._number, *of, load.default)))
 
     def _answer(self, who: bytes, what: bytes) -> None:
         now = time.monotonic()
@@ -382,4 +383,5 @@ def load_of(scheduler: Any, cache: FuzzyRadixCache) -> Load:
     done = tokens["recomputed"] + tokens["fresh"]
     seen = done + tokens["exact"] + tokens["blended"] + tokens["copied"]
     share = done / seen if seen else 1.0
-    return Load(cache.sync.weights, len(running), len(waiting), int(share * ahead), done)
+    rows, default = int(share * ahead), cache.shadow.default
+    return Load(cache.sync.weights, len(running), len(waiting), rows, done, default)

@@ -12,8 +12,10 @@ from conftest import Texts
 from lab import Lab, computed, lab, request
 
 from kvshare_sglang.policy.options import RequestOptions
+from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.index import Index
 from kvshare_sglang.router.stream import follow
+from kvshare_sglang.runtime.shadow import SWITCH
 from kvshare_sglang.runtime.stream import Load, load_of
 
 TOKEN = "a token of the tests, long enough"
@@ -121,11 +123,38 @@ def test_predicted_rows_are_those_that_run_and_runs_those_that_are_found(
     assert evicted
 
 
+def test_what_is_predicted_for_those_who_say_nothing_follows_the_switch(
+    worker: Lab, endpoint: str, texts: Texts
+) -> None:
+    """``kvshare_reuse`` by hand, as a gate that closes."""
+    router, doc = Router(endpoint), texts.passage(220)
+    worker.one([*texts.passage(15), *doc], new=2)
+    for on in (1, 0, 1):
+        assert worker.ask("probes:switch", {SWITCH: on})
+        # The next beat tells of it; what was told before is not waited for.
+        default = "auto" if on else "exact"
+        assert router.until(lambda index, now=default: default_of(index) == now)
+        prompt = [*texts.passage(15), *doc, *texts.passage(25)]
+        held = worker.ask("test_router_stream:tokens_held")
+        assert router.holds(held)
+        array = np.array(prompt, np.int32)
+        work = router.index.choose(array, NONE, RequestOptions(UNSAID), time.monotonic()).work
+        record = worker.one(prompt, new=2)["kvshare"]
+        assert work is not None
+        assert (work.rows, work.copied) == (computed(record), record["copied_tokens"])
+        assert (work.copied > 0) == bool(on)
+
+
+def default_of(index: Index) -> str | None:
+    one = index.workers[0]
+    return one.mirror.config.default if one.mirror and one.beat else None
+
+
 def note_load(child: Any) -> None:
     child.noted = [*getattr(child, "noted", []), tuple(load_of(child.scheduler, child.cache))]
 
 
-def noted_loads(child: Any) -> list[tuple[int, ...]]:
+def noted_loads(child: Any) -> list[tuple[Any, ...]]:
     return list(child.noted)
 
 

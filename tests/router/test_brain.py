@@ -7,7 +7,7 @@ from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import RequestOptions
 from kvshare_sglang.router.__main__ import main, parse_worker
 from kvshare_sglang.router.brain import Brain
-from kvshare_sglang.router.chats import messages_of, tools_of
+from kvshare_sglang.router.chats import messages_of, options_of, tools_of
 from kvshare_sglang.router.cost import UNSAID
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import (
@@ -49,18 +49,18 @@ def test_a_stand_in_makes_the_worker_that_was_meant_avoided_and_teaches_no_key(b
     brain.doubted.clear()
     decision = decide(brain, 0)
     brain.served(decision, URLS[decision.second])
-    assert brain.index.standing(0, 0.0).avoid
-    assert 0 in brain.doubted
+    assert brain.index.standings(0.0)[0].avoid
+    assert brain.doubted == {0: decision.key}
     assert brain.keys.key([0, decision.second]) == (decision.key, decision.second)
     brain.served(decision, URLS[0] + "/")
-    assert not brain.index.standing(0, 0.0).avoid
+    assert not brain.index.standings(0.0)[0].avoid
 
 
 @pytest.mark.parametrize("url", [None, "http://someone:9"])
 def test_an_answer_that_names_no_worker_of_ours_teaches_nothing(brain, url):
     decision = decide(brain, 0)
     brain.served(decision, url)
-    assert not any(brain.index.standing(i, 0.0).avoid for i in range(3))
+    assert not any(brain.index.standings(0.0)[i].avoid for i in range(3))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,10 @@ def part(text, kind="text"):
     ("path", "body"),
     [
         (CHAT, {"messages": [
-            TURNS[0], {"role": "user", "content": [part("a"), part("b")]}, *TURNS[2:]]}),
+            TURNS[0], {"role": "user", "content": [part("a"), part("b")]},
+            {"role": "assistant", "content": "c", "tool_calls": [
+                {"type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}]},
+            *TURNS[3:]]}),
         (RESPONSES, {"instructions": "be\nbrief", "input": [
             {"role": "user", "content": [part("a", "input_text"), part("b", "input_text")]},
             {"type": "reasoning", "summary": []},
@@ -244,6 +247,30 @@ def test_a_conversation_is_the_same_in_each_protocol(path, body):
 
 
 @pytest.mark.parametrize(
+    ("choice", "named"),
+    [
+        (None, "fg"),
+        ("auto", "fg"),
+        ("none", ""),
+        ({"type": "function", "name": "g"}, "g"),
+        ({"type": "function", "name": "h"}, ""),
+        ({"type": "mcp", "name": "g"}, "fg"),  # it cannot be forced
+    ],
+)
+def test_a_response_may_choose_among_its_tools(choice, named):
+    tools = [{"type": "function", "name": name} for name in "fg"]
+    told = tools_of(RESPONSES, {"tools": tools, "tool_choice": choice})
+    assert [tool["function"]["name"] for tool in told or ()] == list(named)
+
+
+def test_an_effort_of_a_response_is_told_to_the_template_as_one_of_a_chat():
+    for effort in ("none", "low"):
+        of_response = options_of(RESPONSES, {"reasoning": {"effort": effort}})
+        assert of_response == options_of(CHAT, {"reasoning_effort": effort})
+        assert of_response["enable_thinking"] == (effort != "none")
+
+
+@pytest.mark.parametrize(
     "text", ["a:1", "ftp://a:1", "http://a", "http://a:x", "http://:1", "http://a:1/path", ""]
 )
 def test_a_worker_that_is_no_address_is_refused(text):
@@ -260,6 +287,8 @@ def test_a_worker_that_is_no_address_is_refused(text):
          "without --stream-token-file (or KVSHARE_STREAM_TOKEN)"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--stream-token-file", "s3cret"],
          "--stream-token-file must be"),
+        (["--worker", "http://a:1", "--gateway", "http://g:1", "--worker-api-key-file", "s3cret"],
+         "--worker-api-key-file must be"),
         (["--worker", "http://a:1=udp://x", "--gateway", "http://g:1"], "tcp://HOST:PORT or ipc"),
         (["--worker", "http://a:1", "--gateway", "http://g:1", "--model-path", "nowhere"],
          "--model-path"),
@@ -316,6 +345,7 @@ def test_the_token_of_a_file_comes_before_that_of_the_environment(tmp_path):
     assert wire.token_of(str(tmp_path / "a"), {wire.TOKEN_ENV: "b"}) == "a"
     assert wire.token_of("", {wire.TOKEN_ENV: "b"}) == "b"
     assert wire.token_of("", {}) == ""
+    assert wire.token_of("", {wire.TOKEN_ENV: "b", "OTHER": "c"}, variable="OTHER") == "c"
     for bad in (str(tmp_path / "empty"), str(tmp_path), "not-a-file-but-the-token", "\0"):
         with pytest.raises(ConfigError, match="--kvshare-stream-token-file") as caught:
             wire.token_of(bad, {wire.TOKEN_ENV: "b"})

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from kvshare_sglang.bench.processes import free_port
+from kvshare_sglang.router.__main__ import _open_many
 from kvshare_sglang.router.gateway import stop
 
 WORKER = "http://127.0.0.1:9"  # nobody is there
@@ -96,6 +98,64 @@ def test_an_answer_under_way_may_take_as_long_as_was_said_when_the_router_ends(t
             assert took < drain_s if whole else drain_s <= took < takes_s
 
     asyncio.run(run())
+
+
+FEW_FILES = """
+import resource, sys
+from kvshare_sglang.router.__main__ import main
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_more_streams_pass_at_a_time_than_files_may_be_open_at_first():
+    async def run():
+        end = asyncio.Event()
+
+        async def stream(request):
+            reply = web.StreamResponse()
+            await reply.prepare(request)
+            await reply.write(b"first")
+            await end.wait()
+            return reply
+
+        async with (
+            gateway(stream) as there,
+            router("--gateway", there, start=("-c", FEW_FILES)) as (process, url),
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+        ):
+            await up(process, url)
+            asked = [client.post(url + "/generate", json={"input_ids": [1]}) for _ in range(150)]
+            replies = await asyncio.gather(*asked)
+            assert {reply.status for reply in replies} == {200}
+            assert {await reply.content.readany() for reply in replies} == {b"first"}
+            end.set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "becomes", "told"),
+    [
+        (1024, 1 << 20, 65535, ""),
+        (1024, resource.RLIM_INFINITY, 65535, ""),
+        (65535, 1 << 20, None, ""),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, ""),
+        (1024, 4096, 4096, "about 2048 requests"),
+        (4096, 4096, None, "about 2048 requests"),
+    ],
+)
+def test_it_takes_as_many_files_as_it_may_and_says_where_they_are_few(
+    soft, hard, becomes, told, monkeypatch, caplog
+):
+    taken = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: taken.append(limits))
+    _open_many()
+    assert taken == ([] if becomes is None else [(becomes, hard)])
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
 
 
 SMG = """

@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from kvshare_sglang import wire
 from kvshare_sglang.router import server
-from kvshare_sglang.router.brain import Brain
+from kvshare_sglang.router.brain import Brain, Decision
 from kvshare_sglang.router.metrics import Metrics
 from kvshare_sglang.router.prompts import (
     CHAT,
@@ -48,9 +48,13 @@ class Gateway:
         self.ended = asyncio.Event()
         self.urls, self.spelling = [], ""  # of the URLs on its ring
         self.down, self.template, self.probes = set(), None, 0
+        self.api_key = ""
 
     async def handle(self, request):
         body = await request.read()
+        open_to_all = not self.api_key or request.path.startswith("/health")  # as SGLang
+        if not open_to_all and request.headers.get("authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         own = request.path == "/tokenize" or body == PROBE
         if own and request.content_type != "application/json":  # as SGLang and smg
             return web.json_response({"message": "Unsupported Media Type"}, status=400)
@@ -82,7 +86,7 @@ PROBE = b'{"input_ids":[1],"sampling_params":{"max_new_tokens":1}}'
 
 
 @contextlib.asynccontextmanager
-async def running(gateway, prompts=None, *, host="127.0.0.1"):
+async def running(gateway, prompts=None, *, host="127.0.0.1", api_key=""):
     """The gateway, twice (two workers), and a router before it; the router's URL and its brain."""
     runner = web.AppRunner(_app(gateway), handler_cancellation=True)
     await runner.setup()
@@ -92,7 +96,8 @@ async def running(gateway, prompts=None, *, host="127.0.0.1"):
         await web.SockSite(runner, sock).start()
     gateway.urls = urls[:2]
     brain = Brain(urls[:2], prompts or Prompts(Bytes()), Metrics())
-    app = make_app(brain, Settings(urls[0].replace("127.0.0.1", host), ("", "")))
+    settings = Settings(urls[0].replace("127.0.0.1", host), ("", ""), api_key=api_key)
+    app = make_app(brain, settings)
     it = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     task = asyncio.create_task(it.serve(sockets=[socks[2]]))
     try:
@@ -262,6 +267,36 @@ def test_no_tokens_are_handed_on_before_every_worker_was_asked_in_its_newest_lif
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("key", ["right", "wrong", ""])
+def test_workers_that_want_a_key_are_asked_with_it_and_one_that_refuses_teaches_nothing(
+    key, monkeypatch, caplog
+):
+    monkeypatch.setattr(server, "RETRY_S", 0.02)
+
+    async def run():
+        gateway = Gateway()
+        gateway.api_key = "right"
+        async with running(gateway, api_key=key) as (client, url, brain):
+            refused = "refuses the router's own requests"
+            if key != "right":
+                await until(lambda: all(caplog.text.count(one) for one in gateway.urls))
+                await asyncio.sleep(0.1)
+                assert not any(map(brain.is_compared, (0, 1)))
+                assert caplog.text.count(refused) == 2  # once for each
+                assert "another way" not in caplog.text
+                gateway.api_key = ""
+            await until(lambda: brain.sure() == {GENERATE, CHAT} and not brain.doubted)
+            assert brain.prompts.models == {"s3://m"}
+            assert (refused in caplog.text) == (key != "right")
+            # It is the router's own: a client's request goes on with the client's alone.
+            gateway.api_key = ""
+            async with client.post(url + GENERATE, json={"text": "x"}):
+                pass
+            assert "authorization" not in gateway.seen[-1][0].headers
+
+    asyncio.run(run())
+
+
 def test_while_a_long_text_is_tokenised_others_are_served():
     async def run():
         gateway, begun, go_on = Gateway(), threading.Event(), threading.Event()
@@ -383,6 +418,38 @@ def test_a_key_that_leads_nowhere_is_tried_ever_more_rarely():
     assert gaps.min() >= 2
 
 
+@pytest.mark.parametrize("num", [2, 4, 8, 40])
+@pytest.mark.parametrize("others", [0.0, 0.3, 1.0])
+def test_on_any_other_ring_each_worker_comes_to_have_a_key_and_no_key_leads_elsewhere(num, others):
+    """Of this share of the workers the gateway places other names on its ring."""
+    urls = [f"http://10.0.0.{i}:30000" for i in range(num)]
+    strange = {f"{url}/" if i < others * num else url for i, url in enumerate(urls)}
+    theirs = Ring(sorted(strange, key=lambda url: urls.index(url.rstrip("/"))))
+    brain = Brain(urls, Prompts(), Metrics())
+    proxy, rng, before = server.Proxy(brain, Settings("", ())), np.random.default_rng(num), []
+    computed = dict(brain.keys._by_pair)
+
+    async def healthy(url):
+        return True
+
+    async def asked(key):
+        return theirs.pair(key)[0]
+
+    proxy._healthy, proxy._asked = healthy, asked
+    for now in range(0, 4000, 2):
+        asyncio.run(proxy._probe_due(now))
+        for _ in range(5):
+            order = rng.permutation(num).tolist()
+            named = brain.keys.key(order)
+            by = None if named is None else theirs.pair(named[0])[0]
+            decision = Decision(named and named[0], order[0], order[1])
+            brain.served(decision, None if by is None else urls[by])
+            before.append(by == order[0])
+    assert all(before[-1000:])
+    if not others:
+        assert brain.keys._by_pair == computed
+
+
 def test_a_task_that_fails_goes_on_and_says_so_once_for_faults_in_a_row(monkeypatch, caplog):
     monkeypatch.setattr(server, "RETRY_S", 0)
     fates = iter([ValueError("planned"), KeyError("more"), None, OSError("again"), EOFError()])
@@ -490,8 +557,10 @@ def test_chunks_pass_one_by_one_and_a_client_that_leaves_ends_the_request_at_the
                 go_on.set()
             assert await reply.content.readany() == b"data: 2\n\n"
             assert not any(one.routed for one in brain.index.workers)  # it has begun to answer
+            assert sum(len(one.open) for one in brain.index.workers) == 1
             reply.close()
             await asyncio.wait_for(gateway.ended.wait(), 15)
+            await until(lambda: not any(one.open for one in brain.index.workers))
             # And one that leaves before anything was answered.
             gateway.ended.clear()
             gateway.answer = lambda request: hang(gateway)
@@ -500,7 +569,12 @@ def test_chunks_pass_one_by_one_and_a_client_that_leaves_ends_the_request_at_the
             assert sum(len(one.routed) for one in brain.index.workers) == 1
             task.cancel()
             await asyncio.wait_for(gateway.ended.wait(), 15)
-            await until(lambda: not any(one.routed for one in brain.index.workers))
+            await until(lambda: not any(one.routed or one.open for one in brain.index.workers))
+            # And one that is answered whole.
+            gateway.answer = gateway._echo
+            async with client.post(url + GENERATE, json={"text": "z" * 50}) as reply:
+                assert reply.status == 418
+            await until(lambda: not any(one.open for one in brain.index.workers))
 
     asyncio.run(run())
 
@@ -557,6 +631,7 @@ def test_a_gateway_that_is_gone_is_a_502_and_one_that_breaks_off_breaks_the_answ
             with pytest.raises(aiohttp.ClientError):
                 async with client.post(url + GENERATE, json={"text": "x"}) as reply:
                     await reply.read()
+            await until(lambda: not any(one.routed or one.open for one in brain.index.workers))
         async with aiohttp.ClientSession() as session:
             proxy = server.Proxy(brain, Settings("http://127.0.0.1:9", ("", "")))
             proxy._client = session
@@ -596,7 +671,7 @@ def test_a_fault_of_the_router_fails_no_request():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("what", ["route", "answers", "served"])
+@pytest.mark.parametrize("what", ["route", "answers", "ended", "served"])
 def test_what_the_router_cannot_note_fails_no_request(what):
     async def run():
         gateway = Gateway()
@@ -625,7 +700,7 @@ def test_keys_are_learned_where_the_gateways_ring_is_another_one_and_not_from_a_
         gateway.spelling, gateway.down = spelling, {0}
         async with running(gateway) as (_, _, brain):
             before = dict(brain.keys._by_pair)
-            await until(lambda: brain.doubted == {0})
+            await until(lambda: set(brain.doubted) == {0})
             if not spelling:
                 await asyncio.sleep(0.2)
                 assert brain.keys._by_pair == before

@@ -300,10 +300,10 @@ def test_what_was_just_routed_is_queue_until_it_answers_and_held_for_some_second
     first = index.choose(prompt, NONE, AUTO, 1.0)
     assert first.order[0] == 0  # it holds less
     ticket = index.route(1, first, 1.0)
-    assert index.standing(1, 1.0).rows == first.work.rows == len(prompt)
+    assert index.standings(1.0)[1].rows == first.work.rows == len(prompt)
     index.answers(1, ticket)
     index.answers(1, ticket)
-    assert index.standing(1, 1.0).rows == 0
+    assert index.standings(1.0)[1].rows == 0
     for now, best in ((1.1, 1), (1 + RECENT_S / 2, 1), (2 + RECENT_S, 0)):
         for worker, told in enumerate(lives):
             index.hear(worker, beat(told), now)
@@ -374,6 +374,48 @@ def test_without_any_stream_requests_are_spread_by_what_was_sent():
     assert counts == {0: 10, 1: 10, 2: 10}
 
 
+@pytest.mark.parametrize("held", [0, 8])
+@pytest.mark.parametrize("silent", [[0], [1], [0, 2]])
+def test_new_text_is_spread_alike_where_some_workers_tell_of_themselves_and_some_do_not(
+    silent, held
+):
+    """Each is known to hold little or much, each request decodes for a long while."""
+    index, lives = filled([DOCS[:held]] * 3)
+    decoding = [[], [], []]
+    for worker in silent:
+        index.forget(worker)
+        index.workers[worker].heard = None
+    for i in range(300):
+        now = i / 10
+        for worker, told in enumerate(lives):
+            while decoding[worker] and decoding[worker][0][0] <= now:
+                index.ended(worker, decoding[worker].pop(0)[1])
+            if worker not in silent:
+                index.hear(worker, beat(told, running=len(decoding[worker])), now)
+        choice = index.choose(random_tokens(i, 100), NONE, AUTO, now)
+        best = choice.order[0]
+        ticket = index.route(best, choice, now)
+        index.answers(best, ticket)
+        decoding[best].append((now + 15, ticket))
+        numbers = list(map(len, decoding))
+        assert max(numbers) - min(numbers) <= 5, numbers
+    assert sum(numbers) == 150
+
+
+def test_new_text_goes_to_the_one_of_those_that_say_nothing_that_was_sent_less():
+    """Also where nothing decodes that would tell them apart."""
+    index, _ = filled([DOCS[:1]] * 3)
+    counts = Counter()
+    for worker in (0, 2):
+        index.forget(worker)
+        index.workers[worker].heard = None
+    for i in range(30):
+        choice = index.choose(random_tokens(i, 100), NONE, AUTO, 0.0)
+        counts[choice.order[0]] += 1
+        index.ended(choice.order[0], index.route(choice.order[0], choice, 0.0))
+    assert max(counts.values()) - min(counts[w] for w in range(3)) <= 3, counts
+
+
 def test_what_was_sent_is_bounded_and_still_says_who_got_less(monkeypatch):
     monkeypatch.setattr(index_module, "MOST_SENT", 1000)
     index, counts = Index(3), Counter()
@@ -381,7 +423,7 @@ def test_what_was_sent_is_bounded_and_still_says_who_got_less(monkeypatch):
         choice = index.choose(random_tokens(i, 100), NONE, AUTO, float(i))
         counts[choice.order[0]] += 1
         index.answers(choice.order[0], index.route(choice.order[0], choice, float(i)))
-        assert all(index.standing(w, 0.0).held <= 1000 for w in range(3))
+        assert all(index.standings(0.0)[w].held <= 1000 for w in range(3))
     assert max(counts.values()) - min(counts.values()) <= 3
 
 
@@ -432,12 +474,12 @@ def test_an_answer_that_comes_whole_is_queue_until_the_beats_tell_of_it():
     index.route(1, choice, 1.0, streams=True)
     for worker, told in enumerate(lives):
         index.hear(worker, beat(told), 1.1)
-    assert index.standing(0, 1.1).rows == index.standing(1, 1.1).rows == choice.work.rows
+    assert index.standings(1.1)[0].rows == index.standings(1.1)[1].rows == choice.work.rows
     for worker, told in enumerate(lives):
         index.hear(worker, beat(told, running=1), 2.0)
-    assert index.standing(0, 2.0).rows == 0  # it decodes, and says so
-    assert index.standing(1, 2.0).rows == choice.work.rows
-    assert index.standing(0, 2.0 + SILENT_S).rows == choice.work.rows  # it says nothing any more
+    assert index.standings(2.0)[0].rows == 0  # it decodes, and says so
+    assert index.standings(2.0)[1].rows == choice.work.rows
+    assert index.standings(2.0 + SILENT_S)[0].rows == choice.work.rows  # it says nothing any more
 
 
 def test_more_workers_than_bits_are_refused():
@@ -453,6 +495,25 @@ def test_only_a_few_workers_are_looked_at_exactly(monkeypatch):
     index.choose(prompt_of(4), NONE, AUTO, 0.0)
     assert len(asked) == index_module.EXACTLY
     assert 4 in asked
+
+
+@pytest.mark.parametrize("options", [AUTO, RequestOptions("exact")])
+def test_a_prompt_in_very_many_pieces_is_guessed_and_goes_where_its_text_is(options, monkeypatch):
+    """A match takes time for each piece, in which no answer passes."""
+    monkeypatch.setattr(index_module, "MOST_PIECES", 10)
+    asked, text = [], random_tokens(3, 1200)
+    real = Index.work
+    monkeypatch.setattr(Index, "work", lambda self, i, *a: asked.append(i) or real(self, i, *a))
+    index, _ = filled([[DOCS[0]], [DOCS[1], text]])
+    for every, exactly in ((300, True), (40, False)):
+        prompt = text.copy()
+        prompt[every::every] = -1
+        choice = index.choose(prompt, NONE, options, 0.0)
+        assert choice.order[0] == 1
+        assert (1 in asked) == exactly
+        assert 0 in asked  # which holds none of it
+        assert (choice.work.rows < 900) == (options is AUTO)
+        asked.clear()
 
 
 @pytest.mark.parametrize("options", [RequestOptions("exact"), RequestOptions(budget=1.0)])
@@ -485,6 +546,20 @@ def test_a_request_that_says_nothing_gets_what_its_worker_gives_by_default():
         assert (unsaid.order, unsaid.work) == (said.order, said.work)
         assert (unsaid.work.copied > 0) == (default == "auto")
         assert index.choose(prompt, NONE, AUTO, 0.0).work.copied > 0
+
+
+@pytest.mark.parametrize("configured", ["auto", "exact"])
+def test_a_request_that_says_nothing_gets_what_the_last_beat_told(configured):
+    """Reuse is switched off, by a gate or by hand, and on again while a worker runs."""
+    prompt = prompt_of(1)
+    index, lives = filled([[DOCS[1]], [DOCS[2]]], default=configured)
+    for default in ("exact", "auto", "exact"):
+        index.hear(0, beat(lives[0], default=default), 0.0)
+        unsaid, said = (
+            index.work(0, prompt, NONE, RequestOptions(mode)) for mode in (UNSAID, default)
+        )
+        assert unsaid == said
+        assert (unsaid.copied > 0) == (default == "auto")
 
 
 def test_what_was_routed_counts_as_held_while_it_waits(monkeypatch):
