@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import Lab, lab, request
 
+from kvshare_sglang.policy.select.base import SINK
+
 SETTINGS = {
     "whole": {},
     "trace, chunked, page 16, overlap": {
@@ -120,7 +122,7 @@ def test_new_text_behind_copies_that_all_ran_again_is_not_exact(
     fuzzy = ours.one(prompt)["kvshare"]
     ours.ask("probes:attend_to", 0, 0)
     if fuzzy["select"] == "trace":
-        assert fuzzy["recomputed_tokens"] >= len(first), fuzzy
+        assert fuzzy["recomputed_tokens"] >= len(first) - SINK, fuzzy
     assert fuzzy["copied_tokens"] > 50, fuzzy
     again = ours.one(prompt, kvshare="exact", keep="kv")
     alone = theirs.play([("flush",), request("x", prompt, keep="kv")])["x"]
