@@ -30,13 +30,14 @@ COSTS = (*ROWS, "samples", "memory")
 ANSWERS = ("tasks", "load")
 ROOM = 64  # tokens that are left for an answer
 
-# Of a result, what is shown: the columns, and what makes rows of it.
-TABLES: dict[str, tuple[dict[str, str], Callable[[Any], list[dict[str, Any]]]]] = {
-    "rows": (rows.COLUMNS, rows.told),
-    "samples": (samples.COLUMNS, list),
-    "memory": (memory.COLUMNS, memory.told),
-    "tasks": (questions.COLUMNS, list),
-    "load": (load.COLUMNS, load.told),
+# What is shown: of which part of a result, the columns, and what makes rows of it.
+TABLES: dict[str, tuple[str, dict[str, str], Callable[[Any], list[dict[str, Any]]]]] = {
+    "rows": ("rows", rows.COLUMNS, rows.told),
+    "samples": ("samples", samples.COLUMNS, list),
+    "memory": ("memory", memory.COLUMNS, memory.told),
+    "tasks": ("tasks", questions.COLUMNS, list),
+    "turns": ("tasks", questions.BY_CELL, questions.by_cell),
+    "load": ("load", load.COLUMNS, load.told),
 }
 
 
@@ -90,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         # Pages hold results of several runs, so a mark says which: that of its file.
         name = (args.result or args.json or Path("conversation")).stem
-        made = {f"{name}-{part}": table(part, result[part]) for part in TABLES if part in result}
+        made = {
+            f"{name}-{what}": table(what, result[part])
+            for what, (part, _, _) in TABLES.items()
+            if part in result
+        }
         print(f"tables of {args.table.name}: {', '.join(tables.write_marked(args.table, made))}")
     return 0
 
@@ -99,14 +104,14 @@ def show(result: dict[str, Any]) -> str:
     """All tables of a result, for a terminal."""
     return "\n\n".join(
         common.columns(make(result[part]), **columns)
-        for part, (columns, make) in TABLES.items()
+        for part, columns, make in TABLES.values()
         if part in result
     )
 
 
-def table(part: str, value: Any) -> list[str]:
+def table(what: str, value: Any) -> list[str]:
     """One of them for a page."""
-    columns, make = TABLES[part]
+    _, columns, make = TABLES[what]
     head = [name.replace("_", " ") for name in columns]
     lines = [[cell.format_map(row) for cell in columns.values()] for row in make(value)]
     return tables.markdown(head, lines)

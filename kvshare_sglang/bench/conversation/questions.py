@@ -7,7 +7,7 @@ history holds the true answers, so all servers see the same prompts.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,3 +172,27 @@ COLUMNS = {
     "rows": "{rows:.0f}",
     "recomputed": "{recomputed:.1%}",
 }
+
+BY_CELL = {
+    "cell": "{task} {case}",
+    "n": "{n}",
+    "full_prefill": "{full}",
+    "kvshare": "{ours}",
+    "copies_alone": "{copies}",
+    "kvshare_lost/won": "{flips}",
+}
+
+
+def by_cell(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same in a line for each task and case: right answers and flips, turn after turn."""
+    rows = []
+    for task, case, turns in dict.fromkeys((r["task"], r["case"], r["turns"]) for r in found):
+        mine = [r for r in found if (r["task"], r["case"], r["turns"]) == (task, case, turns)]
+        arms = {
+            arm: sorted((r for r in mine if r["arm"] == arm), key=lambda r: int(r["turn"]))
+            for arm in ("full", *ARMS)
+        }
+        right = {arm: " / ".join(f"{r['right']:.3f}" for r in each) for arm, each in arms.items()}
+        flips = " ".join(f"{r['lost']}/{r['won']}" for r in arms["ours"])
+        rows.append({"task": task, "case": case, "n": mine[0]["n"], **right, "flips": flips})
+    return rows
