@@ -340,8 +340,11 @@ def test_answers_are_told_by_turn_and_arm_with_flips_both_ways():
     assert by["ours", 1]["rows"] == 36
     assert by["ours", 1]["recomputed"] == 0.25
     shown = conversation.show({"tasks": found})
-    assert shown.count("hops splice") == 6
+    assert shown.count("hops splice") == 6 + 1  # a line for all of it
     assert "25.0%" in shown
+    (short,) = questions.by_cell(found)
+    assert short["full"] == "1.000 / 0.750"
+    assert short["flips"] == "0/0 1/1"
 
 
 # ---- load ------------------------------------------------------------------------------------
