@@ -25,9 +25,9 @@ def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path
     among = [one for one in candidates(model, [0.25, 0.35, 0.5]) if not one.stretch]
     assert [one.layer(len(model.layers)) for one in among] == [3, 4, DEAD]
     assert probe_layer(len(model.layers), KVShareConfig().probe_at) == DEAD
-    asked = prompts(READER, 6, longest=len(model.table))
+    asked = prompts(READER, 12, longest=len(model.table))
     found = calibrate.collect(model, asked, among, deadline=float("inf"))
-    assert len(found) == 6
+    assert len(found) == 12
     best = choose(found)
     assert best.chosen == Candidate(0.25, 0)
     assert best.holds
