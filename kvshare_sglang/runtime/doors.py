@@ -92,13 +92,16 @@ def hook_ollama_answer(_: None, answer: Any, *args: Any, **kw: Any) -> None:
 
 
 class HeaderCheck:
-    """ASGI middleware: a bad header is a 400 also where SGLang would have begun to stream."""
+    """ASGI middleware, in front of all others: a request knows of no other's records, and a bad
+    header is a 400 also where SGLang would have begun to stream."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
+            # A server begins a request that was pipelined inside the context of the one before.
+            _records.set({})
             name = options.HEADER.encode()
             try:
                 for key, value in scope["headers"]:

@@ -62,6 +62,25 @@ def test_each_task_tells_of_its_own_request() -> None:
     assert len(asyncio.run(many())) == 20
 
 
+def test_a_request_that_another_left_its_context_to_knows_of_no_record() -> None:
+    """uvicorn begins what was pipelined on a connection in the context of the answer before."""
+    shown: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        answer = SimpleNamespace()
+        doors.hook_answer(answer)  # as Responses do before they generate
+        shown.append(getattr(answer, "kvshare", None))
+
+    async def both() -> None:
+        (record,) = await serve(Manager(), asking(["a"]), request())
+        assert record == {"of": "a"}
+        scope = {"type": "http", "headers": []}
+        await asyncio.create_task(doors.HeaderCheck(app)(scope, None, None))
+
+    asyncio.run(both())
+    assert shown == [None]
+
+
 def test_who_asked_from_inside_is_told_by_the_answer_alone() -> None:
     """``Engine`` has no request; SGLang's own generator comes back as it is."""
     manager = Manager()
