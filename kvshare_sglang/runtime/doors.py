@@ -12,7 +12,7 @@ from typing import Any
 
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy import options
-from kvshare_sglang.runtime import hooks
+from kvshare_sglang.runtime import hooks, versions
 
 # What the task that serves a request has seen of its answers: the record of each, by index.
 _records: ContextVar[dict[int, Any]] = ContextVar("kvshare_records")
@@ -27,15 +27,25 @@ def hook_generate_request(
 
     if isinstance(obj, GenerateReqInput):
         try:
-            if request is not None and (asked := request.headers.get(options.HEADER)):
-                asked = options.parse_header(asked)
-                obj.sampling_params = options.with_header(obj.sampling_params, asked)
+            if request is not None:
+                _obey_headers(obj, request.headers)
             options.check(obj.sampling_params)
             _check_others(obj)
         except ConfigError as error:
             return _refusal(obj, error)
     answers = original(manager, obj, request)
     return answers if request is None else _watched(answers)
+
+
+def _obey_headers(obj: Any, headers: Any) -> None:
+    """What the headers of a request say goes where its body would have said it. Raises ConfigError
+    on what cannot be had."""
+    if asked := headers.get(options.HEADER):
+        asked = options.parse_header(asked)
+        obj.sampling_params = options.with_header(obj.sampling_params, asked)
+    if (named := headers.get(options.SALT_HEADER)) is not None:
+        field, salt = versions.salt_field(obj), options.parse_salt(named)
+        setattr(obj, field, options.with_salt(getattr(obj, field), salt))
 
 
 def _check_others(obj: Any) -> None:
@@ -102,11 +112,12 @@ class HeaderCheck:
         if scope["type"] == "http":
             # A server begins a request that was pipelined inside the context of the one before.
             _records.set({})
-            name = options.HEADER.encode()
+            headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
             try:
-                for key, value in scope["headers"]:
-                    if key == name:
-                        options.parse_header(value.decode("latin-1"))
+                for name, text in headers:
+                    if name == options.HEADER:
+                        options.parse_header(text)
+                options.salt_of(headers)
             except ConfigError as error:
                 await _answer_400(str(error), send)
                 return

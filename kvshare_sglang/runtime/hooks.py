@@ -203,7 +203,7 @@ DOORS = (
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
         "AROUND",
         "kvshare_sglang.runtime.doors:hook_generate_request",
-        "read the header, refuse bad options, see what was reused",
+        "read the headers, refuse bad options, see what was reused",
     ),
     *(
         HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "show the record")

@@ -61,6 +61,11 @@ def namespace(key: Any) -> tuple[Any, Any]:
     return key.extra_key, getattr(key, "cache_salt", None)
 
 
+def salt_field(obj: Any) -> str:
+    """Where a GenerateReqInput names whose text it may meet: 0.5.17 knows no salt."""
+    return "cache_salt" if hasattr(obj, "cache_salt") else "extra_key"
+
+
 def make_key(token_ids: Any, like: Any, *, extra_key: Any = None) -> Any:
     """A RadixKey in the namespace of ``like`` (a request), or under ``extra_key``."""
     from sglang.srt.mem_cache.radix_cache import RadixKey

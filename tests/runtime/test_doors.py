@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy.options import with_salt
 from kvshare_sglang.runtime import doors
 
 
@@ -121,6 +122,59 @@ def test_a_header_reaches_the_request() -> None:
         asyncio.run(serve(manager, asking(["a"]), request(x_kvshare="half")))
 
 
+class WithoutSalt:
+    """GenerateReqInput of SGLang 0.5.17, as far as a header touches it."""
+
+    def __init__(self, extra_key: Any = None) -> None:
+        self.sampling_params, self.extra_key = None, extra_key
+
+
+def test_a_header_names_the_tenant_where_the_body_names_none_and_where_it_does() -> None:
+    def found(obj: Any, field: str) -> Any:
+        for _ in range(2):  # a door may ask again with what it asked with before
+            doors._obey_headers(obj, {"x-kvshare-salt": "edge"})
+        return getattr(obj, field)
+
+    for given, inside in (
+        (None, "edge"),
+        ("", "edge"),
+        ("edge", "edge"),
+        ("edge2", "edge\0edge2"),
+        ("other", "edge\0other"),
+        ("other\0edge", "edge\0other\0edge"),
+        (["a", ""], ["edge\0a", "edge"]),
+    ):
+        obj = asking(["a", "b"], cache_salt=given, extra_key="key")
+        assert found(obj, "cache_salt") == inside
+        obj.normalize_batch_and_arguments()  # SGLang takes it
+        assert obj[0].cache_salt == (inside[0] if isinstance(inside, list) else inside)
+        assert obj.extra_key == ["key", "key"]
+        assert found(WithoutSalt(given), "extra_key") == inside
+    alone = asking(["a"])
+    doors._obey_headers(alone, {})
+    assert alone.cache_salt is None
+
+
+def test_no_two_tenants_of_a_gateway_ever_share_a_name() -> None:
+    """Whatever their clients say."""
+    names = ("a", "b", "aa", "a-", "ab")
+    said = [None, "", *names, *(f"{one}\0{other}" for one in names for other in names), "\0", "\0a"]
+    spaces = [{with_salt(given, salt) for given in said} for salt in names]
+    for i, one in enumerate(spaces):
+        assert all(not one & other for other in spaces[:i])
+
+
+@pytest.mark.parametrize("given", [5, ["a", 5], [["a"]], {"a": 1}, ["a", None, True]])
+def test_a_name_that_is_no_text_leads_nowhere(given: Any) -> None:
+    manager = Manager()
+    obj = asking(["a", "b"], cache_salt=given)
+    with pytest.raises(ValueError, match="cache_salt"):
+        asyncio.run(serve(manager, obj, request(x_kvshare_salt="edge")))
+    assert not manager.asked
+    with pytest.raises(ConfigError, match="cache_salt must be a text, or a list of them, got"):
+        doors._obey_headers(WithoutSalt(given), {"x-kvshare-salt": "edge"})
+
+
 def through(headers: list[tuple[bytes, bytes]], kind: str = "http") -> tuple[list[Any], list[Any]]:
     """What a check lets through to the application, and what it answers itself."""
     reached, sent = [], []
@@ -136,7 +190,16 @@ def through(headers: list[tuple[bytes, bytes]], kind: str = "http") -> tuple[lis
     return reached, sent
 
 
-@pytest.mark.parametrize("headers", [[], [(b"x-kvshare", b"exact")], [(b"accept", b"exakt")]])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"x-kvshare", b"exact")],
+        [(b"accept", b"exakt"), (b"accept", b"\xff")],
+        [(b"x-kvshare-salt", b"t")],
+        [(b"x-kvshare-salt", b"urn:t/7@b.c+d=" + b"x" * 242)],
+    ],
+)
 def test_a_good_header_passes(headers: list[tuple[bytes, bytes]]) -> None:
     assert through(headers) == ([{"type": "http", "headers": headers}], [])
 
@@ -155,6 +218,22 @@ def test_a_bad_header_is_answered_in_the_form_that_clients_read(bad: list[bytes]
     assert answer["type"] == "error"  # Anthropic's
     assert answer["error"]["type"] == "invalid_request_error"
     assert "the header X-KVShare must be" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "bad", [[b""], [b" "], [b"x" * 257], [b"a b"], [b"a,b"], [b"\xc3\xa9"], [b"a\0b"], [b"a"] * 2]
+)
+def test_a_salt_that_is_no_name_or_comes_twice_is_refused(bad: list[bytes]) -> None:
+    """A client's beside a gateway's: which is which cannot be told."""
+    reached, (start, body) = through([(b"x-kvshare-salt", value) for value in bad])
+    assert not reached
+    assert start["status"] == 400
+    message = json.loads(body["body"])["error"]["message"]
+    assert message.startswith("the header X-KVShare-Salt must be ")
+    if len(bad) == 1:
+        with pytest.raises(ConfigError, match="X-KVShare-Salt must be 1 to 256 visible"):
+            asked = request(x_kvshare_salt=bad[0].decode("latin-1"))
+            asyncio.run(serve(Manager(), asking(["a"]), asked))
 
 
 def test_answers_carry_a_record_and_are_as_before_without_one() -> None:
