@@ -44,8 +44,18 @@ def _obey_headers(obj: Any, headers: Any) -> None:
         asked = options.parse_header(asked)
         obj.sampling_params = options.with_header(obj.sampling_params, asked)
     if (named := headers.get(options.SALT_HEADER)) is not None:
-        field, salt = versions.salt_field(obj), options.parse_salt(named)
+        field, salt = versions.salt_field(), options.parse_salt(named)
         setattr(obj, field, options.with_salt(getattr(obj, field), salt))
+
+
+def hook_compute_extra_key(
+    original: Callable[..., str | None], serving: Any, request: Any
+) -> str | None:
+    """AROUND ``_compute_extra_key`` (0.5.17), which writes salt and key one behind the other: ``t1``
+    with ``0`` would be ``t10``."""
+    joined = original(serving, request)  # raises for what is no text
+    salt, key = getattr(request, "cache_salt", None), getattr(request, "extra_key", None)
+    return f"{salt}{options.BORDER}{key}" if salt and key else joined
 
 
 def _check_others(obj: Any) -> None:

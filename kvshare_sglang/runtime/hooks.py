@@ -214,6 +214,13 @@ DOORS = (
             f"{_ANTHROPIC}.serving._anthropic_usage_from_openai",
         )
     ),
+    HookPoint(
+        f"{_SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
+        "AROUND",
+        "kvshare_sglang.runtime.doors:hook_compute_extra_key",
+        "no tenant's salt and key read as another's",
+        UP_TO_0_5_17,
+    ),
     *(
         HookPoint(
             f"{_OLLAMA}.{name}.__init__",

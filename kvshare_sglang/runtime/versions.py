@@ -61,9 +61,16 @@ def namespace(key: Any) -> tuple[Any, Any]:
     return key.extra_key, getattr(key, "cache_salt", None)
 
 
-def salt_field(obj: Any) -> str:
-    """Where a GenerateReqInput names whose text it may meet: 0.5.17 knows no salt."""
-    return "cache_salt" if hasattr(obj, "cache_salt") else "extra_key"
+def knows_salts() -> bool:
+    """Whether requests have a ``cache_salt``: from 0.5.18 on."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    return "cache_salt" in GenerateReqInput.__dataclass_fields__
+
+
+def salt_field() -> str:
+    """Where a GenerateReqInput names whose text it may meet."""
+    return "cache_salt" if knows_salts() else "extra_key"
 
 
 def make_key(token_ids: Any, like: Any, *, extra_key: Any = None) -> Any:
