@@ -51,8 +51,8 @@ def _obey_headers(obj: Any, headers: Any) -> None:
 def hook_compute_extra_key(
     original: Callable[..., str | None], serving: Any, request: Any
 ) -> str | None:
-    """AROUND ``_compute_extra_key`` (0.5.17), which writes salt and key one behind the other: ``t1``
-    with ``0`` would be ``t10``."""
+    """AROUND ``_compute_extra_key`` (0.5.17), which writes salt and key one behind the other, so
+    that ``t1`` with ``0`` would be ``t10``."""
     joined = original(serving, request)  # raises for what is no text
     salt, key = getattr(request, "cache_salt", None), getattr(request, "extra_key", None)
     return f"{salt}{options.BORDER}{key}" if salt and key else joined

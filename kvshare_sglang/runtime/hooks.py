@@ -380,11 +380,7 @@ def missing(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> list[str]:
         for one in ATTRIBUTES
         if hasattr(_resolve_name(one.owner), one.name)
     ]
-    gone += [
-        f"{one.owner}.{one.name}"
-        for one in USED
-        if is_here(one) and not is_there(one)
-    ]
+    gone += [f"{one.owner}.{one.name}" for one in USED if is_here(one) and not is_there(one)]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
     names = {name for base in bases for name in inspect.get_annotations(base)}

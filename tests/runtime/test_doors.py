@@ -237,8 +237,8 @@ def test_a_salt_that_is_no_name_or_comes_twice_is_refused(bad: list[bytes]) -> N
     message = json.loads(body["body"])["error"]["message"]
     assert message.startswith("the header X-KVShare-Salt must be ")
     if len(bad) == 1:
+        asked = request(x_kvshare_salt=bad[0].decode("latin-1"))
         with pytest.raises(ConfigError, match="X-KVShare-Salt must be 1 to 256 visible"):
-            asked = request(x_kvshare_salt=bad[0].decode("latin-1"))
             asyncio.run(serve(Manager(), asking(["a"]), asked))
 
 
