@@ -296,9 +296,9 @@ def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:
     space = versions.namespace(req)
     if req.lora_id is not None:
         if cache.serves_adapters:  # else it is a word of a client's, and says nothing of the key
-            cache.adapter_spaces.add(space)
+            cache.note_adapter(space)
         return Decline.LORA
-    return Decline.LORA if space in cache.adapter_spaces else None
+    return Decline.LORA if cache.is_adapters(space) else None
 
 
 def find_runs(cache: FuzzyRadixCache, req: "Req", prefix_len: int) -> tuple[Run, ...]:
