@@ -520,6 +520,8 @@ def test_native_grpc_is_a_door_as_http_is(
     assert seen(ask(door.body(text("auto"), stream=stream)))["copied_tokens"] > 64
     by_header = ask(door.body(text("header"), stream=stream), **{"x-kvshare": "exact"})
     assert seen(by_header)["declined"] == "exact_requested"
+    salted = ask(door.body(text("salt"), stream=stream), **{"x-kvshare-salt": f"{method}{stream}"})
+    assert seen(salted)["copied_tokens"] == 0
     by_body = ask(door.asking(text("body"), "exact", stream=stream))
     assert seen(by_body)["declined"] == "exact_requested"
     for refused in (
@@ -563,6 +565,10 @@ def test_behind_the_gateway(server: Server, behind_smg: str, door: Door, stream:
     assert exact["declined"] == "exact_requested"
     (dropped,) = told(door, ask(door.body(text("header"), stream=stream), **{"X-KVShare": "exact"}))
     assert dropped["declined"] is None
+    # A salt goes through, as the router writes it too.
+    salted = door.body(text("salt"), stream=stream, cache_salt=f"edge\0{stream}{door.path}")
+    (seen,) = told(door, ask(salted))
+    assert seen["copied_tokens"] == 0
     refused = ask(door.asking("text", "exakt", stream=stream))
     assert refused.status_code == 400 or (stream and door.path == "/generate")
     assert "got 'exakt'" in refused.text
