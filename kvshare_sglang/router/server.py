@@ -424,7 +424,8 @@ async def _for_ever(
 async def _salted(scope: Any, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
     """What goes on of a request whose header names its tenant. Raises ConfigError where that would
     be lost on the way."""
-    salt = salt_of(headers)
+    # Of all that came: a client may say that the edge's header is its connection's alone.
+    salt = salt_of((_text(name).lower(), _text(value)) for name, value in scope["headers"])
     if salt is None or scope["method"] not in ("POST", "PUT"):
         return headers, body
     new = await asyncio.to_thread(written, scope["path"], body, salt)

@@ -328,7 +328,8 @@ def test_a_tenant_that_a_header_names_is_in_the_body_that_goes_on():
             for path in OPTION_PATHS:
                 for said, salt in ((None, "edge"), ("t", "edge\0t"), (["t"], ["edge\0t"])):
                     body = {"input_ids": [1], "cache_salt": said}
-                    for more in ({}, {"x-smg-routing-key": "mine"}):
+                    hidden = {"connection": "x-kvshare-salt"}
+                    for more in ({}, {"x-smg-routing-key": "mine"}, hidden):
                         headers = {"x-kvshare-salt": "edge", **more}
                         async with client.post(url + path, json=body, headers=headers) as it:
                             assert it.status == 418
