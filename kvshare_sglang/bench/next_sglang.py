@@ -54,14 +54,16 @@ def nothing(*errors: str) -> dict[str, Any]:
 
 
 def _touches(found: dict[str, Any]) -> None:
-    from kvshare_sglang.runtime import hooks, versions
+    from kvshare_sglang.runtime import hooks
 
-    have = versions.sglang_version()
     for point in (*hooks.FLAGS, *hooks.WRAPPED):
-        found["wrapped"][point.target] = _signature_at(*point.target.rsplit(".", 1))
+        if hooks.is_here(point):
+            found["wrapped"][point.target] = _signature_at(*point.target.rsplit(".", 1))
+        else:
+            found["unneeded"].append(point.target)
     for method in hooks.OVERRIDDEN:
         name = f"{method.owner}.{method.name}"
-        if method.versions[0] <= have <= method.versions[1]:
+        if hooks.is_here(method):
             found["overridden"][name] = _signature_at(method.owner, method.name)
         else:
             found["unneeded"].append(name)
@@ -76,7 +78,7 @@ def _touches(found: dict[str, Any]) -> None:
         found["fields"][f"{hooks._BATCH}.{name}"] = "there" if name in names else None
     for used in hooks.USED:
         name = f"{used.owner}.{used.name}"
-        if used.versions[0] <= have <= used.versions[1]:
+        if hooks.is_here(used):
             found["used"][name] = "there" if hooks.is_there(used) else None
         else:
             found["unneeded"].append(name)

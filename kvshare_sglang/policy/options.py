@@ -1,7 +1,8 @@
-"""What a request may ask for, by ``custom_params["kvshare"]`` or by a header. Pure."""
+"""What a request may ask for, by ``custom_params["kvshare"]`` or by a header, and whose it is, by
+another header. Pure."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from kvshare_sglang.errors import ConfigError
@@ -9,6 +10,9 @@ from kvshare_sglang.policy.ttl import LONGEST
 
 HEADER = "x-kvshare"
 MODES = ("auto", "exact")
+SALT_HEADER = "x-kvshare-salt"
+MOST_SALT = 256  # characters
+BORDER = "\0"  # behind a salt, before what else names a namespace; no header's salt has one
 _HEADER_SAYS = "auto, exact, or a budget in [0, 1] such as 0.3 or budget=0.3"
 
 
@@ -107,6 +111,56 @@ def with_header(sampling_params: Any, asked: str | dict[str, float]) -> Any:
     if not isinstance(custom, Mapping) or custom.get("kvshare") is not None:
         return sampling_params
     return {**params, "custom_params": {**custom, "kvshare": asked}}
+
+
+def salt_of(headers: Iterable[tuple[str, str]]) -> str | None:
+    """The salt that ``X-KVShare-Salt`` names among headers (names in small letters), None without.
+
+    Raises ConfigError for one that ``parse_salt`` does not take, and for several: which of them a
+    gateway set and which a client cannot be told.
+    """
+    said = [text for name, text in headers if name == SALT_HEADER]
+    if len(said) > 1:
+        raise ConfigError("the header X-KVShare-Salt", len(said), "there once")
+    return parse_salt(said[0]) if said else None
+
+
+def parse_salt(text: str) -> str:
+    """The salt that the header ``X-KVShare-Salt`` names. Raises ConfigError on what is empty, too
+    long or more than a name; the message does not say it.
+
+    >>> parse_salt(" tenant-7 ")
+    'tenant-7'
+    """
+    text = text.strip()
+    if re.fullmatch(f"[!-+\\--~]{{1,{MOST_SALT}}}", text):
+        return text
+    allowed = f"1 to {MOST_SALT} visible ASCII characters without a comma"
+    raise ConfigError("the header X-KVShare-Salt", f"{len(text)} characters", allowed)
+
+
+def with_salt(given: Any, salt: str) -> Any:
+    """What a request's body names (a salt, a list with one for each prompt, or None), inside of
+    what its header does: no name in a body leads out of ``salt``, nor into another's. What was put
+    there before stays. Raises ConfigError on what is no text.
+
+    >>> with_salt(None, "a"), with_salt("b", "a"), with_salt(["b", ""], "a")
+    ('a', 'a\\x00b', ['a\\x00b', 'a'])
+    >>> with_salt(with_salt("b", "a"), "a")
+    'a\\x00b'
+    """
+    if isinstance(given, list):
+        return [_inside(salt, each) for each in given]
+    return _inside(salt, given)
+
+
+def _inside(salt: str, given: Any) -> str:
+    if given is None or given == "":
+        return salt
+    if not isinstance(given, str):
+        raise ConfigError("cache_salt", given, "a text, or a list of them")
+    inside = given == salt or given.startswith(salt + BORDER)
+    return given if inside else salt + BORDER + given
 
 
 def check(sampling_params: Any) -> None:

@@ -20,10 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from kvshare_sglang.policy.options import HEADER
+from kvshare_sglang.errors import ConfigError
+from kvshare_sglang.policy.options import HEADER, SALT_HEADER, salt_of
 from kvshare_sglang.router.brain import Brain, Decision
 from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES
 from kvshare_sglang.router.prompts import COMPLETIONS, GENERATE, OPTION_PATHS, PATHS, Reading
+from kvshare_sglang.router.salt import salted, written
 from kvshare_sglang.router.stream import follow
 
 logger = logging.getLogger(__name__)
@@ -136,9 +138,12 @@ class Proxy:
             return JSONResponse({"error": message}, status_code=413)
         asked = request.headers.get(HEADER)
         try:
-            reading = await _aside(raw, lambda: self._picked(raw, asked))
+            salt = salt_of(request.headers.items())
+            reading = await _aside(raw, lambda: self._picked(raw, asked, salt))
         except orjson.JSONDecodeError as error:
             return JSONResponse({"error": f"the body is no JSON: {error}"}, status_code=400)
+        except ConfigError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
         decision = self._brain.choose(reading)
         if decision.choice is None:
             return JSONResponse({"error": "the router failed, see its log"}, status_code=500)
@@ -154,8 +159,8 @@ class Proxy:
             }
         )
 
-    def _picked(self, raw: bytes, asked: str | None) -> Reading | None:
-        body = orjson.loads(raw)
+    def _picked(self, raw: bytes, asked: str | None, salt: str | None) -> Reading | None:
+        body = salted(orjson.loads(raw), salt)
         paths = (path for key, path in _PICKED if isinstance(body, dict) and key in body)
         return self._brain.read(next(paths, GENERATE), body, asked)
 
@@ -190,11 +195,14 @@ class Proxy:
             await _error(send, 413, f"a body of more than {MOST_BODY} bytes")
             return
         headers = [(_text(name), _text(value)) for name, value in _passed_on(scope["headers"])]
+        try:
+            headers, body = await _salted(scope, headers, body)
+        except ConfigError as error:
+            await _error(send, 400, str(error))
+            return
         decision = await self._decide(scope, headers, body)
         if decision.body is not None:
-            body = decision.body
-            headers = [pair for pair in headers if pair[0] != "content-length"]
-            headers.append(("content-length", str(len(body))))
+            headers, body = _with_length(headers, decision.body), decision.body
         if decision.key is not None:
             headers.append((KEY, decision.key))
         decision = self._brain.sent(decision)
@@ -427,6 +435,23 @@ async def _for_ever(
                 logger.exception("the router goes on without what it could not find out")
             told = True
         await asyncio.sleep(RETRY_S)
+
+
+async def _salted(scope: Any, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
+    """What goes on of a request whose header names its tenant. Raises ConfigError where that would
+    be lost on the way."""
+    # Of all that came: a client may say that the edge's header is its connection's alone.
+    salt = salt_of((_text(name).lower(), _text(value)) for name, value in scope["headers"])
+    if salt is None or scope["method"] not in ("POST", "PUT"):
+        return headers, body
+    new = await asyncio.to_thread(written, scope["path"], body, salt)
+    kept = [pair for pair in headers if pair[0] != SALT_HEADER]
+    return _with_length(kept, new), new
+
+
+def _with_length(headers: Headers, body: bytes) -> Headers:
+    kept = [pair for pair in headers if pair[0] != "content-length"]
+    return [*kept, ("content-length", str(len(body)))]
 
 
 async def _aside(body: bytes, read: Callable[[], Reading | None]) -> Reading | None:

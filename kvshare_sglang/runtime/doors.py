@@ -12,7 +12,7 @@ from typing import Any
 
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy import options
-from kvshare_sglang.runtime import hooks
+from kvshare_sglang.runtime import hooks, versions
 
 # What the task that serves a request has seen of its answers: the record of each, by index.
 _records: ContextVar[dict[int, Any]] = ContextVar("kvshare_records")
@@ -27,15 +27,35 @@ def hook_generate_request(
 
     if isinstance(obj, GenerateReqInput):
         try:
-            if request is not None and (asked := request.headers.get(options.HEADER)):
-                asked = options.parse_header(asked)
-                obj.sampling_params = options.with_header(obj.sampling_params, asked)
+            if request is not None:
+                _obey_headers(obj, request.headers)
             options.check(obj.sampling_params)
             _check_others(obj)
         except ConfigError as error:
             return _refusal(obj, error)
     answers = original(manager, obj, request)
     return answers if request is None else _watched(answers)
+
+
+def _obey_headers(obj: Any, headers: Any) -> None:
+    """What the headers of a request say goes where its body would have said it. Raises ConfigError
+    on what cannot be had."""
+    if asked := headers.get(options.HEADER):
+        asked = options.parse_header(asked)
+        obj.sampling_params = options.with_header(obj.sampling_params, asked)
+    if (named := headers.get(options.SALT_HEADER)) is not None:
+        field, salt = versions.salt_field(), options.parse_salt(named)
+        setattr(obj, field, options.with_salt(getattr(obj, field), salt))
+
+
+def hook_compute_extra_key(
+    original: Callable[..., str | None], serving: Any, request: Any
+) -> str | None:
+    """AROUND ``_compute_extra_key`` (0.5.17), which writes salt and key one behind the other, so
+    that ``t1`` with ``0`` would be ``t10``."""
+    joined = original(serving, request)  # raises for what is no text
+    salt, key = getattr(request, "cache_salt", None), getattr(request, "extra_key", None)
+    return f"{salt}{options.BORDER}{key}" if salt and key else joined
 
 
 def _check_others(obj: Any) -> None:
@@ -92,18 +112,22 @@ def hook_ollama_answer(_: None, answer: Any, *args: Any, **kw: Any) -> None:
 
 
 class HeaderCheck:
-    """ASGI middleware: a bad header is a 400 also where SGLang would have begun to stream."""
+    """ASGI middleware, in front of all others: a request knows of no other's records, and a bad
+    header is a 400 also where SGLang would have begun to stream."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            name = options.HEADER.encode()
+            # A server begins a request that was pipelined inside the context of the one before.
+            _records.set({})
+            headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
             try:
-                for key, value in scope["headers"]:
-                    if key == name:
-                        options.parse_header(value.decode("latin-1"))
+                for name, text in headers:
+                    if name == options.HEADER:
+                        options.parse_header(text)
+                options.salt_of(headers)
             except ConfigError as error:
                 await _answer_400(str(error), send)
                 return

@@ -22,6 +22,7 @@ ALWAYS = ((0, 0, 0), (9, 9, 9))
 UP_TO_0_5_17 = ((0, 0, 0), (0, 5, 17))
 FROM_0_5_18 = ((0, 5, 18), (9, 9, 9))
 FROM_0_5_18_TO_21 = ((0, 5, 18), (0, 5, 21))
+FROM_0_5_21 = ((0, 5, 21), (9, 9, 9))
 UP_TO_0_5_21 = ((0, 0, 0), (0, 5, 21))
 FROM_0_5_22 = ((0, 5, 22), (9, 9, 9))
 
@@ -33,6 +34,7 @@ class HookPoint(NamedTuple):
     kind: str  # a name of sglang's HookType
     ours: str
     why: str
+    versions: tuple[tuple[int, ...], tuple[int, ...]] = ALWAYS
 
 
 class Override(NamedTuple):
@@ -124,6 +126,14 @@ WRAPPED = (
         "nothing that other weights made is copied or stepped into",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".end_weight_update",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_end_weight_update",
+        "nor what was made before weights were written past SGLang",
+        FROM_0_5_21,
+    ),
+    HookPoint(
         f"{_SRT}.managers.scheduler.Scheduler.__init__",
         "AROUND",
         "kvshare_sglang.runtime.launch:hook_start_scheduler",
@@ -193,7 +203,7 @@ DOORS = (
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
         "AROUND",
         "kvshare_sglang.runtime.doors:hook_generate_request",
-        "read the header, refuse bad options, see what was reused",
+        "read the headers, refuse bad options, see what was reused",
     ),
     *(
         HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "show the record")
@@ -203,6 +213,13 @@ DOORS = (
             f"{_PROTOCOL}.ResponsesResponse.from_request",
             f"{_ANTHROPIC}.serving._anthropic_usage_from_openai",
         )
+    ),
+    HookPoint(
+        f"{_SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
+        "AROUND",
+        "kvshare_sglang.runtime.doors:hook_compute_extra_key",
+        "no tenant's salt and key read as another's",
+        UP_TO_0_5_17,
     ),
     *(
         HookPoint(
@@ -308,6 +325,12 @@ USED = (
         "read: may a twin run",
         True,
     ),
+    Used(
+        f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
+        "_session",
+        "read: whether weights may have been written",
+        versions=FROM_0_5_21,
+    ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
     Used(
         f"{_SRT}.managers.scheduler.Scheduler",
@@ -329,7 +352,7 @@ def register(points: tuple[HookPoint, ...]) -> None:
     """Wrap the functions; safe to call again."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for point in points:
+    for point in filter(is_here, points):
         known = [hook for _, hook, _ in HookRegistry._hooks.get(point.target, ())]
         ours = _resolve(point.ours)
         if ours not in known:
@@ -346,23 +369,18 @@ def check(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> None:
 def missing(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> list[str]:
     """Touches of this SGLang's version that are not there: functions that ours do not wrap,
     methods and fields that are gone, attributes whose names SGLang took."""
-    have = versions.sglang_version()
     gone = [point.target for point in points if not applied(point)]
     gone += [
         f"{one.owner}.{one.name}"
         for one in OVERRIDDEN
-        if one.versions[0] <= have <= one.versions[1] and _find(one.owner, one.name) is None
+        if is_here(one) and _find(one.owner, one.name) is None
     ]
     gone += [
         f"{one.owner}.{one.name} (SGLang has one of its own)"
         for one in ATTRIBUTES
         if hasattr(_resolve_name(one.owner), one.name)
     ]
-    gone += [
-        f"{one.owner}.{one.name}"
-        for one in USED
-        if one.versions[0] <= have <= one.versions[1] and not is_there(one)
-    ]
+    gone += [f"{one.owner}.{one.name}" for one in USED if is_here(one) and not is_there(one)]
     batch = _find(*_BATCH.rsplit(".", 1))
     bases = batch.__mro__ if batch else ()
     names = {name for base in bases for name in inspect.get_annotations(base)}
@@ -370,10 +388,12 @@ def missing(points: tuple[HookPoint, ...] = (*FLAGS, *WRAPPED)) -> list[str]:
 
 
 def applied(point: HookPoint) -> bool:
-    """Whether the live function has ours in its chain of wrappers.
+    """Whether the live function has ours in its chain of wrappers, or is none of this version's.
 
     SGLang's registry logs and continues when a target is gone, so we look at the function itself.
     """
+    if not is_here(point):
+        return True
     found = _find(*point.target.rsplit(".", 1))
     if found is None:
         return False
@@ -390,6 +410,11 @@ def applied(point: HookPoint) -> bool:
 def _find(owner: str, name: str) -> Any:
     """The attribute of a module or class, or None."""
     return getattr(_resolve_name(owner), name, None)
+
+
+def is_here(one: HookPoint | Override | Used) -> bool:
+    """Whether it is about the SGLang version that runs."""
+    return one.versions[0] <= versions.sglang_version() <= one.versions[1]
 
 
 def is_there(one: Used) -> bool:

@@ -343,6 +343,11 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     logger.info("KVShare is on: %s", config)
     text, is_warning = calibration.told(config, layers=layers, model=server_args.model_path)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+    if not versions.knows_salts():
+        logger.warning(
+            "KVShare: this SGLang drops cache_salt in /generate and Vertex: name tenants there by"
+            " extra_key, or by the header X-KVShare-Salt"
+        )
     report = Report(prometheus_labels=prometheus_labels(server_args))
     shadow = Shadow(config, report)
     cache = FuzzyRadixCache(

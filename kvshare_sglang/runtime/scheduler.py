@@ -79,12 +79,26 @@ def hook_calc_priority(
 
 
 def hook_new_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw: Any) -> Any:
-    """AROUND ``flush_cache_after_weight_update``, which every way to update weights calls, whether
-    it was told to flush or not, and whether that fails or not."""
+    """AROUND ``flush_cache_after_weight_update``, which all that loads weights calls once it has,
+    whether it was told to flush or not, and whether that fails or not."""
+    _new_weights(updater)
+    return original(updater, *args, **kw)
+
+
+def hook_end_weight_update(
+    original: Callable[..., Any], updater: Any, *args: Any, **kw: Any
+) -> Any:
+    """AROUND ``end_weight_update`` (0.5.21 and later): in a session that ends, others may have
+    written weights to memory (RDMA), and that calls nothing else; nor does a load that failed."""
+    if updater._session is not None:
+        _new_weights(updater)
+    return original(updater, *args, **kw)
+
+
+def _new_weights(updater: Any) -> None:
     cache = updater.flush_cache.__self__.tree_cache
     if isinstance(cache, FuzzyRadixCache):
         cache.new_weights()
-    return original(updater, *args, **kw)
 
 
 def accepts_blended(config: KVShareConfig, shadow: Shadow, req: "Req") -> bool:
@@ -282,9 +296,9 @@ def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:
     space = versions.namespace(req)
     if req.lora_id is not None:
         if cache.serves_adapters:  # else it is a word of a client's, and says nothing of the key
-            cache.adapter_spaces.add(space)
+            cache.note_adapter(space)
         return Decline.LORA
-    return Decline.LORA if space in cache.adapter_spaces else None
+    return Decline.LORA if cache.is_adapters(space) else None
 
 
 def find_runs(cache: FuzzyRadixCache, req: "Req", prefix_len: int) -> tuple[Run, ...]:

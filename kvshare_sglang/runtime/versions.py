@@ -61,6 +61,18 @@ def namespace(key: Any) -> tuple[Any, Any]:
     return key.extra_key, getattr(key, "cache_salt", None)
 
 
+def knows_salts() -> bool:
+    """Whether requests have a ``cache_salt``: from 0.5.18 on."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    return "cache_salt" in GenerateReqInput.__dataclass_fields__
+
+
+def salt_field() -> str:
+    """Where a GenerateReqInput names whose text it may meet."""
+    return "cache_salt" if knows_salts() else "extra_key"
+
+
 def make_key(token_ids: Any, like: Any, *, extra_key: Any = None) -> Any:
     """A RadixKey in the namespace of ``like`` (a request), or under ``extra_key``."""
     from sglang.srt.mem_cache.radix_cache import RadixKey

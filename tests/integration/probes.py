@@ -503,6 +503,16 @@ def update_weights(child: Any, path: str, flush: bool = True) -> bool:
     return bool(output.success)
 
 
+def write_weights(child: Any) -> bool:
+    """What a trainer's RDMA does: a session in which SGLang itself loads nothing."""
+    from sglang.srt.managers import io_struct
+
+    updater = child.scheduler.weight_updater
+    began = updater.begin_weight_update(io_struct.BeginWeightUpdateReqInput())
+    ended = updater.end_weight_update(io_struct.EndWeightUpdateReqInput())
+    return bool(began.success and ended.success)
+
+
 def no_pinning() -> None:
     """SGLang's LoRA layers pin host memory, which only a machine with an accelerator can."""
     import functools

@@ -374,6 +374,8 @@ def test_new_weights_without_a_flush_reuse_nothing(llama: Path, texts: Texts) ->
         # From here on as ever.
         it.one(texts.passage(7) + prompt)
         assert it.one(texts.passage(9) + prompt)["kvshare"]["copied_tokens"] > 200
+        assert it.ask("probes:write_weights")
+        assert it.one(texts.passage(11) + prompt)["kvshare"]["declined"] == "no_match"
         assert_clean(it)
 
 

@@ -207,6 +207,28 @@ def test_a_bad_header_is_a_400_that_names_it(server: Server, door: Door, stream:
         )
 
 
+@every_door
+def test_a_header_names_the_tenant(server: Server, door: Door) -> None:
+    """Also where a body has no place for a salt; who names none is another."""
+    need(server, door)
+
+    def copied(front: str, tenant: str | None, **more: Any) -> int:
+        body = door.body(f"{front} {fresh(door, False, 'salt')}", **more)
+        headers = {} if tenant is None else {"X-KVShare-Salt": tenant}
+        (seen,) = told(door, server.post(door.path, body, headers=headers))
+        return int(seen["copied_tokens"])
+
+    mine, other = f"1{door.path}", f"2{door.path}"
+    assert copied("One.", mine) == 0
+    assert copied("Two.", mine) > 64
+    assert copied("Three.", other) == 0
+    assert copied("Four.", None) > 64  # of what was cached without one
+    if door.path in ("/generate", "/v1/chat/completions"):
+        # A client names the other tenant, from within its own.
+        assert copied("Five.", mine, cache_salt=other) == 0
+        assert copied("Six.", mine, cache_salt=other) > 64
+
+
 @pytest.mark.parametrize("door", WITH_OPTIONS, ids=lambda door: door.path)
 @both_ways
 def test_a_body_comes_before_the_header(server: Server, door: Door, stream: bool) -> None:
@@ -420,6 +442,25 @@ def test_scores_are_exact_and_counted(server: Server, other_text: None) -> None:
         assert "got 'exakt'" in bad.text
 
 
+def test_what_was_scored_is_its_tenants(server: Server) -> None:
+    """It stays in the cache, for whoever names no salt where the header names none."""
+    begin(server)
+    passage = " ".join(random.Random(3).sample(CODE.split() * 3, 120))
+    asked, _, _ = SCORES["/v1/score"]
+
+    def copied(front: str, headers: dict[str, str]) -> int:
+        body = DOORS[0].body(f"{front} {passage}")
+        (seen,) = told(DOORS[0], server.post("/generate", body, headers=headers))
+        return int(seen["copied_tokens"])
+
+    salted = {"X-KVShare-Salt": "scores"}
+    reply = server.post("/v1/score", asked(passage), headers=salted)
+    assert reply.status_code == 200, reply.text
+    assert copied("A stranger.", {}) == 0
+    assert copied("Its owner.", salted) > 64
+    begin(server)
+
+
 def test_a_session_is_exact_and_says_why(server: Server, other_text: None, texts: Texts) -> None:
     """Each turn of one that SGLang holds, over text that was copied and would be again."""
     document = texts.passage(200)
@@ -479,6 +520,8 @@ def test_native_grpc_is_a_door_as_http_is(
     assert seen(ask(door.body(text("auto"), stream=stream)))["copied_tokens"] > 64
     by_header = ask(door.body(text("header"), stream=stream), **{"x-kvshare": "exact"})
     assert seen(by_header)["declined"] == "exact_requested"
+    salted = ask(door.body(text("salt"), stream=stream), **{"x-kvshare-salt": f"{method}{stream}"})
+    assert seen(salted)["copied_tokens"] == 0
     by_body = ask(door.asking(text("body"), "exact", stream=stream))
     assert seen(by_body)["declined"] == "exact_requested"
     for refused in (
@@ -522,6 +565,10 @@ def test_behind_the_gateway(server: Server, behind_smg: str, door: Door, stream:
     assert exact["declined"] == "exact_requested"
     (dropped,) = told(door, ask(door.body(text("header"), stream=stream), **{"X-KVShare": "exact"}))
     assert dropped["declined"] is None
+    # A salt goes through, as the router writes it too.
+    salted = door.body(text("salt"), stream=stream, cache_salt=f"edge\0{stream}{door.path}")
+    (seen,) = told(door, ask(salted))
+    assert seen["copied_tokens"] == 0
     refused = ask(door.asking("text", "exakt", stream=stream))
     assert refused.status_code == 400 or (stream and door.path == "/generate")
     assert "got 'exakt'" in refused.text

@@ -1,17 +1,23 @@
 """What users of other engines reported, tried on the real scheduler: docs/reports.md names each."""
 
 import random
+import tracemalloc
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import Texts
 from lab import Lab, computed, lab, request
+from test_cutting import Tree
 from test_life import KINDS, assert_clean
 from tiny_models import make_adapter
+
+from kvshare_sglang.policy.admit import Decline
+from kvshare_sglang.runtime import scheduler
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +210,28 @@ def test_a_base_request_never_copies_kv_of_an_adapter(
         assert told["copied_tokens"] > 200
         assert (told["select"], told["select_reason"]) == ("window", "lora")
         assert it.ask("probes:counts")["fallbacks"] == {("trace", "window", "lora"): 1}
+
+
+def test_keys_of_adapters_requests_are_kept_as_short_names() -> None:
+    """A client makes them as long as it likes, and they are known until all is flushed."""
+    cache = Tree().cache
+    cache.serves_adapters = True
+
+    def asks(key: str, lora: str | None) -> Any:
+        return scheduler._of_an_adapter(cache, SimpleNamespace(extra_key=key, lora_id=lora))
+
+    tracemalloc.start()
+    try:
+        for i in range(20):
+            assert asks(f"{i}" * 10**6, "adapter") is Decline.LORA
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 10**5
+    assert asks("7" * 10**6, None) is Decline.LORA
+    assert asks("7" * 10**6 + "8", None) is None
+    cache.reset()
+    assert asks("7" * 10**6, None) is None
 
 
 def test_samples_of_one_prompt_reuse_as_a_single_one_does(llama: Path, texts: Texts) -> None:

@@ -354,6 +354,61 @@ def test_options_of_a_header_are_moved_whoever_chooses_the_worker():
     asyncio.run(run())
 
 
+def test_a_tenant_that_a_header_names_is_in_the_body_that_goes_on():
+    async def run():
+        gateway, prompts = Gateway(), Prompts(Bytes())
+        read = []
+        prompts.read = lambda *a, **kw: read.append(Prompts.read(prompts, *a, **kw)) or read[-1]
+        async with running(gateway, prompts) as (client, url, _):
+            for path in OPTION_PATHS:
+                for said, salt in ((None, "edge"), ("t", "edge\0t"), (["t"], ["edge\0t"])):
+                    body = {"input_ids": [1], "cache_salt": said}
+                    hidden = {"connection": "x-kvshare-salt"}
+                    for more in ({}, {"x-smg-routing-key": "mine"}, hidden):
+                        headers = {"x-kvshare-salt": "edge", **more}
+                        async with client.post(url + path, json=body, headers=headers) as it:
+                            assert it.status == 418
+                        request, got = gateway.seen[-1]
+                        assert json.loads(got) == {"input_ids": [1], "cache_salt": salt}
+                        assert "x-kvshare-salt" not in request.headers
+            # It is counted so, here and for who asks whom to send it to.
+            body, headers = {"input_ids": [1]}, {"x-kvshare-salt": "edge"}
+            async with client.post(url + GENERATE, json=body, headers=headers):
+                pass
+            async with client.post(url + "/pick", json=body, headers=headers) as it:
+                assert it.status == 200
+            assert [one.namespace for one in read[-2:]] == [(None, wire.name_of("edge"))] * 2
+
+    asyncio.run(run())
+
+
+def test_what_would_be_every_tenants_behind_the_gateway_is_refused():
+    """The gateway drops the header, and these bodies have no place for a salt."""
+
+    async def run():
+        gateway = Gateway()
+        deep = b'{"input_ids":[1],"a":' + b"[" * 300 + b"]" * 300 + b"}"
+        good, bad = b'{"input_ids":[1]}', [(b"x-kvshare-salt", b"edge")]
+        cases = [(path, good, bad) for path in (MESSAGES, RESPONSES, "/v1/rerank", "/other")]
+        cases += [(GENERATE, body, bad) for body in (b"", b"no", b"[1]", b'"a"', deep)]
+        cases += [(GENERATE, b'{"cache_salt": 5}', bad)]
+        for salts in ([b""], [b"a b"], [b"x" * 257], [b"a", b"edge"]):
+            many = [(b"x-kvshare-salt", salt) for salt in salts]
+            cases += [(GENERATE, good, many), ("/pick", good, many)]
+        cases += [("/pick", b"[1]", bad)]
+        async with running(gateway) as (client, url, _):
+            for path, body, headers in cases:
+                given = CIMultiDict((name.decode(), value.decode()) for name, value in headers)
+                async with client.post(url + path, data=body, headers=given) as it:
+                    assert it.status == 400, (path, body, headers)
+                    assert len(await it.read()) < 500
+            async with client.get(url + "/v1/models", headers={"x-kvshare-salt": "edge"}) as it:
+                assert it.status == 418
+            assert len(gateway.seen) == 1
+
+    asyncio.run(run())
+
+
 def test_what_can_be_read_and_not_written_goes_on_as_it_came():
     async def run():
         gateway = Gateway()

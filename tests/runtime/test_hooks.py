@@ -115,6 +115,42 @@ def test_every_hook_of_ours_has_its_point() -> None:
     assert defined == named
 
 
+# What SGLang's updater does that leaves the weights of the model that answers as they are.
+_NO_NEW_WEIGHTS = frozenset(
+    "flush_cache_after_weight_update record_weight_version_after_update begin_weight_update"
+    " init_weights_update_group destroy_weights_update_group get_weights_by_name check_weights"
+    " release_memory_occupation resume_memory_occupation save_remote_model"
+    " save_sharded_model".split()
+)
+
+
+def test_no_way_to_replace_weights_goes_past_us() -> None:
+    """Each is wrapped, or calls what is."""
+    from sglang.srt.managers.scheduler_components.weight_updater import (
+        SchedulerWeightUpdaterManager,
+    )
+
+    owner = f"{SchedulerWeightUpdaterManager.__module__}.SchedulerWeightUpdaterManager"
+    wrapped = {point.target for point in hooks.WRAPPED}
+    functions = vars(SchedulerWeightUpdaterManager)
+    ways = {name for name in methods_of(SchedulerWeightUpdaterManager) if name[0] != "_"}
+    for name in ways - _NO_NEW_WEIGHTS:
+        calls = {f"{owner}.{called}" for called in functions[name].__code__.co_names}
+        assert wrapped & (calls | {f"{owner}.{name}"}), name
+
+
+def test_a_point_of_another_version_is_neither_wrapped_nor_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (point,) = (one for one in hooks.WRAPPED if one.target.endswith(".end_weight_update"))
+    assert not hooks.applied(point)
+    monkeypatch.setattr(versions, "sglang_version", lambda: (0, 5, 20))
+    hooks.register((point,))
+    assert hooks.applied(point)
+    monkeypatch.undo()
+    assert not hooks.applied(point)
+
+
 def test_types_of_attributes_exist() -> None:
     import kvshare_sglang.config
     from kvshare_sglang.runtime import attention, batch, request

@@ -86,8 +86,9 @@ class NodeNote:
 NOBODYS = -1  # weights that no request runs by
 
 
-def _named(namespace: Any) -> tuple[str | None, ...]:
-    """Key and salt as routers know them, whose hashes of text must be the same."""
+def named(namespace: Any) -> tuple[str | None, ...]:
+    """Key and salt as routers know them, whose hashes of text must be the same; short, where what
+    clients say may be megabytes."""
     return tuple(None if name is None else name_of(str(name)) for name in namespace)
 
 
@@ -115,11 +116,11 @@ class IndexSync:
 
     def space_of(self, namespace: object) -> object:
         """Where a request looks: the fuzzy tree's namespace is its own, and the weights."""
-        return _named(namespace), self.weights
+        return named(namespace), self.weights
 
     def added(self, node: "TreeNode", root: "TreeNode") -> None:
         """``node``, of exact KV, is new, at the end of its path."""
-        space = _named(versions.namespace(node.key)), self._made_by
+        space = named(versions.namespace(node.key)), self._made_by
         parent, start = None, 0
         if node.parent is not root:
             above = node.parent.kvshare

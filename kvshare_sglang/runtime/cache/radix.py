@@ -25,7 +25,7 @@ from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches
 from kvshare_sglang.runtime.cache.copies import Copies
 from kvshare_sglang.runtime.cache.eviction import ByFrequency, Usage
-from kvshare_sglang.runtime.cache.index_sync import NOBODYS, BranchKey, IndexSync
+from kvshare_sglang.runtime.cache.index_sync import NOBODYS, BranchKey, IndexSync, named
 from kvshare_sglang.runtime.cache.pins import Pins
 from kvshare_sglang.runtime.cache.queue import WaitingQueue
 from kvshare_sglang.runtime.cache.retain import Retainer
@@ -68,7 +68,7 @@ class FuzzyRadixCache(RadixCache):
         self.shadow = shadow
         self.config, self.report, self.choosing, self._accepts = config, report, choosing, accepts
         self.serves_adapters = False
-        self.adapter_spaces: set[object] = set()  # namespaces that adapters have computed in
+        self._adapter_spaces: set[object] = set()  # by their short names
         self.fuzzy = FuzzyTree(secret=secrets.randbits(64), later=True)
         self.usage = Usage(params.token_to_kv_pool_allocator.size)
         self.sync = IndexSync(self.fuzzy)
@@ -91,7 +91,7 @@ class FuzzyRadixCache(RadixCache):
         self.sources.forget()
         self.branches.forget()
         self.copies.forget()
-        self.adapter_spaces.clear()
+        self._adapter_spaces.clear()
         self.fuzzy.clear()
 
     def new_weights(self) -> None:
@@ -114,11 +114,19 @@ class FuzzyRadixCache(RadixCache):
             return match
         space = versions.namespace(req)
         # What an adapter computed is declined, see scheduler.py.
-        if not self.branches.are_in(space) or space in self.adapter_spaces:
+        if not self.branches.are_in(space) or self.is_adapters(space):
             return match
         if not self._accepts(req):  # asked last: for each waiting request, in every round
             return match
         return self.branches.step_over(params.key, match)
+
+    def note_adapter(self, space: object) -> None:
+        """An adapter computes in this namespace."""
+        self._adapter_spaces.add(named(space))
+
+    def is_adapters(self, space: object) -> bool:
+        """Whether an adapter has computed in this namespace since all was flushed."""
+        return bool(self._adapter_spaces) and named(space) in self._adapter_spaces
 
     def _insert_helper(
         self, node: TreeNode, key: RadixKey, value: Any, *args: Any, **kw: Any
