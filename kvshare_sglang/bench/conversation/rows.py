@@ -43,11 +43,11 @@ def counted(answer: Answer) -> dict[str, int]:
 
 
 def rows_of(answer: Answer, *, stock: bool) -> int:
-    """Rows that ran for a prompt, passes that chose some of them counted by the layers they ran."""
+    """Rows that ran for a prompt, but for passes that chose some of them."""
     if stock:
         return int(answer.meta["prompt_tokens"] - answer.meta["cached_tokens"])
     kinds = counted(answer)
-    return kinds["recomputed"] + kinds["fresh"] + passes_of(answer)
+    return kinds["recomputed"] + kinds["fresh"]
 
 
 def passes_of(answer: Answer) -> int:
@@ -113,6 +113,8 @@ def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
     """What the turns of a history come to, and whether its targets are met."""
     judged = [row for row in rows if row["counted"]]
     worst = max(judged, key=lambda r: r["ours"] / r["stock"])
+    work = [r["ours"] + r.get("passes", 0) for r in rows]
+    most_work = max(w / r["stock"] for w, r in zip(work, rows, strict=True) if r["counted"])
     quarter = max(1, len(judged) // 4)
     early, late = (sum(r["ours"] for r in part) for part in (judged[:quarter], judged[-quarter:]))
     row = {
@@ -121,8 +123,9 @@ def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
         "turns": len(rows),
         "stock": sum(r["stock"] for r in rows),
         "ours": sum(r["ours"] for r in rows),
-        "passes": sum(r.get("passes", 0) for r in rows),
         "sum_ratio": sum(r["ours"] for r in rows) / sum(r["stock"] for r in rows),
+        "work_ratio": sum(work) / sum(r["stock"] for r in rows),
+        "most_work": most_work,
         "most_ratio": worst["ours"] / worst["stock"],
         "most_over": max(r["ours"] - r["stock"] for r in judged),
         "ours_p50": common.median([r["ours"] for r in judged]),
@@ -137,8 +140,12 @@ def summary(history: History, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def told(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the table; before passes were counted they were in no sum."""
-    return [{"passes": "-", **one} for one in summaries]
+    """For the table; of some earlier results nothing is known of passes."""
+    return [
+        {**one, "work": f"{one['work_ratio']:.2f}x, {one['most_work']:.2f}x"}
+        if "work_ratio" in one else {**one, "work": "-"}
+        for one in summaries
+    ]  # fmt: skip
 
 
 COLUMNS = {
@@ -146,11 +153,11 @@ COLUMNS = {
     "turns": "{turns}",
     "stock_rows": "{stock}",
     "our_rows": "{ours}",
-    "of_them_passes": "{passes}",
     "sum": "{sum_ratio:.2f}x",
     "worst_turn": "{most_ratio:.2f}x",
     "rows_over": "{most_over:+d}",
     "late_/_early": "{late_over_early:.2f}",
+    "sum_and_worst_turn_with_passes": "{work}",
     "target": "{target}",
     "met": "{met}",
 }
