@@ -220,14 +220,14 @@ class Branches(RuleBasedStateMachine):
 
     def check_choice(self, req):
         """A budget buys its share of the reused rows and of twice the new ones before the last of
-        them; of open rows before it a turn repairs a quarter of its new text, which counts as 60
-        rows at least."""
+        them; of open rows before it a turn repairs 18% of its new text, which counts as 84 rows at
+        least."""
         if req.choice is None:
             return
         plan, required, rows = req.choice
         chosen = rows - required
         hit, new = chosen.clip(0, plan.prefix_len), plan.fresh_rows
-        repaired = max(new.num, 60) // 4 if new.num >= 4 else 0
+        repaired = int(0.18 * max(new.num, 84) + 1e-9) if new.num >= 4 else 0
         assert hit.num <= repaired
         assert not hit or not hit - plan.blend.open
         bought = self.server.budget * (plan.reused + 2 * new.clip(0, plan.reused_rows.stop).num)

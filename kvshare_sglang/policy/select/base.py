@@ -19,8 +19,8 @@ MERGE_GAP = 16  # so few tokens are cheaper to compute than to skip
 NEW = 2  # a new row before copies buys as many rows as so many copies do
 REACH = 2048  # tokens that a change reaches on in its own text; more where more care is asked for
 USUAL, CARE = 0.15, 0.3  # the default budget, and that of a model that was never measured
-REPAIR = 0.25  # open rows before it that a new row buys: what a turn may cost beside its text
-FEWEST, TURN = 4, 60  # tokens of new text that may ask something, and that it counts as at least
+REPAIR = 0.18  # open rows before it that a new row buys: a quarter more, passes counted
+FEWEST, TURN = 4, 84  # tokens of new text that may ask something, and that it counts as at least
 QUERY = 64  # of so many rows the attention is looked at, the last ones
 SINK = 4  # the first tokens of a prompt, which draw attention whatever they say
 
@@ -122,7 +122,7 @@ def repair_rows(plan: ReusePlan, *, budget: float) -> int:
     >>> blend = Blend(0, Rows([(10, 900)]), depth=1)
     >>> plans = [ReusePlan(1000 + new, 1000, (), (), blend) for new in (1, 9, 400)]
     >>> [[repair_rows(plan, budget=budget) for plan in plans] for budget in (0.06, 0.15, 0.3, 1)]
-    [[0, 6, 40], [0, 15, 100], [0, 15, 100], [0, 60, 400]]
+    [[0, 6, 28], [0, 15, 72], [0, 15, 72], [0, 84, 400]]
     """
     if plan.blend is None:
         return 0

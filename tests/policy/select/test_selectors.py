@@ -197,9 +197,7 @@ def test_what_goes_on_behind_a_change_counts_as_far_as_that_reaches(case, budget
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(4, 5000))
-def test_a_turn_costs_a_quarter_of_its_text_more_and_more_only_where_it_is_asked_for(
-    budget, more, new
-):
+def test_a_turn_repairs_a_share_of_its_text_and_more_only_where_it_is_asked_for(budget, more, new):
     def repair(share):
         open_rows = Blend(0, Rows([(0, 9000)]), depth=1)
         return repair_rows(ReusePlan(9000 + new, 9000, (), (), open_rows), budget=share)
@@ -207,9 +205,23 @@ def test_a_turn_costs_a_quarter_of_its_text_more_and_more_only_where_it_is_asked
     assert repair(min(budget, more)) <= repair(max(budget, more))
     default = KVShareConfig().budget
     for share in (default, UNMEASURED_BUDGET * default):  # of a model that never was measured
-        assert repair(share) == max(new, 60) // 4
-    assert repair(1.0) == max(new, 60)
+        assert repair(share) == int(0.18 * max(new, 84) + 1e-9)
+    assert repair(1.0) == max(new, 84)
     assert repair(0.0) == 0
+
+
+@given(st.integers(84, 5000), st.floats(0, 0.5))
+def test_a_turn_costs_a_quarter_more_than_its_text_with_the_passes_of_its_repair(new, depth):
+    """A pass runs ``depth`` of the layers; those of the turn's own text run once."""
+    blend = Blend(0, Rows([(0, 9000)]), depth=1)
+    plan = ReusePlan.computing(
+        Rows([(9000, 9000 + new)]), prompt_len=9000 + new, prefix_len=9000, runs=(), blend=blend
+    )
+    trace = AttentionTrace(SEAM).trace(plan, budget=KVShareConfig().budget)
+    while not trace.done:
+        trace.feed(np.ones(trace.length))
+    ran = new + trace.chosen.num + depth * (trace.ran - trace.carried().num)
+    assert ran <= 1.25 * new + 2
 
 
 def test_a_longer_conversation_buys_no_more_behind_the_same_edit():
