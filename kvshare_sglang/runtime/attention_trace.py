@@ -107,9 +107,8 @@ class TraceStage:
         rows = list(self.rows)
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
         layer = self._layer(runner)
-        firsts = follow(
-            traces, parts, fb, runner, forward, layer=layer, keep=carry.serves(runner, layer)
-        )
+        keep = carry.serves(runner, layer) and not fb.return_logprob  # as ``carry.run``
+        firsts = follow(traces, parts, fb, runner, forward, layer=layer, keep=keep)
         for job, trace in zip(self.jobs, traces, strict=True):
             rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
         rows = few_enough_of(rows, [job.number for job in self.jobs], runner)

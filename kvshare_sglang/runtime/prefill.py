@@ -106,7 +106,8 @@ def _members(fb: "ForwardBatch", batch: "ScheduleBatch") -> list[_Member]:
 
 
 def _copy_nothing(members: Sequence[_Member]) -> None:
-    """All rows of the batch run, so what they leave is exact as far as what is before them."""
+    """All rows of the batch run, so what they leave is exact as far as what is before them. Nor
+    does what follows of a prompt in chunks copy: rare, and simple."""
     for member in members:
         if member.state is not None and member.state.stage is Stage.ADMITTED:
             member.state.stop_copying(Decline.EVERY_ROW)

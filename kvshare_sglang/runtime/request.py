@@ -133,7 +133,7 @@ class RequestReuse:
         self.plan = self.plan.stop_at(self.done if at is None else at)
         if not self.plan.copies:
             self.fall_back(reason)
-        elif reason is Decline.FAULT:  # shown even where some of the prompt was reused before
+        elif reason in (Decline.FAULT, Decline.EVERY_ROW):  # shown though some was reused before
             self.record["declined"] = reason.value
             if not self.told:
                 self.report.declined(reason)
@@ -159,12 +159,15 @@ class RequestReuse:
             record["blended_tokens"] -= blended
             record["copied_tokens"] -= copied_before
             record["recomputed_tokens"] += blended + copied_before
+            twice = before.num - blended - copied_before
+            record["traced_tokens"] = record.get("traced_tokens", 0) + twice
         if chunk.stop < plan.prompt_len:  # a later chunk may run some of them once more
             self.again |= here - (here - plan.reused_rows)
         return copied
 
     def traced(self, rows: int, *, share: float) -> None:
-        """Passes through ``share`` of the layers ran so many rows to choose, beside the batch."""
+        """Passes through ``share`` of the layers ran so many rows to choose, beside the batch; with
+        those that ``ran`` a second time they are the work that is in no other count."""
         self.record["traced_tokens"] = round(rows * share)
 
     def advance(self, stop: int) -> bool:

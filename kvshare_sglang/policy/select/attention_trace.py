@@ -73,9 +73,10 @@ class AttentionTrace(NamedTuple):
         if most_open is not None:
             repaired = min(repaired, most_open)
         shared = plan.blend.open if plan.blend and repaired else Rows()
-        stale = plan.copies[0].dst_start if plan.copies else plan.prompt_len
-        stale = plan.prefix_len if shared else stale
-        over = plan.fresh_rows.clip(stale, start) if start > stale else Rows()
+        over = Rows()  # where nothing is copied the budget is for open rows
+        if plan.copies:
+            stale = plan.prefix_len if shared else plan.copies[0].dst_start
+            over = plan.fresh_rows.clip(stale, max(start, stale))
         candidates = (plan.reused_rows | over | shared) - required
         count = budget_rows(plan.runs, prefix_len=plan.prefix_len, budget=budget)
         after = rows_after_edits(plan, each=AFTER_EDIT, limit=int(AFTER_EDITS * count)) - required

@@ -214,15 +214,21 @@ def test_with_the_last_chunk_run_its_new_text_the_question_and_what_was_copied_o
         assert rows == required | trace.chosen
 
 
-@pytest.mark.parametrize("most_open", [None, 0])
-def test_text_of_earlier_chunks_over_open_rows_of_the_prefix_hit_may_run_again(most_open):
-    """But not where none of those can be put right."""
+@pytest.mark.parametrize(
+    ("most_open", "copied", "want"),
+    [
+        (None, True, [(100, 900), (1000, 5096)]),
+        (0, True, [(2000, 5096)]),  # none of what it was computed over can be put right
+        (None, False, [(100, 900)]),  # a repair is for copies
+    ],
+)
+def test_text_of_earlier_chunks_over_open_rows_may_run_again_where_something_is_copied(
+    most_open, copied, want
+):
     blend = Blend(100, Rows([(100, 900)]), depth=1)
-    plan = ReusePlan.computing(
-        Rows([(1000, 6000)]), prompt_len=6000, prefix_len=1000, runs=(), blend=blend
-    )
+    runs = (Run(1, 40, 2000, 500),) if copied else ()
+    plan = copied_whole(runs, prefix_len=1000, prompt_len=6000).behind(blend)
     trace = SELECTOR.trace(plan, budget=0.15, start=5096, most_open=most_open)
-    want = [] if most_open == 0 else [(100, 900), (1000, 5096)]
     assert Rows.where(trace.candidates) == Rows(want)
 
 
