@@ -15,6 +15,7 @@ from tiny_models import make_model
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select import attention_trace
 from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM
+from kvshare_sglang.policy.select.base import SINK
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
 
@@ -96,7 +97,8 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
                 passes, layers = [n for rows in mine.probed for n in [len(rows)] * 2], 2
                 passes += [len(mine.rows[0])] * 2
                 joined = len(mine.rows[-1]) - len(mine.rows[0])
-                assert joined == (CARRIED_FROM if prompt is prompts[-1] else 0)
+                new = SINK + CARRIED_FROM  # it begins with moved text
+                assert joined == (new if prompt is prompts[-1] else 0)
             assert it.ask("probes:layer_rows")[-1] == passes + [len(mine.rows[-1])] * layers
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):
@@ -148,7 +150,7 @@ def test_new_text_is_carried_on_beside_others(
     of_batch = [sum(len(rows[layer]) for rows in runs.values()) for layer in (0, 0, 2, 3)]
     of_batch = [num + decodes for num in of_batch]
     assert sizes[-4:] == of_batch
-    assert of_batch[3] - of_batch[0] == CARRIED_FROM + 20
+    assert of_batch[3] - of_batch[0] == SINK + CARRIED_FROM + 20
 
 
 def test_where_carrying_on_fails_the_batch_runs_from_the_bottom(models: Path, texts: Texts) -> None:
