@@ -14,7 +14,7 @@ from tiny_models import make_model
 
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select import attention_trace
-from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM
+from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM, probe_layer
 from kvshare_sglang.policy.select.base import SINK
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
@@ -99,6 +99,9 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
                 joined = len(mine.rows[-1]) - len(mine.rows[0])
                 new = SINK + CARRIED_FROM  # it begins with moved text
                 assert joined == (new if prompt is prompts[-1] else 0)
+                beside = sum(map(len, mine.probed)) - joined  # rows that ran half way
+                layer = probe_layer(len(driver.model.layers), config.probe_at)
+                assert told["traced_tokens"] == round(beside * layer / len(driver.model.layers))
             assert it.ask("probes:layer_rows")[-1] == passes + [len(mine.rows[-1])] * layers
             torch.testing.assert_close(mine.logits, served["logits"], **TOL)
             for ours, theirs in zip(mine.kv, served["kv"], strict=True):
