@@ -160,21 +160,19 @@ class Brain:
 
     def answered(self, decision: Decision) -> None:
         """It has begun to answer. Safe to call again."""
-        if not decision.ticket:
-            return
-        try:
-            self.index.answers(decision.best, decision.ticket)
-        except Exception:
-            self._fault("the router could not note that a request is answered")
+        self._note(decision, self.index.answers, "is answered")
 
     def ended(self, decision: Decision) -> None:
         """Its answer is through, or never will be. Safe to call again."""
+        self._note(decision, self.index.ended, "has ended")
+
+    def _note(self, decision: Decision, note: Callable[[int, int], None], what: str) -> None:
         if not decision.ticket:
             return
         try:
-            self.index.ended(decision.best, decision.ticket)
+            note(decision.best, decision.ticket)
         except Exception:
-            self._fault("the router could not note that a request has ended")
+            self._fault(f"the router could not note that a request {what}")
 
     def served(self, decision: Decision, url: str | None) -> None:
         """Learn from who served: ``x-smg-routed-worker-id`` of the answer, if there is one."""
