@@ -141,12 +141,21 @@ def _odds(share: float) -> float:
 def copy_all(runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int) -> ReusePlan:
     """The plan that copies all it can: every run of ``MIN_COPY`` tokens or more before the last
     ``max(suffix, 1)`` tokens, which choose the next token and always run."""
-    check_runs(runs, start=prefix_len, stop=prompt_len)
-    limit = prompt_len - max(suffix, 1)
-    runs = behind_sink(runs)
-    useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
+    useful, limit = worth_copying(runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=suffix)
     copies = [run.cut(run.dst_start, min(run.dst_stop, limit)) for run in useful]
     return ReusePlan(prompt_len, prefix_len, tuple(useful), tuple(copies))
+
+
+def worth_copying(
+    runs: Sequence[Run], *, prompt_len: int, prefix_len: int, suffix: int
+) -> tuple[list[Run], int]:
+    """Of the runs, behind the sink, those that have ``MIN_COPY`` tokens or more before the last
+    ``max(suffix, 1)`` of the prompt; and where these begin. Raises ValueError for runs out of
+    order or out of ``[prefix_len, prompt_len)``."""
+    check_runs(runs, start=prefix_len, stop=prompt_len)
+    limit = prompt_len - max(suffix, 1)
+    behind = behind_sink(runs)
+    return [run for run in behind if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY], limit
 
 
 def behind_sink(runs: Sequence[Run]) -> list[Run]:

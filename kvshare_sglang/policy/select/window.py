@@ -8,8 +8,8 @@ by deviation do not.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_sglang.plan import Join, ReusePlan, Run, check_runs
-from kvshare_sglang.policy.select.base import MERGE_GAP, MIN_COPY, Sees, behind_sink, budget_rows
+from kvshare_sglang.plan import Join, ReusePlan, Run
+from kvshare_sglang.policy.select.base import MERGE_GAP, MIN_COPY, Sees, budget_rows, worth_copying
 
 
 class Window(NamedTuple):
@@ -26,10 +26,9 @@ class Window(NamedTuple):
         """Where the heads (windows and seams) need more than the budget, they are trimmed in
         proportion, seams before windows; where they need less, every head grows in proportion to
         its run. A run after the text that it was computed after has no head."""
-        check_runs(runs, start=prefix_len, stop=prompt_len)
-        limit = prompt_len - max(self.seam, 1)
-        runs = behind_sink(runs)
-        useful = [run for run in runs if min(run.dst_stop, limit) - run.dst_start >= MIN_COPY]
+        useful, limit = worth_copying(
+            runs, prompt_len=prompt_len, prefix_len=prefix_len, suffix=self.seam
+        )
         useful = [run for run in useful if run.length - self.head(run) >= MIN_COPY]
         while True:
             count = budget_rows(useful, prefix_len=prefix_len, budget=budget)
