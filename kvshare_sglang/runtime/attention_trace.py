@@ -107,7 +107,7 @@ class TraceStage:
         rows = list(self.rows)
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
         layer = self._layer(runner)
-        keep = carry.serves(runner, layer) and not fb.return_logprob  # as ``carry.run``
+        keep = carry.serves(fb, runner, layer)
         firsts = follow(traces, parts, fb, runner, forward, layer=layer, keep=keep)
         for job, trace in zip(self.jobs, traces, strict=True):
             rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
@@ -121,10 +121,10 @@ class TraceStage:
         for job, trace, first in zip(self.jobs, traces, firsts, strict=False):
             if carried := trace.carried():
                 kept[job.number] = (carried, first)
-        for job, trace in zip(self.jobs, traces, strict=True):
-            mine, _ = kept.get(job.number, (Rows(), None))
-            job.state.traced(trace.ran - mine.num, share=self._depth(runner))
         halves = {number: mine for number, (mine, _) in kept.items()}
+        for job, trace in zip(self.jobs, traces, strict=True):
+            once = halves.get(job.number, Rows()).num
+            job.state.traced(trace.ran - once, share=self._depth(runner))
         return _Chosen(rows, earlier, self._plans(rows, halves), kept)
 
     def _run_chosen(

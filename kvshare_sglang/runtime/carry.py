@@ -45,9 +45,11 @@ class First(NamedTuple):
     residual: torch.Tensor
 
 
-def serves(runner: "ModelRunner", layer: int) -> bool:
-    """Whether layers run one by one, so that rows may join between them. On a GPU they are parts of
-    graphs, and passes are recorded."""
+def serves(fb: "ForwardBatch", runner: "ModelRunner", layer: int) -> bool:
+    """Whether layers run one by one, so that rows may join between them, and no request of the
+    batch wants logprobs. On a GPU layers are parts of graphs, and passes are recorded."""
+    if fb.return_logprob:
+        return False
     if not on_cpu(runner) or attention.has_kernel(runner):
         return False
     if not runner.attn_backend.kvshare.carries:
@@ -82,7 +84,7 @@ def run(
     what entered it in the first pass."""
     chunk = versions.chunk_size()
     total = sum(one.num for one in rows)
-    if not kept or fb.return_logprob or (chunk is not None and total > chunk):
+    if not kept or (chunk is not None and total > chunk):
         fb.kvshare = BatchReuse(rows=rows)
         return forward(fb)
     tokens = tokens_of(fb)
