@@ -66,6 +66,8 @@ def test_prompts_of_a_task_and_case_are_always_the_same_ones():
     )
     assert first == again
     assert len({one.prompt for one in first}) == 3
+    other = list(itertools.islice(prompts.asked(_pool(12), "codes3", "edit", draw=1), 3))
+    assert not {one.prompt for one in first} & {one.prompt for one in other}
     assert next(prompts.asked(_pool(12), "codes3", "alone")).cached == ()
 
 
@@ -119,12 +121,19 @@ def test_all_rows_again_are_full_prefill_and_copies_are_not(model, one):
     found = row["arms"]
     assert list(found) == ["full", *chosen]
     assert found["all"]["kl"] < 1e-5
-    assert found["all"].get("top1_sure", 1) == 1
+    assert found["all"].get("top1_sure", 1) == found["all"]["first"] == 1
     assert (found["all"]["same"], found["all"]["recomputed"]) == (True, 1)
     assert found["all"]["margin"] == pytest.approx(found["full"]["margin"], abs=1e-2)
     assert found["copies"]["kl"] > 10 * found["all"]["kl"]
     assert found["copies"]["recomputed"] < 0.1 < found["trace refresh"]["recomputed"]
     assert row["copied"] > 0.5
+
+
+def test_arms_are_asked_for_at_several_budgets():
+    at = arms.chosen(["copies", "trace", "epic"], [0.1, 0.3])
+    assert list(at) == ["copies", "trace 0.1", "trace 0.3", "epic 0.1", "epic 0.3"]
+    assert [arm.budget for arm in at.values()] == [0.0, 0.1, 0.3, 0.1, 0.3]
+    assert arms.chosen(["trace"], []) == {"trace": arms.ARMS["trace"]}
 
 
 def test_tokens_that_full_prefill_is_sure_of_are_told_apart():

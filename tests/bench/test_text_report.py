@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvshare_sglang.bench.text import report
+from kvshare_sglang.bench.text import plot, report
 
 
 @pytest.fixture
@@ -47,3 +47,35 @@ def test_flips_are_told_by_kl(folder):
     assert (low["n"], low["kl"], low["flips"]) == (2, pytest.approx(0.15), 0.5)
     assert (high["n"], high["kl"], high["flips"]) == (2, pytest.approx(0.35), 1.0)
     assert report.flips(folder, bins=5) == []  # fewer answers than bins
+
+
+def _line(**arms):
+    """KL and FLOPs of each arm."""
+    full = {"full": {"right": 1, "text": ""}}
+    shown = {k: {"right": 1, "text": "", "kl": kl, "computed": c} for k, (kl, c) in arms.items()}
+    return {"tokens": 100, "arms": full | shown}
+
+
+def test_kl_is_compared_at_the_same_flops(tmp_path):
+    """A rival halves its KL with each 10% of the FLOPs: at 25% it has copies' over 2 ** 2.5."""
+    points = {f"epic {b}": (0.8 * 2 ** (-10 * b), b) for b in (0.1, 0.2, 0.3)}
+    mine = {"trace 0.2": (0.8 * 2**-3.5, 0.25), "trace 0.3": (0.01, 0.4)}
+    lines = [_line(copies=(0.8, 0.0), **mine, **points)] * 3
+    (tmp_path / "codes3-edit.jsonl").write_text("".join(json.dumps(n) + "\n" for n in lines))
+    (level,) = report.same_flops(tmp_path)  # 40% lies beyond what the rival was given
+    assert (level["arm"], level["rival"], level["computed"]) == ("trace 0.2", "epic", 0.25)
+    assert level["ratio"] == pytest.approx(0.5)
+    assert level["ratio_ci95"] == pytest.approx([0.5, 0.5])
+    assert "0.50" in report.show_level([level])
+
+
+def test_without_budgets_there_is_nothing_to_compare(folder):
+    assert report.same_flops(folder) == []
+
+
+def test_answers_are_drawn(tmp_path):
+    lines = [_line(copies=(0.8, 0.1), **{"trace 0.2": (0.1, 0.3), "epic 0.2": (0.2, 0.2)})]
+    for case in ("edit", "splice"):
+        (tmp_path / f"codes3-{case}.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    plot.draw(report.summary(tmp_path), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

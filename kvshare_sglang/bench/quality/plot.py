@@ -8,11 +8,11 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-_COLOURS = {
+COLOURS = {
     "full": "#222222", "copy": "#bbbbbb", "random": "#d0b8a8", "epic": "#7f9fbf",
     "cacheblend": "#e0a458", "attention": "#b58fc0", "deviation": "#c06c84",
     "window": "#6c9a8b", "dhd": "#2a7f62", "oracle": "#8a1c1c", "trace": "#1f5fd0",
-    "trace+refresh": "#0b2f6b", "rerun": "#888888",
+    "trace+refresh": "#0b2f6b", "rerun": "#888888", "prophetkv": "#4bb6c4",
 }  # fmt: skip
 
 
@@ -27,14 +27,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )  # fmt: skip
     for ax, (task, case) in zip(axes.flat, panels, strict=False):
         mine = [r for r in rows if (r["task"], r["case"]) == (task, case)]
-        ax.axhline(mine[0]["accuracy_full"], color=_COLOURS["full"], lw=0.8, ls=":")
+        ax.axhline(mine[0]["accuracy_full"], color=COLOURS["full"], lw=0.8, ls=":")
         for selector in dict.fromkeys(r["selector"] for r in mine):
             points = sorted(
                 (r["recomputed_share"], r["accuracy"]) for r in mine if r["selector"] == selector
             )
             ours = selector.startswith("trace")
             ax.plot(*zip(*points, strict=True), "o-", ms=4 if ours else 3, lw=2 if ours else 1.2,
-                    color=_COLOURS[selector], label=selector, zorder=3 if ours else 2)  # fmt: skip
+                    color=COLOURS[selector], label=selector, zorder=3 if ours else 2)  # fmt: skip
         ax.set_title(f"{task}, {case}", fontsize=9)
         ax.set_xlim(left=0)
         ax.grid(alpha=0.2)
@@ -44,7 +44,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         line[0].set_ylabel("accuracy", fontsize=8)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(labels))
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_streams(rows: list[dict[str, Any]], path: Path) -> None:
@@ -66,10 +66,11 @@ def draw_streams(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_ylim(0.5, 1.02)
         ax.grid(alpha=0.2)
     left.legend(title="source depth", title_fontsize=7, fontsize=7, loc="lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, and give back what it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

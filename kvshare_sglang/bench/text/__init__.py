@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--filler", type=int, default=0, help="passages without an answer that a prompt has besides"
     )
+    add("--draw", type=int, default=0, metavar="K", help="other prompts of the same kind")
     add("--arm", nargs="+", choices=arms.ARMS, default=names, help="besides full prefill")
+    add("--budget", nargs="+", type=float, default=[], metavar="SHARE",
+        help="each arm at each of these, as 'trace 0.3' (default: an arm's own)")  # fmt: skip
+    add("--plot", type=Path, metavar="OUT.png", help="right answers and KL against FLOPs")
     add("--served", nargs="*", choices=served.ARMS, metavar="ARM",
         help=f"by the real server: of {', '.join(served.ARMS)} (default: ours)")  # fmt: skip
     add("--server-arg", action="append", default=[], metavar="ARG",
@@ -62,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
         return run_served(args, passages, cells)
     if CHAT in args.case:
         raise ScriptError(f"--case {CHAT} needs --served: the driver knows no earlier turns")
+    if not all(0 < budget <= 1 for budget in args.budget):
+        raise ScriptError(f"--budget must be in (0, 1], got {', '.join(map(str, args.budget))}")
     texts, model = start(args)
-    chosen = {name: arms.ARMS[name] for name in args.arm}
+    chosen = arms.chosen(args.arm, args.budget)
 
     def rows(case: str, many: list[Asked]) -> list[dict[str, Any]]:
         if case == ALONE:
@@ -78,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
             bar.say(f"{task}, {case}")
             fill(
                 args.out / f"{task}-{case}.jsonl",
-                asked(passages, task, case, filler=args.filler), args.n,
+                asked(passages, task, case, filler=args.filler, draw=args.draw), args.n,
                 functools.partial(rows, case), bar,
                 together=BATCH if case == ALONE else 1,
             )  # fmt: skip
-    return finish(args)
+    return finish(args, plotted=args.plot)
 
 
 def run_served(
@@ -100,10 +106,10 @@ def run_served(
             bar.say(f"{task}, {case}, served")
             fill(
                 args.out / f"{task}-{case}.jsonl",
-                asked(passages, task, case, filler=args.filler), args.n,
+                asked(passages, task, case, filler=args.filler, draw=args.draw), args.n,
                 lambda many: [served.answers(server, texts, one, chosen) for one in many], bar,
             )  # fmt: skip
-    return finish(args)
+    return finish(args, plotted=args.plot)
 
 
 def start(args: argparse.Namespace) -> tuple[Texts, Model]:
@@ -121,8 +127,16 @@ def folder(args: argparse.Namespace) -> Texts:
     return Texts(args.model)
 
 
-def finish(args: argparse.Namespace) -> int:
-    """Sum up all that the folder holds."""
+def finish(args: argparse.Namespace, *, plotted: Path | None = None) -> int:
+    """Sum up all that the folder holds, ``plotted`` too where there is a place for it."""
     rows = report.summary(args.out)
-    common.report(args, report.show(rows), {"rows": rows, "flips": report.flips(args.out)})
+    level = report.same_flops(args.out)
+    text = report.show(rows) + ("\n\n" + report.show_level(level) if level else "")
+    found = {"rows": rows, "flips": report.flips(args.out), "same_flops": level}
+    common.report(args, text, found)
+    if plotted:
+        from kvshare_sglang.bench.text import plot
+
+        plot.draw(rows, plotted)
+        print(f"plot: {plotted}")
     return 0

@@ -28,17 +28,30 @@ class Arm(NamedTuple):
 ARMS = {
     "copies": Arm("copy", budget=0.0),
     "window": Arm("window"),
+    "dhd": Arm("dhd"),
     "epic": Arm("epic"),
     "cacheblend": Arm("cacheblend"),
     "prophetkv": Arm("prophetkv"),
     "trace": Arm("trace"),
     "trace quarter": Arm("trace", {"probe_at": 0.25, "stretch": 0}),  # as it was before D84
     "trace alone": Arm("trace", {"stretch": 0}),
-    "trace .25": Arm("trace", budget=0.25),
     "trace refresh": Arm("trace", every=1),
     "deviation": Arm("oracle"),  # true deviation over all layers
     "all": Arm("full", budget=1.0),  # a check of this module: as full prefill
 }
+
+
+def chosen(names: list[str], budgets: list[float]) -> dict[str, Arm]:
+    """Arms by what the result calls them: each at each budget where there are any, as ``trace
+    0.3``. Copies and all rows have no budget."""
+    found = {}
+    for name in names:
+        arm = ARMS[name]
+        if not budgets or arm.selector in ("copy", "full"):
+            found[name] = arm
+        else:
+            found |= {f"{name} {b:g}": arm._replace(budget=b) for b in budgets}
+    return found
 
 
 def alone(model: Model, texts: Texts, many: list[Asked]) -> list[dict[str, Any]]:

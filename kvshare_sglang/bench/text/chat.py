@@ -75,13 +75,14 @@ class Truth(NamedTuple):
 
     def measured(self, told: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
         """KL from full prefill along its answer, mean and most of a token; top-1 agreement there,
-        of all tokens and of those that full prefill gives at least one half; margin and negative
-        log-likelihood of the right answer. Both arguments [n, vocab] are log-probabilities, along
-        ``told`` and ``right``."""
+        of all tokens, of the first, and of those that full prefill gives at least one half; margin
+        and negative log-likelihood of the right answer. Both arguments [n, vocab] are
+        log-probabilities, along ``told`` and ``right``."""
         far = apart(self.logprobs, told)
         _, margin, nll = judge(right, self.right[len(self.ids) :])
         found = {
             "kl": far.kl, "kl_most": far.kl_most, "top1": far.top1, "margin": margin, "nll": nll,
+            "first": float(self.logprobs[0].argmax() == told[0].argmax()),
         }  # fmt: skip
         return found if far.sure is None else found | {"top1_sure": far.sure}
 

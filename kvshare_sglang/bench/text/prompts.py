@@ -46,9 +46,11 @@ def pool(path: Path, *, longest: int) -> list[Passage]:
     return [p for p in found if len(p.text) <= longest]
 
 
-def asked(pool: Sequence[Passage], task: str, case: str, *, filler: int = 0) -> Iterator[Asked]:
-    """Prompts without end, each with so many more passages as ``filler``. Raises ScriptError where
-    there are too few."""
+def asked(
+    pool: Sequence[Passage], task: str, case: str, *, filler: int = 0, draw: int = 0
+) -> Iterator[Asked]:
+    """Prompts without end, each with so many more passages as ``filler``; other ones for each
+    ``draw``. Raises ScriptError where there are too few passages."""
     make, count = TASKS[task]
     fit = [p for p in pool if p.qas] if make is passages.qa else pool
     if len(fit) < 2 * count + filler:
@@ -56,7 +58,7 @@ def asked(pool: Sequence[Passage], task: str, case: str, *, filler: int = 0) -> 
             f"{task} needs {2 * count + filler} passages in --passages that are no longer than"
             f" --longest, got {len(fit)}"
         )
-    rng = random.Random(f"text {task} {case}")
+    rng = random.Random(f"text {task} {case}" + (f" {draw}" if draw else ""))
     while True:
         scene, others = make(rng, pool, count)
         if filler:

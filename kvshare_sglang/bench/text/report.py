@@ -12,6 +12,21 @@ MEANS = (
     "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same",
     "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
+OURS, NOTHING = "trace", "copies"
+NEEDED = {"kl", "computed"}  # to compare at the same FLOPs
+
+
+def split(name: str) -> tuple[str, float | None]:
+    """An arm's selector, and the budget that its name tells.
+
+    >>> split("trace alone 0.3"), split("copies")
+    (('trace alone', 0.3), ('copies', None))
+    """
+    selector, _, budget = name.rpartition(" ")
+    try:
+        return selector, float(budget)
+    except ValueError:
+        return name, None
 
 
 def summary(folder: Path) -> list[dict[str, Any]]:
@@ -24,6 +39,51 @@ def summary(folder: Path) -> list[dict[str, Any]]:
         names = list(dict.fromkeys(name for line in lines for name in line["arms"]))
         rows += [_row(lines, name, task=task, case=case) for name in names]
     return rows
+
+
+def same_flops(folder: Path) -> list[dict[str, Any]]:
+    """KL of ours over that of each other selector *at the FLOPs that ours takes*, where a run has
+    them at several budgets. Between two of its budgets a selector's log KL is taken as a straight
+    line over FLOPs, from copies on; beyond its largest budget it is not told. Intervals are
+    bootstrapped over prompts, all arms of a prompt together."""
+    found = []
+    for file in sorted(folder.glob("*.jsonl")):
+        task, _, case = file.stem.partition("-")
+        lines = [json.loads(line)["arms"] for line in file.read_text().splitlines()]
+        names = [n for n in lines[0] if all(x.get(n, {}).keys() >= NEEDED for x in lines)]
+        if NOTHING not in names:
+            continue
+        kl = {name: np.array([line[name]["kl"] for line in lines]) for name in names}
+        flops = {name: _mean([line[name]["computed"] for line in lines]) for name in names}
+        curves: dict[str, list[str]] = {}
+        for name in sorted(names, key=flops.__getitem__):
+            curves.setdefault(split(name)[0], [NOTHING]).append(name)
+        rivals = {k: v for k, v in curves.items() if k not in (OURS, NOTHING) and len(v) > 2}
+        for mine in curves.get(OURS, [NOTHING])[1:]:
+            for rival, points in rivals.items():
+                x = [flops[p] for p in points]
+                if x[0] <= flops[mine] <= x[-1]:
+                    ratio = _ratio(kl[mine], [kl[p] for p in points], x, flops[mine])
+                    ci95 = _ratio_ci95(kl[mine], [kl[p] for p in points], x, flops[mine])
+                    found.append({
+                        "task": task, "case": case, "arm": mine, "n": len(lines), "rival": rival,
+                        "computed": flops[mine], "kl": _mean(kl[mine]), "ratio": ratio,
+                        "ratio_ci95": ci95,
+                    })  # fmt: skip
+    return found
+
+
+def _ratio(mine: np.ndarray, theirs: list[np.ndarray], x: list[float], at: float) -> float:
+    curve = np.log([np.maximum(kl.mean(), 1e-12) for kl in theirs])
+    return float(mine.mean() / np.exp(np.interp(at, x, curve)))
+
+
+def _ratio_ci95(
+    mine: np.ndarray, theirs: list[np.ndarray], x: list[float], at: float, *, rounds: int = 2000
+) -> list[float]:
+    picks = np.random.default_rng(0).integers(len(mine), size=(rounds, len(mine)))
+    ratios = [_ratio(mine[pick], [kl[pick] for kl in theirs], x, at) for pick in picks]
+    return [float(q) for q in np.quantile(ratios, (0.025, 0.975))]
 
 
 def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
@@ -110,4 +170,19 @@ def show(rows: list[dict[str, Any]]) -> str:
         same="{same:.2f}",
         recomputed="{recomputed:.1%}",
         computed="{computed:.1%}",
+    )
+
+
+def show_level(rows: list[dict[str, Any]]) -> str:
+    """The table of ``same_flops``."""
+    return common.columns(
+        [{**row, "ci": "{:.2f} {:.2f}".format(*row["ratio_ci95"])} for row in rows],
+        cell="{task} {case}",
+        arm="{arm}",
+        n="{n}",
+        computed="{computed:.1%}",
+        KL="{kl:.4f}",
+        against="{rival}",
+        KL_over_theirs_at_the_same_FLOPs="{ratio:.2f}",
+        ci95="{ci}",
     )
