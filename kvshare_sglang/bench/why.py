@@ -77,8 +77,8 @@ def why(
         again = required | rows if side == "run" else required
         hidden, _ = model.run(ids, kv, again.positions)
         first = model.logits(hidden[-1])
-        told, right = (follow(model, kv, first, path, len(ids)) for path in (true.told, true.right))
-        found[name] = true.measured(told, right) | {"share": rows.num / plan.reused}
+        along = (follow(model, kv, first, path, len(ids)) for path in true.paths)
+        found[name] = true.measured(*along) | {"share": rows.num / plan.reused}
         firsts.append(first)
         kvs.append(kv)
     many = side_by_side(model, firsts, kvs, [len(ids)] * len(kvs), WRITTEN, stop=texts.stop)

@@ -13,11 +13,12 @@ from kvshare_sglang.bench import common, passages, why
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.bench.quality.cases import Encoder
 from kvshare_sglang.bench.quality.outcomes import apart
-from kvshare_sglang.bench.text import arms, prompts, report
-from kvshare_sglang.bench.text.chat import Texts
+from kvshare_sglang.bench.text import arms, prompts, report, requests
+from kvshare_sglang.bench.text.chat import Texts, alike
 from kvshare_sglang.bench.text.lines import fill
 from kvshare_sglang.bench.text.places import PARTS, Places, part_and_side
-from kvshare_sglang.sim.engine import Model
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.sim.engine import Lab, Model
 
 WORDS = "the old town has a long wall and a mill by the river that nobody uses any more".split()
 
@@ -134,6 +135,54 @@ def test_arms_are_asked_for_at_several_budgets():
     assert list(at) == ["copies", "trace 0.1", "trace 0.3", "epic 0.1", "epic 0.3"]
     assert [arm.budget for arm in at.values()] == [0.0, 0.1, 0.3, 0.1, 0.3]
     assert arms.chosen(["trace"], []) == {"trace": arms.ARMS["trace"]}
+
+
+def _played(model, file, prompts, *, n):
+    words, lab = Plain(), Lab(model, KVShareConfig(min_reuse=16))
+    chosen = arms.chosen(["copies", "rerun"], [])
+    played = requests.Played(model, words, lab, chosen)
+    with common.Progress(n) as bar:
+        fill(file, played.arriving(prompts), n, lambda some: [played.row(x) for x in some], bar)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_requests_reuse_those_before_them_also_where_a_run_goes_on(model, tmp_path):
+    """The third has both others' text, in another order; the first has nothing to reuse."""
+    parts = [" ".join(p.text for p in _pool(4)[i : i + 2]) for i in (0, 2)]
+    said = [*parts, f"Of two regions. {parts[1]} And now {parts[0]}"]
+    file = tmp_path / "asked.json"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in said))
+    many = requests.prompts(file, Plain(), n=9, most=500)
+    assert [len(ids) for ids in many] == [len(Plain().told(text)) for text in said]
+
+    first, _, third = _played(model, tmp_path / "a.jsonl", many, n=3)
+    assert (list(first["arms"]), first["copied"]) == (["full"], 0)
+    assert third["copied"] > 0.5
+    copies, rerun = third["arms"]["copies"], third["arms"]["rerun"]
+    assert copies["kl"] > 10 * rerun["kl"]
+    assert (rerun["same"], rerun["rouge_l"], rerun["computed"]) == (True, 1, 1)
+    assert not {"right", "margin", "nll"} & copies.keys()
+
+    _played(model, tmp_path / "b.jsonl", many, n=2)
+    assert _played(model, tmp_path / "b.jsonl", many, n=3)[2] == third
+    rows = {row["arm"]: row for row in report.summary(tmp_path)}
+    assert (rows["copies"]["n"], rows["full"]["n"], rows["copies"]["right"]) == (1, 3, None)
+    assert report.show(list(rows.values()))
+
+
+def test_a_file_without_prompts_that_fit_is_refused(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"prompt": "one two three"}\n')
+    with pytest.raises(common.ScriptError, match=r"no prompt of .* has 1 to 2 tokens"):
+        requests.prompts(file, Plain(), n=1, most=2)
+    file.write_text('{"text": 1}\n')
+    with pytest.raises(common.ScriptError, match="no file of JSON lines with 'prompt'"):
+        requests.prompts(file, Plain(), n=1, most=2)
+
+
+def test_rouge_l_is_of_the_longest_common_subsequence():
+    assert alike([1, 2, 3, 4], [1, 9, 3]) == {"same": False, "rouge_l": pytest.approx(4 / 7)}
+    assert alike([5], [5]) == {"same": True, "rouge_l": 1}
 
 
 def test_tokens_that_full_prefill_is_sure_of_are_told_apart():

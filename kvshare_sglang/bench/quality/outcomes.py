@@ -16,6 +16,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import ReusePlan
 from kvshare_sglang.policy.select.attention_trace import probe_layer
 from kvshare_sglang.policy.select.base import Sees
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 from kvshare_sglang.sim.engine import KV, Lab, Model, Partial
 from kvshare_sglang.sim.flops import checked_flops, peeked_flops, prefill_flops
 
@@ -91,7 +92,7 @@ def outcome(
             top1_sure=_apart(true, true.logprobs).sure,
         )  # fmt: skip
     if selector == "rerun":
-        first, kv = _in_two_chunks(lab.model, prompt)
+        first, kv = in_two_chunks(lab.model, prompt.ids, room=CONTINUED)
         along = follow(lab.model, kv, first, true.told, len(prompt.ids))
         return _outcome(lab.model, prompt, true, first, kv, along, 1.0, 1.0)
     refreshing = selector == "trace+refresh"
@@ -111,9 +112,10 @@ def outcome(
     )
 
 
-def _in_two_chunks(model: Model, prompt: Prompt) -> tuple[torch.Tensor, KV]:
-    """Full prefill whose sums are made in another order: the noise floor."""
-    ids, kv = prompt.ids, model.room(len(prompt.ids) + CONTINUED)
+def in_two_chunks(model: Model, ids: Tokens, *, room: int) -> tuple[torch.Tensor, KV]:
+    """Full prefill whose sums are made in another order: the noise floor. KV has ``room`` after
+    the prompt."""
+    kv = model.room(len(ids) + room)
     half = len(ids) // 2
     model.run(ids, kv, np.arange(half))
     hidden, _ = model.run(ids, kv, np.arange(half, len(ids)))

@@ -3,6 +3,7 @@
 First ``--case alone`` says which tasks full prefill solves. Then each prompt of a case is served by
 full prefill and by each arm over the same cache. A run that was stopped goes on where it was:
 prompts of a task and case are always the same ones, and those in the folder are left out.
+``--requests`` plays a file of requests instead, and says how far from full prefill each comes out.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from kvshare_sglang.bench import common, models, options
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked, Passage
 from kvshare_sglang.bench.server import ServerSpec, serve
-from kvshare_sglang.bench.text import arms, report, served
+from kvshare_sglang.bench.text import arms, report, requests, served
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import fill
 from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, SAMPLE, TASKS, asked, pool
-from kvshare_sglang.sim.engine import Model
+from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.sim.engine import Lab, Model
 
 BATCH = 8  # prompts answered side by side where only full prefill is asked
 
@@ -29,7 +31,9 @@ BATCH = 8  # prompts answered side by side where only full prefill is asked
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser)
     add = parser.add_argument
-    names = [name for name in arms.ARMS if name != "all"]
+    names = [name for name in arms.ARMS if name not in arms.NOT_ASKED]
+    add("--requests", type=Path, metavar="FILE",
+        help="instead of passages: its first --n prompts, each after those before it")  # fmt: skip
     add("--task", nargs="+", choices=TASKS, default=list(TASKS))
     add("--case", nargs="+", choices=CASES, default=["splice", "edit"])
     add(
@@ -60,22 +64,24 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.requests:
+        return run_requests(args)
     passages = pool(args.passages, longest=args.longest)
     cells = [(task, case) for case in args.case for task in args.task]
     if args.served is not None:
         return run_served(args, passages, cells)
     if CHAT in args.case:
         raise ScriptError(f"--case {CHAT} needs --served: the driver knows no earlier turns")
-    if not all(0 < budget <= 1 for budget in args.budget):
-        raise ScriptError(f"--budget must be in (0, 1], got {', '.join(map(str, args.budget))}")
     texts, model = start(args)
-    chosen = arms.chosen(args.arm, args.budget)
+    chosen, config = asked_for(args)
 
     def rows(case: str, many: list[Asked]) -> list[dict[str, Any]]:
         if case == ALONE:
             return arms.alone(model, texts, many)
         return [
-            arms.reused(model, texts, one, chosen, seed=zlib.crc32(one.prompt.encode()))
+            arms.reused(
+                model, texts, one, chosen, seed=zlib.crc32(one.prompt.encode()), config=config
+            )
             for one in many
         ]
 
@@ -88,6 +94,32 @@ def run(args: argparse.Namespace) -> int:
                 functools.partial(rows, case), bar,
                 together=BATCH if case == ALONE else 1,
             )  # fmt: skip
+    return finish(args, plotted=args.plot)
+
+
+def asked_for(args: argparse.Namespace) -> tuple[dict[str, arms.Arm], KVShareConfig]:
+    """The arms, and the options of those that name none: what a server takes for the model."""
+    if not all(0 < budget <= 1 for budget in args.budget):
+        raise ScriptError(f"--budget must be in (0, 1], got {', '.join(map(str, args.budget))}")
+    return arms.chosen(args.arm, args.budget), KVShareConfig(**options.measured(args.model))
+
+
+def run_requests(args: argparse.Namespace) -> int:
+    """As ``run``, of prompts whose right answer nobody knows."""
+    if args.served is not None:
+        raise ScriptError("--requests is measured by the driver: leave out --served")
+    texts, model = start(args)
+    chosen, config = asked_for(args)
+    many = requests.prompts(
+        args.requests, texts, n=args.n, most=len(model.table) - requests.WRITTEN
+    )
+    played = requests.Played(model, texts, Lab(model, config), chosen)
+    with common.Progress(len(many), unit=" prompts") as bar:
+        bar.say(args.requests.stem)
+        fill(
+            args.out / f"requests-{args.requests.stem}.jsonl", played.arriving(many), len(many),
+            lambda some: [played.row(ids) for ids in some], bar,
+        )  # fmt: skip
     return finish(args, plotted=args.plot)
 
 

@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked
-from kvshare_sglang.bench.quality.outcomes import follow, shares
-from kvshare_sglang.bench.text.chat import WRITTEN, Texts, cached, of_full, reuse, truth
+from kvshare_sglang.bench.quality.outcomes import follow, in_two_chunks, shares
+from kvshare_sglang.bench.text.chat import WRITTEN, Texts, Truth, alike, cached, of_full, truth
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.plan import ReusePlan
 from kvshare_sglang.sim.engine import Lab, Model, Partial
 from kvshare_sglang.sim.writing import refreshing, side_by_side
 
+NOT_ASKED = ("rerun", "all")  # by default
+FIXED = ("copy", "full", "rerun")  # selectors without a budget
 LAYER = 1  # at which a check compares, as --kvshare-check-layer
 
 
@@ -37,17 +41,18 @@ ARMS = {
     "trace alone": Arm("trace", {"stretch": 0}),
     "trace refresh": Arm("trace", every=1),
     "deviation": Arm("oracle"),  # true deviation over all layers
+    "rerun": Arm("rerun"),  # full prefill in two chunks: the noise of another order of sums
     "all": Arm("full", budget=1.0),  # a check of this module: as full prefill
 }
 
 
 def chosen(names: list[str], budgets: list[float]) -> dict[str, Arm]:
     """Arms by what the result calls them: each at each budget where there are any, as ``trace
-    0.3``. Copies and all rows have no budget."""
+    0.3``, but those that have none."""
     found = {}
     for name in names:
         arm = ARMS[name]
-        if not budgets or arm.selector in ("copy", "full"):
+        if not budgets or arm.selector in FIXED:
             found[name] = arm
         else:
             found |= {f"{name} {b:g}": arm._replace(budget=b) for b in budgets}
@@ -66,43 +71,63 @@ def alone(model: Model, texts: Texts, many: list[Asked]) -> list[dict[str, Any]]
 
 
 def reused(
-    model: Model, texts: Texts, one: Asked, arms: dict[str, Arm], *, seed: int
-) -> dict[str, Any]:
-    """One prompt under full prefill and all arms."""
+    model: Model, texts: Texts, one: Asked, arms: dict[str, Arm], *, seed: int,
+    config: KVShareConfig | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One prompt under full prefill and all arms, after what was cached before it. ``config``: the
+    options of an arm that has no others, by default the server's."""
     ids = texts.ids(one.prompt)
-    lab = Lab(model, KVShareConfig())
+    lab = Lab(model, config or KVShareConfig())
     cached(lab, texts, one)
     true = truth(model, texts, ids, one)
-    full = of_full(model, texts, true, one)
-    found = {"full": full}
-    row = {"tokens": len(ids), "answers": one.answers, "arms": found}
+    plan = lab.plan(ids)
+    if not plan.copies:
+        raise ScriptError(f"nothing is reused of a prompt of {len(ids)} tokens")
+    return {"answers": one.answers, **compared(lab, texts, true, plan, arms, one=one, seed=seed)}
+
+
+def compared(
+    lab: Lab, texts: Texts, true: Truth, plan: ReusePlan, arms: dict[str, Arm], *,
+    one: Asked | None = None, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Full prefill and each arm over the runs of ``plan``; arms without them where it has none."""
+    ids, model, config = true.ids, lab.model, lab.config
+    room = max(map(len, true.paths)) - len(ids)
+    found = {"full": of_full(model, texts, true, one)}
     apart: dict[str, Partial] = {}
-    for name, arm in arms.items():
-        lab.config = dataclasses.replace(KVShareConfig(), **arm.options)
-        plan = reuse(lab, ids)
-        row["copied"] = plan.reused / len(ids)
-        done = lab.prefill(
-            ids, plan, arm.selector, budget=arm.budget, check_layer=LAYER, seed=seed,
-            truth=true.kv, room=WRITTEN,
-        )  # fmt: skip
-        told, right = (_along(lab, arm, done, path, len(ids)) for path in (true.told, true.right))
-        recomputed, computed = shares(lab, plan, done, arm.selector, layer=LAYER)
-        measured = true.measured(told, right)
-        found[name] = full | measured | {"recomputed": recomputed, "computed": computed}
+    for name, arm in arms.items() if plan.copies else ():
+        if arm.selector == "rerun":
+            first, kv = in_two_chunks(model, ids, room=room)
+            done, spent = Partial(first, kv, [], plan), (1.0, 1.0)
+        else:
+            lab.config = dataclasses.replace(config, **arm.options)
+            done = lab.prefill(
+                ids, plan, arm.selector, budget=arm.budget, check_layer=LAYER, seed=seed,
+                truth=true.kv, room=room,
+            )  # fmt: skip
+            spent = shares(lab, plan, done, arm.selector, layer=LAYER)
+        measured = true.measured(*(_along(lab, arm, done, path, len(ids)) for path in true.paths))
+        found[name] = found["full"] | measured
+        found[name] |= dict(zip(("recomputed", "computed"), spent, strict=True))
         if measured["top1"] == 1:
             continue  # it writes what full prefill writes
         if arm.every:
-            written, count = refreshing(lab, ids, done, WRITTEN, every=arm.every, stop=texts.stop)
-            found[name] |= texts.said(written, one) | {"same": written == true.answer}
+            written, count = refreshing(
+                lab, ids, done, true.written, every=arm.every, stop=texts.stop
+            )
+            found[name] |= texts.said(written, one) | alike(written, true.answer)
             found[name]["refreshed"] = count
         else:
             apart[name] = done
+    lab.config = config
     if apart:
         firsts, kvs = zip(*((d.logits, d.kv) for d in apart.values()), strict=True)
-        many = side_by_side(model, firsts, kvs, [len(ids)] * len(kvs), WRITTEN, stop=texts.stop)
+        many = side_by_side(
+            model, firsts, kvs, [len(ids)] * len(kvs), true.written, stop=texts.stop
+        )  # fmt: skip
         for name, written in zip(apart, many, strict=True):
-            found[name] |= texts.said(written, one) | {"same": written == true.answer}
-    return row
+            found[name] |= texts.said(written, one) | alike(written, true.answer)
+    return {"tokens": len(ids), "copied": plan.reused / len(ids), "arms": found}
 
 
 def _along(lab: Lab, arm: Arm, done: Partial, told: np.ndarray, known: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rapidfuzz.distance import LCSseq
 
 from kvshare_sglang.bench import passages
 from kvshare_sglang.bench.common import ScriptError
@@ -16,6 +17,14 @@ from kvshare_sglang.sim.engine import KV, Lab, Model
 from kvshare_sglang.sim.writing import side_by_side
 
 WRITTEN = 24  # tokens of an answer, and of the continuation along which arms are compared
+SAME = {"same": True, "rouge_l": 1.0}
+
+
+def alike(written: list[int], true: list[int]) -> dict[str, Any]:
+    """Whether two answers are the same, and ROUGE-L: F1 of their longest common subsequence of
+    tokens (Lin 2004)."""
+    common = LCSseq.similarity(written, true)
+    return {"same": written == true, "rouge_l": 2 * common / (len(written) + len(true))}
 
 
 class Texts:
@@ -56,52 +65,63 @@ class Texts:
     def text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def said(self, ids: list[int], one: Asked) -> dict[str, Any]:
-        """What was written, and whether an answer that counts is in it."""
+    def said(self, ids: list[int], one: Asked | None) -> dict[str, Any]:
+        """What was written, and whether an answer that counts is in it, if there is one."""
         text = self.text(ids)
-        return {"text": text, "right": passages.is_right(text, one.answers)}
+        return {"text": text} | ({"right": passages.is_right(text, one.answers)} if one else {})
 
 
 class Truth(NamedTuple):
-    """Full prefill of a prompt, and two continuations that others are followed along."""
+    """Full prefill of a prompt, and the continuations that others are followed along."""
 
     ids: np.ndarray
     first: torch.Tensor  # logits after the prompt
     kv: KV  # with room for an answer
     answer: list[int]
     told: np.ndarray  # the prompt and full prefill's own answer
-    right: np.ndarray  # the prompt and the right answer
+    right: np.ndarray | None  # the prompt and the right answer, if there is one
     logprobs: torch.Tensor  # [n, vocab], along ``told``
+    written: int  # tokens of an answer, at most
 
-    def measured(self, told: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+    @property
+    def paths(self) -> list[np.ndarray]:
+        """``told``, and ``right`` if there is one."""
+        return [self.told] if self.right is None else [self.told, self.right]
+
+    def measured(self, told: torch.Tensor, right: torch.Tensor | None = None) -> dict[str, float]:
         """KL from full prefill along its answer, mean and most of a token; top-1 agreement there,
         of all tokens, of the first, and of those that full prefill gives at least one half; margin
         and negative log-likelihood of the right answer. Both arguments [n, vocab] are
-        log-probabilities, along ``told`` and ``right``."""
+        log-probabilities, along ``paths``."""
         far = apart(self.logprobs, told)
-        _, margin, nll = judge(right, self.right[len(self.ids) :])
         found = {
-            "kl": far.kl, "kl_most": far.kl_most, "top1": far.top1, "margin": margin, "nll": nll,
+            "kl": far.kl, "kl_most": far.kl_most, "top1": far.top1,
             "first": float(self.logprobs[0].argmax() == told[0].argmax()),
         }  # fmt: skip
+        if right is not None:
+            assert self.right is not None
+            _, found["margin"], found["nll"] = judge(right, self.right[len(self.ids) :])
         return found if far.sure is None else found | {"top1_sure": far.sure}
 
 
-def truth(model: Model, texts: Texts, ids: np.ndarray, one: Asked) -> Truth:
+def truth(
+    model: Model, texts: Texts, ids: np.ndarray, one: Asked | None, *, written: int = WRITTEN
+) -> Truth:
+    """``written``: tokens of the answer at most."""
     first, kv = model.full(ids)
-    (answer,) = side_by_side(model, [first], [kv], [len(ids)], WRITTEN, stop=texts.stop)
+    (answer,) = side_by_side(model, [first], [kv], [len(ids)], written, stop=texts.stop)
     told = np.concatenate([ids, np.asarray(answer, ids.dtype)])
-    right = np.concatenate([ids, texts.told(one.told)])
-    wide = model.widened(kv, max(len(ids) + WRITTEN, len(right)), known=len(ids))
+    right = np.concatenate([ids, texts.told(one.told)]) if one else told
+    wide = model.widened(kv, max(len(ids) + written, len(right)), known=len(ids))
     along = follow(model, wide, first, told, len(ids))
-    return Truth(ids, first, wide, answer, told, right, along)
+    return Truth(ids, first, wide, answer, told, right if one else None, along, written)
 
 
-def of_full(model: Model, texts: Texts, true: Truth, one: Asked) -> dict[str, Any]:
+def of_full(model: Model, texts: Texts, true: Truth, one: Asked | None) -> dict[str, Any]:
     """The row of full prefill, which the others are compared with."""
-    right = follow(model, true.kv, true.first, true.right, len(true.ids))
-    found = true.measured(true.logprobs, right)
-    return {**texts.said(true.answer, one), **found, "kl": 0.0, "kl_most": 0.0, "same": True}
+    paths = [follow(model, true.kv, true.first, path, len(true.ids)) for path in true.paths[1:]]
+    found = true.measured(true.logprobs, *paths)
+    return {**texts.said(true.answer, one), **found, "kl": 0.0, "kl_most": 0.0, **SAME}
 
 
 def cached(lab: Lab, texts: Texts, one: Asked) -> None:

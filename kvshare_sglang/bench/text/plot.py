@@ -22,7 +22,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         arms = [r for r in mine if r["computed"] is not None]
         start = [r for r in arms if r["arm"] == NOTHING]
         (full,) = (r for r in mine if r["arm"] == "full")
-        top.axhline(full["right"], color=COLOURS["full"], lw=0.8, ls=":")
+        if full["right"] is not None:
+            top.axhline(full["right"], color=COLOURS["full"], lw=0.8, ls=":")
         for selector in dict.fromkeys(split(r["arm"])[0] for r in arms):
             points = [*start, *(r for r in arms if split(r["arm"])[0] == selector != NOTHING)]
             points.sort(key=lambda r: r["computed"])
@@ -32,9 +33,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 "color": COLOURS.get(NAMES.get(selector, selector), "#9c9c54"), "label": selector,
             }  # fmt: skip
             x = [r["computed"] for r in points]
-            top.plot(x, [r["right"] for r in points], "o-", **style)
-            if all(r["kl"] is not None for r in points):
-                low.plot(x, [r["kl"] for r in points], "o-", **style)
+            for ax, key in ((top, "right"), (low, "kl")):
+                if all(r[key] is not None for r in points):
+                    ax.plot(x, [r[key] for r in points], "o-", **style)
         top.set_title(f"{task}, {case}, n = {full['n']}", fontsize=9)
         low.set_yscale("log")
         low.set_xlabel("share of full prefill's FLOPs", fontsize=8)
@@ -43,6 +44,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ax.grid(alpha=0.2)
     axes[0][0].set_ylabel("right answers", fontsize=8)
     axes[1][0].set_ylabel("KL to full prefill", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = axes[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
     save(figure, path)

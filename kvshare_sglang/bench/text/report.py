@@ -9,7 +9,7 @@ import numpy as np
 from kvshare_sglang.bench import common
 
 MEANS = (
-    "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same",
+    "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
     "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
 OURS, NOTHING = "trace", "copies"
@@ -91,11 +91,11 @@ def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
     and prompts. A disturbance of the logits is of the order of KL's square root, and an answer
     flips where its margin is smaller; arms share prompts, so bins are not independent."""
     seen = [
-        (one["kl"], one["right"] != line["arms"]["full"]["right"])
+        (one["kl"], one.get("right") != line["arms"]["full"].get("right"))
         for file in sorted(folder.glob("*.jsonl"))
         for line in map(json.loads, file.read_text().splitlines())
         for name, one in line["arms"].items()
-        if name != "full" and "kl" in one
+        if name != "full" and "kl" in one and "right" in one
     ]
     parts = np.array_split(np.array(sorted(seen), float), bins) if len(seen) >= bins else []
     return [
@@ -112,18 +112,19 @@ def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
 def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
     lines = [line for line in lines if name in line["arms"]]
     mine = [line["arms"][name] for line in lines]
-    full = np.array([line["arms"]["full"]["right"] for line in lines], float)
-    right = np.array([one["right"] for one in mine], float)
-    row = {
+    row: dict[str, Any] = {
         **cell,
         "arm": name,
         "n": len(mine),
         "tokens": _mean([line["tokens"] for line in lines]),
-        "right": float(right.mean()),
-        "right_ci95": _ci(right),
-        "lost": int(((full == 1) & (right == 0)).sum()),
-        "won": int(((full == 0) & (right == 1)).sum()),
+        **dict.fromkeys(("right", "right_ci95", "lost", "won")),  # where nobody knows the answer
     }
+    if all("right" in one for one in mine):
+        full = np.array([line["arms"]["full"]["right"] for line in lines], float)
+        right = np.array([one["right"] for one in mine], float)
+        row["right"], row["right_ci95"] = float(right.mean()), _ci(right)
+        row["lost"] = int(((full == 1) & (right == 0)).sum())
+        row["won"] = int(((full == 0) & (right == 1)).sum())
     for key in MEANS:
         values = [one[key] for one in mine if key in one]
         row[key] = _mean(values) if values else None
@@ -146,9 +147,10 @@ def _ci(values: np.ndarray) -> list[float]:
 
 def show(rows: list[dict[str, Any]]) -> str:
     def text(row: dict[str, Any]) -> dict[str, Any]:
-        low, high = row["right_minus_full_ci95"]
-        blank = {key: np.nan for key in MEANS if row[key] is None}  # full prefill is not measured
-        return {**row, **blank, "ci": f"{low:+.2f} {high:+.2f}"}
+        ci = row["right_minus_full_ci95"]
+        shown = (*MEANS, "right", "right_minus_full")  # full prefill's are not measured
+        blank = {key: np.nan for key in shown if row[key] is None}
+        return {**row, **blank, "ci": "{:+.2f} {:+.2f}".format(*ci) if ci else "-"}
 
     return common.columns(
         [text(row) for row in rows],
@@ -168,6 +170,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         top1="{top1:.3f}",
         sure="{top1_sure:.3f}",
         same="{same:.2f}",
+        rouge_l="{rouge_l:.3f}",
         recomputed="{recomputed:.1%}",
         computed="{computed:.1%}",
     )

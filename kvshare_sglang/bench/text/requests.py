@@ -1,0 +1,50 @@
+"""A file of requests, one after another: what reuse of those before does to each."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvshare_sglang.bench import texts
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.text.arms import Arm, compared
+from kvshare_sglang.bench.text.chat import Texts, truth
+from kvshare_sglang.sim.engine import KV, Lab, Model
+
+WRITTEN = 48  # tokens of an answer
+
+
+def prompts(file: Path, words: Texts, *, n: int, most: int) -> list[np.ndarray]:
+    """The first ``n`` of a file that have ``most`` tokens at most. Raises ScriptError where it
+    cannot be read, or has none."""
+    try:
+        found = [words.told(text) for text in texts.read_prompts(file, limit=n)]
+    except (OSError, KeyError, ValueError) as error:
+        raise ScriptError(f"{file} is no file of JSON lines with 'prompt': {error!r}") from None
+    fitting = [ids for ids in found if 0 < len(ids) <= most]
+    if not fitting:
+        raise ScriptError(f"no prompt of {file} has 1 to {most} tokens")
+    return fitting
+
+
+class Played:
+    """Requests in order of arrival over one cache, in which each leaves what full prefill makes of
+    it. Memory grows with all tokens of the file."""
+
+    def __init__(self, model: Model, words: Texts, lab: Lab, arms: dict[str, Arm]) -> None:
+        self._model, self._words, self._lab, self._arms = model, words, lab, arms
+        self._kv: KV | None = None
+
+    def arriving(self, many: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Each request; the one before is in the cache by then, also where nobody measured it."""
+        for ids in many:
+            yield ids
+            self._lab.add(ids, self._kv)
+            self._kv = None
+
+    def row(self, ids: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+        true = truth(self._model, self._words, ids, None, written=WRITTEN)
+        row = compared(self._lab, self._words, true, self._lab.plan(ids), self._arms, seed=seed)
+        self._kv = true.kv
+        return row
