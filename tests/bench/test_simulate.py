@@ -57,6 +57,18 @@ def test_synthetic_requests_are_served_under_each_policy(tmp_path, costs, capsys
     assert mean(workers=4, order="fcfs", reuse="on", route="cheapest") < mean(**busy, reuse="on")
 
 
+def test_shards_find_nearly_what_one_index_finds(tmp_path, costs):
+    """130 workers, an index of all against three of 64 and fewer behind a front."""
+    out = tmp_path / "out.json"
+    words = ["simulate", "--synthetic", "4000", "--rate", "200", "--costs", str(costs)]
+    words += ["--workers", "130", "--route", "least_load", "kvshare", "sharded", "--reuse", "on"]
+    assert bench.main([*words, "--json", str(out)]) == 0
+    found = {r["route"]: r["exact"] + r["copied"] for r in json.loads(out.read_text())["rows"]}
+    assert found["kvshare"] > 1.2 * found["least_load"]
+    assert found["sharded"] > found["least_load"]
+    assert found["sharded"] - found["least_load"] > (found["kvshare"] - found["least_load"]) / 2
+
+
 def test_what_is_counted_is_near_what_the_real_index_finds(tmp_path, costs):
     """The same requests, counted and written out: one worker, everything fits."""
     shares = []
@@ -127,7 +139,18 @@ def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, caps
         (["--synthetic", "9"], "--synthetic needs --rate"),
         ([], "--requests and --arrivals are needed, or --synthetic N"),
         (["--synthetic", "9", "--rate", "1", "--real"], "leave --real, --records out"),
-        (["--synthetic", "9", "--rate", "1", "--workers", "65"], "must be in [1, 64], got 65"),
+        (
+            ["--synthetic", "9", "--rate", "1", "--workers", "1025"],
+            "must be in [1, 1024], got 1025",
+        ),
+        (
+            ["--synthetic", "9", "--rate", "1", "--text", "--workers", "65"],
+            "must be in [1, 64], got 65; --synthetic without --text takes 1024",
+        ),
+        (
+            ["--synthetic", "9", "--rate", "1", "--text", "--route", "sharded"],
+            "--route sharded is of documents that are counted",
+        ),
         (["--synthetic", "0", "--rate", "1"], "--synthetic must be above 0, got 0"),
     ],
 )

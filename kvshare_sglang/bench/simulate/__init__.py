@@ -1,4 +1,5 @@
-"""Simulate servers on a trace: orders, routes and 1 to 64 workers, with the policies' own code.
+"""Simulate servers on a trace: orders, routes and 1 to 64 workers (1,024 where documents are only
+counted), with the policies' own code.
 
 Step costs come from ``--calibrate``, which measures a real server. ``--real`` runs a real server
 and the simulation on one trace and says how far they are apart; ``--records`` does so for an
@@ -25,6 +26,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.caches import DocumentCache, TextCache
 from kvshare_sglang.sim.serving import Cache, Job, Limits, Result, StepCosts, simulate
 
+MOST_COUNTED = 1024  # workers
 FREE = KVShareConfig(budget=0, seam=0, min_reuse=1, min_share=0, source_depth=16)
 COLUMNS = {
     "workers": "{workers}",
@@ -109,8 +111,13 @@ def run(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raise ScriptError for options that are out of range or do not go together."""
     load.check_numbers(args, "limit", "max_new_tokens", "speedup", "rate", "synthetic", "bound")
-    if bad := [n for n in args.workers if not 1 <= n <= 64]:
-        raise ScriptError(f"--workers must be in [1, 64], got {bad[0]}")
+    counted = args.synthetic is not None and not args.text
+    most = MOST_COUNTED if counted else policies.SHARD
+    if bad := [n for n in args.workers if not 1 <= n <= most]:
+        more = "" if counted else f"; --synthetic without --text takes {MOST_COUNTED}"
+        raise ScriptError(f"--workers must be in [1, {most}], got {bad[0]}{more}")
+    if "sharded" in args.route and not counted:
+        raise ScriptError("--route sharded is of documents that are counted: --synthetic N")
     if args.calibrate:
         return
     if args.synthetic is not None and (args.real or args.records):

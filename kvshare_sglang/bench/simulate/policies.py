@@ -22,6 +22,8 @@ from kvshare_sglang.sim.serving import Choose, Job, Order, Work, Worker
 MOST_MATCHED = 128  # requests that wait; with more, SGLang goes by arrival
 NEAR = 8  # requests at the head of an order whose cost is looked up again
 EXACTLY = 3  # workers that are asked what they would do, where there are more than four
+SHARD = 64  # workers of one index: a bit of its masks for each
+BEAT_S = 0.2  # between two words of a worker about its queue
 
 
 # ---- orders --------------------------------------------------------------------------------
@@ -167,20 +169,49 @@ def cheapest() -> Choose:
 def kvshare_route() -> Choose:
     """The router's own choice, ``router.cost``."""
 
-    def best(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
-        found = [
-            cost.Work(rows=works[i].rows, copied=works[i].copied, exact=works[i].exact)
-            if i in works
-            else None
-            for i in range(len(workers))
-        ]
-        standings = [
-            cost.Standing(rows=_rows_before(one), running=len(one.running), held=one.cache.held)
-            for one in workers
-        ]
-        return cost.order(found, standings, prompt_len=job.tokens)[0]
+    return _looking(_router)
 
-    return _looking(best)
+
+def _router(job: Job, workers: Sequence[Worker], works: dict[int, Work]) -> int:
+    found = [
+        cost.Work(rows=works[i].rows, copied=works[i].copied, exact=works[i].exact)
+        if i in works
+        else None
+        for i in range(len(workers))
+    ]
+    standings = [
+        cost.Standing(rows=_rows_before(one), running=len(one.running), held=one.cache.held)
+        for one in workers
+    ]
+    return cost.order(found, standings, prompt_len=job.tokens)[0]
+
+
+def sharded(*, named: int = 2) -> Choose:
+    """As a front before shards of ``SHARD`` workers with an index each would: it asks the ``named``
+    shards that the prompt's documents name and the one with least to do, and the router's own
+    choice decides among their workers. A document names a shard by its hash; of those of a prompt
+    the least hashes count, so that prompts with many documents in common meet (Broder, 1997).
+    What a shard has to do is that of the last beat, and what was sent there since."""
+    to_do: list[float] = []
+    told_s = -BEAT_S
+
+    def choose(job: Job, workers: Sequence[Worker]) -> int:
+        nonlocal to_do, told_s
+        shards = [range(i, min(i + SHARD, len(workers))) for i in range(0, len(workers), SHARD)]
+        if job.due_s - told_s >= BEAT_S:
+            to_do, told_s = (
+                [float(sum(_rows_before(workers[i]) for i in s)) for s in shards],
+                job.due_s,
+            )
+        hashes = sorted(hash((number, 7)) for number, _ in job.documents)
+        asked = {one % len(shards) for one in hashes[:named]} | {int(np.argmin(to_do))}
+        places = [i for shard in sorted(asked) for i in shards[shard]]
+        works = {j: workers[i].cache.look(job) for j, i in enumerate(places)}
+        chosen = _router(job, [workers[i] for i in places], works)
+        to_do[places[chosen] // SHARD] += works[chosen].rows
+        return places[chosen]
+
+    return choose
 
 
 def _looking(best: Rank) -> Choose:
@@ -218,6 +249,7 @@ ROUTES: dict[str, Callable[[], Choose]] = {
     "cache_aware": cache_aware,
     "cheapest": cheapest,
     "kvshare": kvshare_route,
+    "sharded": sharded,
 }
 
 
