@@ -15,7 +15,7 @@ from kvshare_sglang.bench.quality.cases import Encoder
 from kvshare_sglang.bench.quality.outcomes import apart
 from kvshare_sglang.bench.text import arms, prompts, report, requests
 from kvshare_sglang.bench.text.chat import Texts, alike
-from kvshare_sglang.bench.text.lines import fill
+from kvshare_sglang.bench.text.lines import begin, fill
 from kvshare_sglang.bench.text.places import PARTS, Places, part_and_side
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.engine import Lab, Model
@@ -156,7 +156,8 @@ def test_requests_reuse_those_before_them_also_where_a_run_goes_on(model, tmp_pa
     assert [len(ids) for ids in many] == [len(Plain().told(text)) for text in said]
 
     first, _, third = _played(model, tmp_path / "a.jsonl", many, n=3)
-    assert (list(first["arms"]), first["copied"]) == (["full"], 0)
+    assert first["copied"] == 0
+    assert first["arms"]["copies"] == first["arms"]["full"] | {"recomputed": 1, "computed": 1}
     assert third["copied"] > 0.5
     copies, rerun = third["arms"]["copies"], third["arms"]["rerun"]
     assert copies["kl"] > 10 * rerun["kl"]
@@ -166,7 +167,8 @@ def test_requests_reuse_those_before_them_also_where_a_run_goes_on(model, tmp_pa
     _played(model, tmp_path / "b.jsonl", many, n=2)
     assert _played(model, tmp_path / "b.jsonl", many, n=3)[2] == third
     rows = {row["arm"]: row for row in report.summary(tmp_path)}
-    assert (rows["copies"]["n"], rows["full"]["n"], rows["copies"]["right"]) == (1, 3, None)
+    assert (rows["copies"]["n"], rows["copies"]["right"]) == (3, None)
+    assert rows["copies"]["reusing"] == pytest.approx(1 / 3)
     assert report.show(list(rows.values()))
 
 
@@ -178,6 +180,21 @@ def test_a_file_without_prompts_that_fit_is_refused(tmp_path):
     file.write_text('{"text": 1}\n')
     with pytest.raises(common.ScriptError, match="no file of JSON lines with 'prompt'"):
         requests.prompts(file, Plain(), n=1, most=2)
+
+
+def test_prompts_whose_kv_does_not_fit_are_refused(model):
+    with pytest.raises(common.ScriptError, match=r"KV of 1 prompts takes .* GB, more than half"):
+        requests.check_memory(model, [range(10**9)])
+
+
+def test_a_folder_takes_lines_of_one_setting_only(tmp_path):
+    """Lines of another draw would count as done, under the new draw's name."""
+    begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
+    begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
+    with pytest.raises(common.ScriptError, match="lines of --draw 0, asked for 1: give another"):
+        begin(tmp_path / "a", {"draw": 1, "arm": ["trace"]})
+    with pytest.raises(common.ScriptError, match=r"lines of --arm .*, asked for None"):
+        begin(tmp_path / "a", {"draw": 0})
 
 
 def test_rouge_l_is_of_the_longest_common_subsequence():

@@ -20,11 +20,16 @@ from kvshare_sglang.bench.passages import Asked, Passage
 from kvshare_sglang.bench.server import ServerSpec, serve
 from kvshare_sglang.bench.text import arms, report, requests, served
 from kvshare_sglang.bench.text.chat import Texts
-from kvshare_sglang.bench.text.lines import fill
+from kvshare_sglang.bench.text.lines import begin, fill
 from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, SAMPLE, TASKS, asked, pool
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.engine import Lab, Model
 
+# what makes a line of a folder besides its task and case
+MAKE_A_LINE = (
+    "model", "passages", "longest", "requests", "filler", "draw", "arm", "budget", "served",
+    "server_arg", "part",
+)  # fmt: skip
 BATCH = 8  # prompts answered side by side where only full prefill is asked
 
 
@@ -113,6 +118,7 @@ def run_requests(args: argparse.Namespace) -> int:
     many = requests.prompts(
         args.requests, texts, n=args.n, most=len(model.table) - requests.WRITTEN
     )
+    requests.check_memory(model, many)
     played = requests.Played(model, texts, Lab(model, config), chosen)
     with common.Progress(len(many), unit=" prompts") as bar:
         bar.say(args.requests.stem)
@@ -128,6 +134,8 @@ def run_served(
 ) -> int:
     if ALONE in args.case:
         raise ScriptError("--served needs a cache: --case alone is for the driver")
+    if args.budget:
+        raise ScriptError("--budget is for the driver's arms: --served names its own")
     texts, chosen = folder(args), args.served or ["ours"]
     spec = ServerSpec(
         "ours", args.model, args.device, threads=args.threads,
@@ -155,7 +163,8 @@ def folder(args: argparse.Namespace) -> Texts:
     """The folder of the answers, and the model's tokens."""
     args.model = options.model_directory(args.model)
     args.json = args.json or args.out / "summary.json"
-    args.out.mkdir(parents=True, exist_ok=True)
+    made = {name: getattr(args, name) for name in MAKE_A_LINE if hasattr(args, name)}
+    begin(args.out, {k: v.name if isinstance(v, Path) else v for k, v in made.items()})
     return Texts(args.model)
 
 

@@ -90,12 +90,16 @@ def compared(
     lab: Lab, texts: Texts, true: Truth, plan: ReusePlan, arms: dict[str, Arm], *,
     one: Asked | None = None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Full prefill and each arm over the runs of ``plan``; arms without them where it has none."""
+    """Full prefill and each arm over the runs of ``plan``; where it has none, an arm is full
+    prefill, at its cost."""
     ids, model, config = true.ids, lab.model, lab.config
     room = max(map(len, true.paths)) - len(ids)
     found = {"full": of_full(model, texts, true, one)}
     apart: dict[str, Partial] = {}
-    for name, arm in arms.items() if plan.copies else ():
+    for name, arm in arms.items():
+        if not plan.copies:
+            found[name] = found["full"] | {"recomputed": 1.0, "computed": 1.0}
+            continue
         if arm.selector == "rerun":
             first, kv = in_two_chunks(model, ids, room=room)
             done, spent = Partial(first, kv, [], plan), (1.0, 1.0)

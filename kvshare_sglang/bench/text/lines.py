@@ -5,9 +5,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvshare_sglang.bench.common import Progress
+from kvshare_sglang.bench.common import Progress, ScriptError, write_json
 
 T = TypeVar("T")
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder for lines, or go on in one. Raises ScriptError where those it holds came of
+    other ``settings``: they would count as done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if not file.exists():
+        write_json(file, settings)
+        return
+    before = json.loads(file.read_text())
+    for name in before.keys() | settings.keys():
+        if before.get(name) != settings.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ScriptError(
+                f"{folder} holds lines of {flag} {before.get(name)}, asked for"
+                f" {settings.get(name)}: give another --out"
+            )
 
 
 def fill(

@@ -44,6 +44,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ax.grid(alpha=0.2)
     axes[0][0].set_ylabel("right answers", fontsize=8)
     axes[1][0].set_ylabel("KL to full prefill", fontsize=8)
-    handles, labels = axes[1][0].get_legend_handles_labels()
+    (handles, labels), *_ = filter(all, (ax.get_legend_handles_labels() for ax in axes.flat))
     figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
     save(figure, path)

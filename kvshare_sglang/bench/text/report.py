@@ -50,7 +50,7 @@ def same_flops(folder: Path) -> list[dict[str, Any]]:
     for file in sorted(folder.glob("*.jsonl")):
         task, _, case = file.stem.partition("-")
         lines = [json.loads(line)["arms"] for line in file.read_text().splitlines()]
-        names = [n for n in lines[0] if all(x.get(n, {}).keys() >= NEEDED for x in lines)]
+        names = [n for n in (lines or [{}])[0] if all(x.get(n, {}).keys() >= NEEDED for x in lines)]
         if NOTHING not in names:
             continue
         kl = {name: np.array([line[name]["kl"] for line in lines]) for name in names}
@@ -117,6 +117,7 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
         "arm": name,
         "n": len(mine),
         "tokens": _mean([line["tokens"] for line in lines]),
+        "reusing": _mean([line.get("copied", 1) > 0 for line in lines]),  # share of the prompts
         **dict.fromkeys(("right", "right_ci95", "lost", "won")),  # where nobody knows the answer
     }
     if all("right" in one for one in mine):
@@ -158,6 +159,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         arm="{arm}",
         n="{n}",
         tokens="{tokens:.0f}",
+        reusing="{reusing:.0%}",
         right="{right:.3f}",
         minus_full="{right_minus_full:+.3f}",
         ci95="{ci}",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from kvshare_sglang.bench import texts
 from kvshare_sglang.bench.common import ScriptError
@@ -28,9 +29,21 @@ def prompts(file: Path, words: Texts, *, n: int, most: int) -> list[np.ndarray]:
     return fitting
 
 
+def check_memory(model: Model, many: list[np.ndarray]) -> None:
+    """Raise ScriptError unless KV of all prompts fits in half of the memory that is free."""
+    of_a_token = model.room(1)
+    need = sum(part.nbytes for part in of_a_token) * sum(len(ids) + WRITTEN for ids in many)
+    free = psutil.virtual_memory().available
+    if need > free / 2:
+        raise ScriptError(
+            f"KV of {len(many)} prompts takes {need / 1e9:.1f} GB, more than half of the"
+            f" {free / 1e9:.1f} GB that are free: lower --n"
+        )
+
+
 class Played:
     """Requests in order of arrival over one cache, in which each leaves what full prefill makes of
-    it. Memory grows with all tokens of the file."""
+    it."""
 
     def __init__(self, model: Model, words: Texts, lab: Lab, arms: dict[str, Arm]) -> None:
         self._model, self._words, self._lab, self._arms = model, words, lab, arms
