@@ -320,6 +320,16 @@ def test_a_dialogue_goes_on_with_the_true_answers():
         next(questions.dialogues(encode, "state", "template", 3, size=size, max_len=50))
 
 
+def test_later_turns_may_bring_new_text():
+    encode = Encoder(READER)
+    size = questions_size()
+    one = next(
+        questions.dialogues(encode, "state", "template", 3, size=size, max_len=2048, new_text=100)
+    )
+    for i, (before, now) in enumerate(pairwise(one.prompts)):
+        assert 100 + 4 < len(now) - len(before) - len(one.answers[i]) < 100 + 60
+
+
 def test_answers_are_told_by_turn_and_arm_with_flips_both_ways():
     def line(full: int, ours: int, copies: int) -> dict[str, Any]:
         kinds = {"exact": 4, "copied": 60, "recomputed": 20, "fresh": 16}

@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--turns", type=int, default=1000, help="memory: requests")
     add("--n", type=int, default=300, help="tasks, load: prompts of each cell")
     add("--dialogue", type=int, nargs="+", default=questions.TURNS, help="tasks: turns of each")
+    add("--new-text", type=int, default=0, metavar="TOKENS",
+        help="tasks: prose in front of each later question")  # fmt: skip
     add("--task", nargs="+", choices=TASKS, default=questions.TASKS,
         help="lookup and few for load alone")  # fmt: skip
     add("--of", nargs="+", choices=CASES, metavar="CASE",
@@ -261,7 +263,9 @@ def measure_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         for (task, case, turns), file in files.items():
             bar.say(f"{task}, {case}, {turns} turns")
-            made = questions.dialogues(encode, task, case, turns, size=size, max_len=max_len)
+            made = questions.dialogues(
+                encode, task, case, turns, size=size, max_len=max_len, new_text=args.new_text
+            )
             try:
                 fill(file, made, args.n, lambda many: [questions.line(stock, ours, *many)], bar)
             except NoPrompt as none:

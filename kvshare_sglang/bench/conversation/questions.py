@@ -32,9 +32,11 @@ class Dialogue(NamedTuple):
 
 
 def dialogues(
-    encode: Encoder, task: str, case: str, turns: int, *, size: tasks.Size, max_len: int
-) -> Iterator[Dialogue]:
-    """Without end, always the same ones. Raises NoPrompt where none is found in ``TRIES`` tries."""
+    encode: Encoder, task: str, case: str, turns: int, *, size: tasks.Size, max_len: int,
+    new_text: int = 0,
+) -> Iterator[Dialogue]:  # fmt: skip
+    """Without end, always the same ones. ``new_text``: tokens of prose, about, in front of each
+    question but the first. Raises NoPrompt where none is found in ``TRIES`` tries."""
     rng = random.Random(f"test turns {task} {case} {turns}")
     filler = tasks.sentences("test")
 
@@ -43,7 +45,8 @@ def dialogues(
         asks = questions(rng, pair, turns) if pair else None
         if pair is None or asks is None:
             return None
-        made = _dialogue(encode, pair, asks)
+        said = [_prose(rng, encode, filler, new_text if turn else 0) for turn in range(turns)]
+        made = _dialogue(encode, pair, asks, said)
         longest = max(len(ids) for ids in (*made.cached, made.prompts[-1]))
         return None if longest + MOST_OF_ANSWER > max_len else made
 
@@ -85,13 +88,22 @@ def _answer(known: dict[tuple[str, str], tasks.Known], ask: tuple[str, str]) -> 
     return known[ask].answer if ask in known else None
 
 
+def _prose(rng: random.Random, encode: Encoder, filler: Sequence[str], tokens: int) -> str:
+    """Lines of filler, of so many tokens or a few more."""
+    text = ""
+    while len(encode(text)) < tokens:
+        text += f"\n{rng.choice(filler)}"
+    return text
+
+
 def _dialogue(
-    encode: Encoder, pair: tasks.Pair, asks: list[tuple[tuple[str, str], str]]
+    encode: Encoder, pair: tasks.Pair, asks: list[tuple[tuple[str, str], str]], said: list[str]
 ) -> Dialogue:
+    """``said``: what stands in front of each question."""
     ids = encode("\n".join(map(str, pair.prompt.documents)), start=True)
     prompts, answers = [], []
-    for (topic, key), answer in asks:
-        ids = np.concatenate([ids, encode(f"\nQ: {tasks.Ask(topic, (key,))} A:")])
+    for ((topic, key), answer), before in zip(asks, said, strict=True):
+        ids = np.concatenate([ids, encode(f"{before}\nQ: {tasks.Ask(topic, (key,))} A:")])
         prompts.append(ids)
         answers.append(encode(f" {answer}."))
         ids = np.concatenate([ids, answers[-1]])
