@@ -17,10 +17,12 @@ Z = 1.96  # 95% on both sides
 
 
 class Twin(NamedTuple):
-    """``kl``: of the first token's distribution, from full prefill to reuse, in nats."""
+    """``kl``: of the first token's distribution, from full prefill to reuse, in nats. ``prompt``:
+    a hash, equal for equal prompts."""
 
     agrees: bool
     kl: float
+    prompt: int
 
 
 def upper_bound(agree: int, twins: int) -> float:
@@ -39,6 +41,7 @@ def upper_bound(agree: int, twins: int) -> float:
 
 class Gate:
     """Open until twins speak against it; closed until someone opens it. ``floor`` 0 never closes.
+    The bound is of twins that do not hang together, so a prompt is to be there once.
 
     Also says which reusing requests get a twin: ``share`` of them, evenly, the first one early.
     """
@@ -70,6 +73,10 @@ class Gate:
             return False
         self._due -= 1
         return True
+
+    def knows(self, prompt: int) -> bool:
+        """Whether a twin of the prompt is in the window. O(window)."""
+        return any(twin.prompt == prompt for twin in self._twins)
 
     def add(self, twin: Twin) -> bool:
         """One more twin is known. Whether the gate closes for it, a moment ago open. O(window)."""

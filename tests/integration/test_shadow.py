@@ -87,6 +87,46 @@ def test_no_counter_no_answer_and_no_text_in_the_cache_is_a_twins(
     assert_clean(shadowed)
 
 
+@pytest.mark.parametrize(
+    ("asks", "twins"),
+    [(None, 1), ("auto", 1), ({"budget": 0.0}, 1), ({"budget": 0.3}, 0), ({"budget": 0.5}, 0)],
+    ids=str,
+)
+def test_who_names_a_budget_that_is_not_the_servers_says_nothing_of_it(
+    asks: Any, twins: int, shadowed: Lab, texts: Texts
+) -> None:
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = len(shadowed.ask("probes:twins")["kls"])
+    script = [request("s", source), ("idle",), request("r", prompt, kvshare=asks), *WAIT]
+    assert shadowed.play(script)["r"]["kvshare"]["copied_tokens"] > 0
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + twins
+
+
+def test_samples_and_repeats_of_a_prompt_count_once(shadowed: Lab, texts: Texts) -> None:
+    """In one batch, while the twin waits, and after it ran; in another tenant's text it is another
+    prompt."""
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = len(shadowed.ask("probes:twins")["kls"])
+
+    def samples(name: str, **more: Any) -> list[dict[str, Any]]:
+        return [request(f"{name}{i}", prompt, new=3, **more) for i in range(4)]
+
+    script: list[Any] = [request("s", source), ("idle",), request("long", source[:40], new=40)]
+    script += [samples("a"), ("polls", 5), samples("b"), ("polls", 5)]
+    script += [("call", "probes:note_twins"), *WAIT, samples("c"), *WAIT]
+    answers = shadowed.play(script)
+    assert shadowed.ask("probes:noted_twins") == [1]
+    reused = [one["kvshare"] for name, one in answers.items() if name[0] in "abc"]
+    assert all(one["copied_tokens"] + one["blended_tokens"] > 100 for one in reused)
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + 1
+    other = {"extra_key": "other"}
+    shadowed.play([request("s", source, **other), ("idle",), samples("d", **other), *WAIT])
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + 2
+    assert_clean(shadowed)
+
+
 def test_a_twin_waits_until_nobody_else_does(shadowed: Lab, texts: Texts) -> None:
     shadowed.flush()
     source, prompt = moved(texts)

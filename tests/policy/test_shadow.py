@@ -40,7 +40,7 @@ def test_the_gate_does_what_its_window_says(
         if i == opened_at:
             gate.open()
             since, closed = i, False
-        closes = gate.add(Twin(one, 0.5))
+        closes = gate.add(Twin(one, 0.5, i))
         window = agrees[since : i + 1][-WINDOW:]
         low = len(window) >= LEAST and upper_bound(sum(window), len(window)) < floor
         assert closes == (low and not closed)
@@ -48,23 +48,27 @@ def test_the_gate_does_what_its_window_says(
         assert gate.closed == closed
         assert (gate.twins, gate.agreeing) == (len(window), sum(window))
         assert gate.kl == pytest.approx(0.5)
+        known = range(i + 1 - len(window), i + 1)
+        assert [gate.knows(j) for j in range(i - WINDOW - 1, i + 2)] == [
+            j in known for j in range(i - WINDOW - 1, i + 2)
+        ]
 
 
 @given(st.lists(st.booleans(), max_size=400).filter(lambda all_: all_.count(False) <= 3))
 def test_three_bad_twins_switch_nothing_off(agrees: list[bool]) -> None:
     gate = Gate(share=1.0, floor=FLOOR)
-    assert not any(gate.add(Twin(one, 0.0)) for one in agrees)
+    assert not any(gate.add(Twin(one, 0.0, i)) for i, one in enumerate(agrees))
 
 
 @given(st.lists(st.booleans(), max_size=400))
 def test_without_a_floor_nothing_is_switched_off(agrees: list[bool]) -> None:
     gate = Gate(share=1.0, floor=0.0)
-    assert not any(gate.add(Twin(one, 0.0)) for one in agrees)
+    assert not any(gate.add(Twin(one, 0.0, i)) for i, one in enumerate(agrees))
 
 
 def test_a_model_that_agrees_with_nothing_is_switched_off_as_soon_as_may_be() -> None:
     gate = Gate(share=1.0, floor=FLOOR)
-    closes = [gate.add(Twin(False, 9.0)) for _ in range(LEAST + 5)]
+    closes = [gate.add(Twin(False, 9.0, i)) for i in range(LEAST + 5)]
     assert closes.index(True) == LEAST - 1
     assert closes.count(True) == 1
 
