@@ -40,15 +40,16 @@ def upper_bound(agree: int, twins: int) -> float:
 
 
 class Gate:
-    """Open until twins speak against it; closed until someone opens it. ``floor`` 0 never closes.
-    The bound is of twins that do not hang together, so a prompt is to be there once.
+    """Open until twins speak against it or someone closes it (``by_hand``); closed until someone
+    opens it. ``floor`` 0: twins never close it. The bound is of twins that do not hang together, so
+    a prompt is to be there once.
 
     Also says which reusing requests get a twin: ``share`` of them, evenly, the first one early.
     """
 
     def __init__(self, *, share: float, floor: float) -> None:
         self.share, self.floor = share, floor
-        self.closed = False
+        self.closed = self.by_hand = False
         self._due = 1.0  # of the next twin
         self._twins: deque[Twin] = deque(maxlen=WINDOW)
 
@@ -86,7 +87,12 @@ class Gate:
         self.closed |= closes
         return closes
 
-    def open(self) -> None:
-        """Forget what twins said, and let requests reuse again."""
+    def switch(self, *, on: bool) -> None:
+        """By hand. What twins said is forgotten."""
         self._twins.clear()
-        self.closed = False
+        self.closed = self.by_hand = not on
+
+    def forget(self) -> None:
+        """What twins said no longer counts: closed stays only what was closed by hand."""
+        self._twins.clear()
+        self.closed = self.by_hand

@@ -133,13 +133,14 @@ class Shadow:
         for _ in self._waiting:
             self._report.shadow_dropped("new_weights")
         self._waiting.clear()
-        if self.gate.share:
-            self.switch(on=True)
+        if self.gate.closed and not self.gate.by_hand:
+            logger.info("KVShare: reuse is switched on, for new weights")
+        self.gate.forget()
+        self._report.shadow_state(self.gate)
 
     def switch(self, *, on: bool) -> None:
-        """By hand, or with new weights."""
-        self.gate.open()
-        self.gate.closed = not on
+        """By hand; stays so with new weights."""
+        self.gate.switch(on=on)
         self._report.shadow_state(self.gate)
         logger.info("KVShare: reuse is switched %s", "on" if on else "off")
 

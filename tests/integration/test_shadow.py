@@ -245,4 +245,6 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
         assert ask()["declined"] is None
         assert it.ask("probes:switch", {SWITCH: 0})
         assert ask()["declined"] == "shadow"
+        assert it.ask("probes:update_weights", str(model))
+        assert ask()["declined"] == "shadow"
         assert_clean(it)

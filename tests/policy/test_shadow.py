@@ -26,32 +26,42 @@ def test_the_bound_is_the_highest_rate_that_the_score_test_does_not_reject(
 
 
 @given(
-    st.lists(st.booleans(), max_size=600),
+    st.lists(
+        st.lists(st.booleans(), max_size=80) | st.sampled_from(["on", "off", "new weights"]),
+        max_size=12,
+    ),
     st.floats(0, 1),
-    st.integers(0, 600),
 )
-def test_the_gate_does_what_its_window_says(
-    agrees: list[bool], floor: float, opened_at: int
+def test_the_gate_does_what_its_window_and_hands_say(
+    events: list[list[bool] | str], floor: float
 ) -> None:
-    """Against the definition, over the whole history."""
+    """Against the definition, over the whole history: new weights open what twins closed, hands
+    open all."""
     gate = Gate(share=1.0, floor=floor)
-    since, closed = 0, False
-    for i, one in enumerate(agrees):
-        if i == opened_at:
-            gate.open()
-            since, closed = i, False
-        closes = gate.add(Twin(one, 0.5, i))
-        window = agrees[since : i + 1][-WINDOW:]
-        low = len(window) >= LEAST and upper_bound(sum(window), len(window)) < floor
-        assert closes == (low and not closed)
-        closed = closed or low
-        assert gate.closed == closed
-        assert (gate.twins, gate.agreeing) == (len(window), sum(window))
-        assert gate.kl == pytest.approx(0.5)
-        known = range(i + 1 - len(window), i + 1)
-        assert [gate.knows(j) for j in range(i - WINDOW - 1, i + 2)] == [
-            j in known for j in range(i - WINDOW - 1, i + 2)
-        ]
+    since: list[bool] = []
+    closed, off, prompt = False, False, 0
+    for event in events:
+        if isinstance(event, str):
+            if event == "new weights":
+                gate.forget()
+            else:
+                gate.switch(on=event == "on")
+                off = event == "off"
+            since, closed = [], off
+        for one in event if isinstance(event, list) else ():
+            closes = gate.add(Twin(one, 0.5, prompt))
+            since.append(one)
+            window = since[-WINDOW:]
+            low = len(window) >= LEAST and upper_bound(sum(window), len(window)) < floor
+            assert closes == (low and not closed)
+            closed = closed or low
+            assert (gate.twins, gate.agreeing) == (len(window), sum(window))
+            assert gate.kl == pytest.approx(0.5)
+            assert gate.knows(prompt)
+            assert gate.knows(prompt - len(window) + 1)
+            assert not gate.knows(prompt - len(window))
+            prompt += 1
+        assert (gate.closed, gate.by_hand) == (closed, off)
 
 
 @given(st.lists(st.booleans(), max_size=400).filter(lambda all_: all_.count(False) <= 3))
