@@ -328,7 +328,7 @@ USED = (
     Used(
         f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
         "_session",
-        "read: whether weights may have been written",
+        "read: whether weights may have been written; may a twin run",
         versions=FROM_0_5_21,
     ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),

@@ -179,8 +179,11 @@ def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw:
 
 
 def _may_run(scheduler: Any) -> bool:
-    """Not while weights or KV are given back to the device (``/release_memory_occupation``)."""
-    return bool(scheduler.is_fully_idle()) and not scheduler.weight_updater.offload_tags
+    """Not while weights or KV are given back to the device (``/release_memory_occupation``), nor in
+    a session of weight updates."""
+    updater = scheduler.weight_updater
+    whole = not updater.offload_tags and not versions.is_updating_weights(updater)
+    return whole and bool(scheduler.is_fully_idle())
 
 
 def hook_set_internal_state(

@@ -181,6 +181,12 @@ def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:
         pool.free(req)
 
 
+def is_updating_weights(updater: Any) -> bool:
+    """Whether a session of weight updates is open, in which weights may be half written. There are
+    such from 0.5.21 on."""
+    return getattr(updater, "_session", None) is not None
+
+
 def resolved(server_args: Any) -> Any:
     """Settings with what SGLang makes of them, which from 0.5.21 on it writes beside them."""
     try:

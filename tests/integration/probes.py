@@ -505,12 +505,21 @@ def update_weights(child: Any, path: str, flush: bool = True) -> bool:
 
 def write_weights(child: Any) -> bool:
     """What a trainer's RDMA does: a session in which SGLang itself loads nothing."""
-    from sglang.srt.managers import io_struct
+    return begin_weights(child) and end_weights(child)
+
+
+def begin_weights(child: Any) -> bool:
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
 
     updater = child.scheduler.weight_updater
-    began = updater.begin_weight_update(io_struct.BeginWeightUpdateReqInput())
-    ended = updater.end_weight_update(io_struct.EndWeightUpdateReqInput())
-    return bool(began.success and ended.success)
+    return bool(updater.begin_weight_update(BeginWeightUpdateReqInput()).success)
+
+
+def end_weights(child: Any) -> bool:
+    from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
+
+    updater = child.scheduler.weight_updater
+    return bool(updater.end_weight_update(EndWeightUpdateReqInput()).success)
 
 
 def no_pinning() -> None:

@@ -162,6 +162,25 @@ def test_twins_outlive_aborts_and_flushes_but_not_their_weights(
     assert_clean(shadowed)
 
 
+def test_no_twin_runs_while_weights_are_written(shadowed: Lab, texts: Texts) -> None:
+    """Between the beginning and the end of a session; those that wait are of the old weights."""
+    shadowed.flush()
+    source, prompt = moved(texts)
+    dropped = shadowed.ask("probes:twins").get("new_weights", 0)
+    note = ("call", "probes:note_twins")
+    shadowed.play([
+        request("s", source), ("idle",), request("r", prompt, new=2),
+        request("long", texts.passage(40), new=30), ("polls", 10), note,
+        ("call", "probes:begin_weights"), *WAIT, note, ("call", "probes:end_weights"), note,
+    ])  # fmt: skip
+    assert shadowed.ask("probes:noted_twins") == [1, 1, 0]
+    assert shadowed.ask("probes:twins")["new_weights"] == dropped + 1
+    source, prompt = moved(texts)
+    shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    assert len(shadowed.ask("probes:twins")["kls"]) == 1
+    assert_clean(shadowed)
+
+
 def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) -> None:
     """They came in one batch: each is compared with its own request."""
     shadowed.flush()
