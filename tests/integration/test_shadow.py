@@ -204,16 +204,33 @@ def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) 
     assert_clean(shadowed)
 
 
-def test_a_twin_that_fails_harms_nobody(shadowed: Lab, texts: Texts) -> None:
-    """The last test on this lab: its twins fail from now on."""
+@pytest.mark.parametrize(
+    "function",
+    [
+        "mem_cache.allocation.alloc_req_slots",
+        "mem_cache.allocation.alloc_paged_token_slots_extend",
+        "managers.schedule_batch.SamplingBatchInfo.from_schedule_batch",
+        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        "models.llama.LlamaForCausalLM.forward",
+    ],
+)
+def test_a_twin_that_fails_harms_nobody_and_gives_all_back(
+    function: str, shadowed: Lab, texts: Texts
+) -> None:
+    """Wherever it fails: before it has a row, with a row, with slots, with a batch, in the
+    model."""
     shadowed.flush()
-    shadowed.ask("probes:break_twins")
+    rows = shadowed.ask("probes:check")["rows"]
+    before = shadowed.ask("probes:twins")
+    shadowed.ask("probes:break_twins", f"sglang.srt.{function}")
     source, prompt = moved(texts)
     answers = shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    shadowed.ask("probes:break_twins", "")
     assert answers["r"]["finish"]["type"] == "length"
     after = shadowed.ask("probes:twins")
-    assert (after["fault"], after["waiting"]) == (1, 0)
+    assert (after["fault"] - before.get("fault", 0), after["waiting"]) == (1, 0)
     assert_clean(shadowed)
+    assert shadowed.ask("probes:check")["rows"] == rows
 
 
 def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_path: Path) -> None:
