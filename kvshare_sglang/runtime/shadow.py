@@ -91,8 +91,8 @@ class Shadow:
 
     def _is_judged(self, prompt: int, found: list[Watched]) -> bool:
         """Whether a twin of the prompt ran of late, waits, or is among ``found``."""
-        waiting = (one.prompt for one in (*found, *self._waiting))
-        return prompt in waiting or self.gate.knows(prompt)
+        coming = [one.prompt for one in found] + [one.prompt for one in self._waiting]
+        return prompt in coming or self.gate.knows(prompt)
 
     def _note(self, watched: list[Watched], logits: torch.Tensor | None) -> None:
         """Keep what requests would begin with, but for those that reused nothing in the end."""
