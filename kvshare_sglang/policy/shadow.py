@@ -17,10 +17,12 @@ Z = 1.96  # 95% on both sides
 
 
 class Twin(NamedTuple):
-    """``kl``: of the first token's distribution, from full prefill to reuse, in nats."""
+    """``kl``: of the first token's distribution, from full prefill to reuse, in nats. ``prompt``:
+    a hash, equal for equal prompts."""
 
     agrees: bool
     kl: float
+    prompt: int
 
 
 def upper_bound(agree: int, twins: int) -> float:
@@ -38,14 +40,16 @@ def upper_bound(agree: int, twins: int) -> float:
 
 
 class Gate:
-    """Open until twins speak against it; closed until someone opens it. ``floor`` 0 never closes.
+    """Open until twins speak against it or someone closes it (``by_hand``); closed until someone
+    opens it. ``floor`` 0: twins never close it. The bound is of twins that do not hang together, so
+    a prompt is to be there once.
 
     Also says which reusing requests get a twin: ``share`` of them, evenly, the first one early.
     """
 
     def __init__(self, *, share: float, floor: float) -> None:
         self.share, self.floor = share, floor
-        self.closed = False
+        self.closed = self.by_hand = False
         self._due = 1.0  # of the next twin
         self._twins: deque[Twin] = deque(maxlen=WINDOW)
 
@@ -71,6 +75,10 @@ class Gate:
         self._due -= 1
         return True
 
+    def knows(self, prompt: int) -> bool:
+        """Whether a twin of the prompt is in the window. O(window)."""
+        return any(twin.prompt == prompt for twin in self._twins)
+
     def add(self, twin: Twin) -> bool:
         """One more twin is known. Whether the gate closes for it, a moment ago open. O(window)."""
         self._twins.append(twin)
@@ -79,7 +87,12 @@ class Gate:
         self.closed |= closes
         return closes
 
-    def open(self) -> None:
-        """Forget what twins said, and let requests reuse again."""
+    def switch(self, *, on: bool) -> None:
+        """By hand. What twins said is forgotten."""
         self._twins.clear()
-        self.closed = False
+        self.closed = self.by_hand = not on
+
+    def forget(self) -> None:
+        """What twins said no longer counts: closed stays only what was closed by hand."""
+        self._twins.clear()
+        self.closed = self.by_hand

@@ -308,6 +308,7 @@ USED = (
     Used(_REQ, "prefix_len", "read: the prefix hit", True, FROM_0_5_22),
     Used(_REQ, "cache_protected_len", "written: what the tree owns", True, UP_TO_0_5_17),
     Used(_KV, "cache_protected_len", "written: what the tree owns", False, FROM_0_5_18),
+    Used(_KV, "kv_allocated_len", "read: what a twin took"),
     Used(_KV, "cache_inserted_len", "written: what was inserted", False, FROM_0_5_22),
     Used(f"{_SRT}.mem_cache.radix_cache.TreeNode", "last_access_time", "written: a copy", True),
     Used(_RADIX, "eviction_strategy", "written: by frequency", True),
@@ -328,7 +329,7 @@ USED = (
     Used(
         f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
         "_session",
-        "read: whether weights may have been written",
+        "read: whether weights may have been written; may a twin run",
         versions=FROM_0_5_21,
     ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),

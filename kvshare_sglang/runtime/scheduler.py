@@ -90,7 +90,7 @@ def hook_end_weight_update(
 ) -> Any:
     """AROUND ``end_weight_update`` (0.5.21 and later): in a session that ends, others may have
     written weights to memory (RDMA), and that calls nothing else; nor does a load that failed."""
-    if updater._session is not None:
+    if versions.is_updating_weights(updater):
         _new_weights(updater)
     return original(updater, *args, **kw)
 

@@ -8,6 +8,7 @@ requests can happen to it. What twins say is judged in ``policy/shadow.py``.
 
 import functools
 import logging
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,18 +32,21 @@ SWITCH = "kvshare_reuse"  # what POST /set_internal_state takes under server_arg
 
 
 class Watched(NamedTuple):
-    """A request of a batch that gets a twin, and its row among the batch's logits."""
+    """A request of a batch that gets a twin, its row among the batch's logits, its prompt and a
+    hash of that."""
 
     row: int
     req: "Req"
-    prompt_len: int
+    ids: Any
+    prompt: int
 
 
 class Waiting(NamedTuple):
-    """A twin to come: its prompt, and log-probabilities [vocab] (fp32) of the token that reuse
-    would have it begin with."""
+    """A twin to come: its prompt and a hash of that, and log-probabilities [vocab] (fp32) of the
+    token that reuse would have it begin with."""
 
     ids: Any
+    prompt: int
     logprobs: torch.Tensor
 
 
@@ -51,7 +55,7 @@ class Shadow:
 
     def __init__(self, config: KVShareConfig, report: Report) -> None:
         self.gate = Gate(share=config.shadow, floor=config.shadow_floor)
-        self._default, self._report = config.default, report
+        self._default, self._budget, self._report = config.default, config.budget, report
         self._waiting: deque[Waiting] = deque()
 
     @property
@@ -67,30 +71,40 @@ class Shadow:
         self, batch: "ScheduleBatch", fb: "ForwardBatch"
     ) -> Callable[[torch.Tensor | None], None] | None:
         """What wants to see a prefill batch's logits [requests, vocab], once it ran: some of the
-        requests whose prompts end in it get a twin."""
+        requests whose prompts end in it get a twin. Twins say what the server's own budget does to
+        answers, so requests that named another get none; nor does a prompt that is judged already
+        (samples, repeats)."""
         if not self.gate.share:
             return None
-        found = []
+        found: list[Watched] = []
         lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
         for row, (req, (start, length)) in enumerate(zip(batch.reqs, lengths, strict=True)):
             state = reuse_of(req)
-            if state is None or state.plan is None or state.told:
+            if state is None or state.plan is None or state.told or state.budget != self._budget:
                 continue
             if start + length == state.plan.prompt_len and self.gate.takes():
-                found.append(Watched(row, req, start + length))
+                ids = req.full_untruncated_fill_ids[: start + length]
+                prompt = hash((versions.namespace(req), array("q", ids).tobytes()))
+                if not self._is_judged(prompt, found):
+                    found.append(Watched(row, req, ids, prompt))
         return functools.partial(self._note, found) if found else None
+
+    def _is_judged(self, prompt: int, found: list[Watched]) -> bool:
+        """Whether a twin of the prompt ran of late, waits, or is among ``found``."""
+        coming = [one.prompt for one in found] + [one.prompt for one in self._waiting]
+        return prompt in coming or self.gate.knows(prompt)
 
     def _note(self, watched: list[Watched], logits: torch.Tensor | None) -> None:
         """Keep what requests would begin with, but for those that reused nothing in the end."""
-        for row, req, prompt_len in watched:
+        for row, req, ids, prompt in watched:
             if reuse_of(req) is None or logits is None:
                 continue
             if len(self._waiting) == MOST_WAITING:
                 self._report.shadow_dropped("queue_full")
                 continue
-            ids = req.full_untruncated_fill_ids[:prompt_len]
             try:
-                self._waiting.append(Waiting(ids, logits[row].float().log_softmax(-1)))
+                logprobs = logits[row].float().log_softmax(-1)
+                self._waiting.append(Waiting(ids, prompt, logprobs))
             except Exception:  # the request itself must go on
                 logger.exception("KVShare could not keep what request %s begins with", req.rid)
                 self._report.shadow_dropped("fault")
@@ -112,20 +126,21 @@ class Shadow:
             logger.exception("KVShare could not run an exact twin")
             self._report.shadow_dropped("fault")
             return
-        self._judge(Twin(agrees, max(0.0, kl)))
+        self._judge(Twin(agrees, max(0.0, kl), waiting.prompt))
 
     def new_weights(self) -> None:
         """Twins of the old ones could not be run, and what they said no longer counts."""
         for _ in self._waiting:
             self._report.shadow_dropped("new_weights")
         self._waiting.clear()
-        if self.gate.share:
-            self.switch(on=True)
+        if self.gate.closed and not self.gate.by_hand:
+            logger.info("KVShare: reuse is switched on, for new weights")
+        self.gate.forget()
+        self._report.shadow_state(self.gate)
 
     def switch(self, *, on: bool) -> None:
-        """By hand, or with new weights."""
-        self.gate.open()
-        self.gate.closed = not on
+        """By hand; stays so with new weights."""
+        self.gate.switch(on=on)
         self._report.shadow_state(self.gate)
         logger.info("KVShare: reuse is switched %s", "on" if on else "off")
 
@@ -164,8 +179,11 @@ def hook_on_idle(original: Callable[..., Any], scheduler: Any, *args: Any, **kw:
 
 
 def _may_run(scheduler: Any) -> bool:
-    """Not while weights or KV are given back to the device (``/release_memory_occupation``)."""
-    return bool(scheduler.is_fully_idle()) and not scheduler.weight_updater.offload_tags
+    """Not while weights or KV are given back to the device (``/release_memory_occupation``), nor in
+    a session of weight updates."""
+    updater = scheduler.weight_updater
+    whole = not updater.offload_tags and not versions.is_updating_weights(updater)
+    return whole and bool(scheduler.is_fully_idle())
 
 
 def hook_set_internal_state(

@@ -167,8 +167,8 @@ def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:
         enable_overlap=False,
         spec_algorithm=scheduler.spec_algorithm,
     )
-    batch.prepare_for_extend()
     try:
+        batch.prepare_for_extend()
         if batch.input_ids is None:
             batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
             batch.prefill_input_ids_cpu = None
@@ -176,9 +176,18 @@ def prefill_once(scheduler: Any, ids: Any) -> torch.Tensor:
         logits: torch.Tensor = runner.forward(fb).logits_output.next_token_logits[0].clone()
         return logits
     finally:
-        slots = pool.req_to_token[kv_row(req).req_pool_idx, : len(ids)]
-        allocator.free_segments([(slots.to(torch.int64), 0)])
-        pool.free(req)
+        row = kv_row(req).req_pool_idx
+        if row is not None:
+            # Where slots ran short there are none; what is in the row is then another's.
+            slots = pool.req_to_token[row, : getattr(req.kv, "kv_allocated_len", 0)]
+            allocator.free_segments([(slots.to(torch.int64), 0)])
+            pool.free(req)
+
+
+def is_updating_weights(updater: Any) -> bool:
+    """Whether a session of weight updates is open, in which weights may be half written. There are
+    such from 0.5.21 on."""
+    return getattr(updater, "_session", None) is not None
 
 
 def resolved(server_args: Any) -> Any:

@@ -1,9 +1,12 @@
 """Calibrating finds the layer that sees what an answer rests on, on a model where it is known."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import DEAD, with_a_dead_layer
 
 from kvshare_sglang.bench import calibrate
@@ -14,6 +17,7 @@ from kvshare_sglang.bench.calibrate.prompts import prompts
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import probe_layer
+from kvshare_sglang.policy.shadow import FLOOR, Z, upper_bound
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
@@ -35,10 +39,11 @@ def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path
 
 
 def rows(copies: float, *, shallow: list[float], deep: list[float], agree: float = 1) -> list[Row]:
-    """Rows with these KLs by prompt; of so many the first token is full prefill's."""
+    """Rows with these KLs (in thousandths) by prompt; of so many, the first ones, the first token
+    is full prefill's."""
 
     def one(kl: float, i: int) -> Measured:
-        return Measured(kl, kl, float(i < agree * len(deep)), 0.2)
+        return Measured(kl / 1000, kl / 1000, float(i < agree * len(deep)), 0.2)
 
     return [
         {None: one(copies, i), DEEP: one(deep[i], i), SHALLOW: one(shallow[i], i)}
@@ -65,6 +70,51 @@ def test_the_cheapest_that_is_as_good_as_any_is_chosen(
 ) -> None:
     best = choose(found)
     assert (best.chosen, best.holds) == (chosen, holds)
+
+
+def of_one(kls: list[float], *, agree: int) -> list[Row]:
+    """One candidate, far better than copies alone."""
+    return [
+        {None: Measured(9, 9, 0, 0.1), DEEP: Measured(kl, kl, float(i < agree), 0.2)}
+        for i, kl in enumerate(kls)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "holds"),
+    [
+        # a quarter or a sixth of the answers is another: however few prompts were asked
+        (of_one([0.001] * 9 + [1.0] * 3, agree=9), False),
+        (of_one([0.001] * 20 + [1.0] * 4, agree=20), False),
+        (of_one([0.001] * 80 + [1.0] * 16, agree=80), False),
+        # as many first tokens flip, between tokens that are as likely (SmolLM2's own calibration)
+        (of_one([0.0132] * 24, agree=20), True),
+        (of_one([0.0132] * 96, agree=80), False),  # too many of so many
+        # good on average, and not known: one in twelve is far off
+        (of_one([0.001] * 11 + [1.0], agree=12), False),
+        (of_one([0.001] * 12, agree=12), True),
+    ],
+)
+def test_answers_hold_where_they_are_known_to(found: list[Row], holds: bool) -> None:
+    assert choose(found).holds == holds
+
+
+@given(st.lists(st.floats(0, 0.1), min_size=3, max_size=30), st.integers(2, 8))
+def test_measuring_less_never_makes_answers_hold(kls: list[float], more: int) -> None:
+    """What more prompts of the same kind say against, fewer do not say for."""
+    longer = choose(of_one(kls * more, agree=len(kls) * more)).holds
+    assert longer or not choose(of_one(kls, agree=len(kls))).holds
+
+
+@pytest.mark.parametrize("path", sorted(calibration.BUILT_IN.iterdir()), ids=lambda path: path.stem)
+def test_what_comes_with_the_package_holds_by_the_same_rule(path: Path) -> None:
+    """Whatever its prompts gave: of values with this mean square the end of the interval of the
+    mean is highest where it is taken here (Cauchy and Schwarz)."""
+    found = calibration.read(path)
+    trace, copies, n = found.check["trace"], found.check["copies"], found.prompts
+    most = math.sqrt(trace["kl"] / 2 * (1 + Z**2 / (n - 1)))
+    surely = trace["kl"] < copies["kl"] and most <= 1 - FLOOR
+    assert found.holds == (surely and upper_bound(round(trace["agree"] * n), n) >= FLOOR)
 
 
 def test_the_command_writes_what_a_server_reads(

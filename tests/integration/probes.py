@@ -74,6 +74,7 @@ def check(child: Any) -> dict[str, int]:
         "evictable": cache.evictable_size(),
         "available": child.scheduler.token_to_kv_pool_allocator.available_size(),
         "total": child.scheduler.max_total_num_tokens,
+        "rows": child.scheduler.req_to_token_pool.available_size(),
     }
 
 
@@ -108,16 +109,19 @@ def noted_twins(child: Any) -> list[int]:
     return list(noted)
 
 
-def break_twins(child: Any) -> None:
-    """Make every twin raise in the middle of its forward pass."""
-    run = child.runner.forward
+def break_twins(child: Any, function: str) -> None:
+    """Make a function of SGLang's raise where a twin calls it; none: as it was."""
+    from unittest import mock
 
-    def forward(fb: Any, *args: Any, **kw: Any) -> Any:
-        if fb.rids == ["kvshare-shadow"]:
-            raise RuntimeError("planted")
-        return run(fb, *args, **kw)
+    from kvshare_sglang.runtime import versions
 
-    child.runner.forward = forward
+    real = child.prefill_once = getattr(child, "prefill_once", versions.prefill_once)
+
+    def broken(*args: Any) -> Any:
+        with mock.patch(function, side_effect=RuntimeError("planted")):
+            return real(*args)
+
+    versions.prefill_once = broken if function else real
 
 
 def decide_early(child: Any, least: int) -> None:
@@ -505,12 +509,21 @@ def update_weights(child: Any, path: str, flush: bool = True) -> bool:
 
 def write_weights(child: Any) -> bool:
     """What a trainer's RDMA does: a session in which SGLang itself loads nothing."""
-    from sglang.srt.managers import io_struct
+    return begin_weights(child) and end_weights(child)
+
+
+def begin_weights(child: Any) -> bool:
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
 
     updater = child.scheduler.weight_updater
-    began = updater.begin_weight_update(io_struct.BeginWeightUpdateReqInput())
-    ended = updater.end_weight_update(io_struct.EndWeightUpdateReqInput())
-    return bool(began.success and ended.success)
+    return bool(updater.begin_weight_update(BeginWeightUpdateReqInput()).success)
+
+
+def end_weights(child: Any) -> bool:
+    from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
+
+    updater = child.scheduler.weight_updater
+    return bool(updater.end_weight_update(EndWeightUpdateReqInput()).success)
 
 
 def no_pinning() -> None:

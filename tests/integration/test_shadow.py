@@ -87,6 +87,46 @@ def test_no_counter_no_answer_and_no_text_in_the_cache_is_a_twins(
     assert_clean(shadowed)
 
 
+@pytest.mark.parametrize(
+    ("asks", "twins"),
+    [(None, 1), ("auto", 1), ({"budget": 0.0}, 1), ({"budget": 0.3}, 0), ({"budget": 0.5}, 0)],
+    ids=str,
+)
+def test_who_names_a_budget_that_is_not_the_servers_says_nothing_of_it(
+    asks: Any, twins: int, shadowed: Lab, texts: Texts
+) -> None:
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = len(shadowed.ask("probes:twins")["kls"])
+    script = [request("s", source), ("idle",), request("r", prompt, kvshare=asks), *WAIT]
+    assert shadowed.play(script)["r"]["kvshare"]["copied_tokens"] > 0
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + twins
+
+
+def test_samples_and_repeats_of_a_prompt_count_once(shadowed: Lab, texts: Texts) -> None:
+    """In one batch, while the twin waits, and after it ran; in another tenant's text it is another
+    prompt."""
+    shadowed.flush()
+    source, prompt = moved(texts)
+    before = len(shadowed.ask("probes:twins")["kls"])
+
+    def samples(name: str, **more: Any) -> list[dict[str, Any]]:
+        return [request(f"{name}{i}", prompt, new=3, **more) for i in range(4)]
+
+    script: list[Any] = [request("s", source), ("idle",), request("long", source[:40], new=40)]
+    script += [samples("a"), ("polls", 5), samples("b"), ("polls", 5)]
+    script += [("call", "probes:note_twins"), *WAIT, samples("c"), *WAIT]
+    answers = shadowed.play(script)
+    assert shadowed.ask("probes:noted_twins") == [1]
+    reused = [one["kvshare"] for name, one in answers.items() if name[0] in "abc"]
+    assert all(one["copied_tokens"] + one["blended_tokens"] > 100 for one in reused)
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + 1
+    other = {"extra_key": "other"}
+    shadowed.play([request("s", source, **other), ("idle",), samples("d", **other), *WAIT])
+    assert len(shadowed.ask("probes:twins")["kls"]) == before + 2
+    assert_clean(shadowed)
+
+
 def test_a_twin_waits_until_nobody_else_does(shadowed: Lab, texts: Texts) -> None:
     shadowed.flush()
     source, prompt = moved(texts)
@@ -122,6 +162,25 @@ def test_twins_outlive_aborts_and_flushes_but_not_their_weights(
     assert_clean(shadowed)
 
 
+def test_no_twin_runs_while_weights_are_written(shadowed: Lab, texts: Texts) -> None:
+    """Between the beginning and the end of a session; those that wait are of the old weights."""
+    shadowed.flush()
+    source, prompt = moved(texts)
+    dropped = shadowed.ask("probes:twins").get("new_weights", 0)
+    note = ("call", "probes:note_twins")
+    shadowed.play([
+        request("s", source), ("idle",), request("r", prompt, new=2),
+        request("long", texts.passage(40), new=30), ("polls", 10), note,
+        ("call", "probes:begin_weights"), *WAIT, note, ("call", "probes:end_weights"), note,
+    ])  # fmt: skip
+    assert shadowed.ask("probes:noted_twins") == [1, 1, 0]
+    assert shadowed.ask("probes:twins")["new_weights"] == dropped + 1
+    source, prompt = moved(texts)
+    shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    assert len(shadowed.ask("probes:twins")["kls"]) == 1
+    assert_clean(shadowed)
+
+
 def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) -> None:
     """They came in one batch: each is compared with its own request."""
     shadowed.flush()
@@ -145,16 +204,33 @@ def test_few_twins_wait_and_the_others_are_counted(shadowed: Lab, texts: Texts) 
     assert_clean(shadowed)
 
 
-def test_a_twin_that_fails_harms_nobody(shadowed: Lab, texts: Texts) -> None:
-    """The last test on this lab: its twins fail from now on."""
+@pytest.mark.parametrize(
+    "function",
+    [
+        "mem_cache.allocation.alloc_req_slots",
+        "mem_cache.allocation.alloc_paged_token_slots_extend",
+        "managers.schedule_batch.SamplingBatchInfo.from_schedule_batch",
+        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        "models.llama.LlamaForCausalLM.forward",
+    ],
+)
+def test_a_twin_that_fails_harms_nobody_and_gives_all_back(
+    function: str, shadowed: Lab, texts: Texts
+) -> None:
+    """Wherever it fails: before it has a row, with a row, with slots, with a batch, in the
+    model."""
     shadowed.flush()
-    shadowed.ask("probes:break_twins")
+    rows = shadowed.ask("probes:check")["rows"]
+    before = shadowed.ask("probes:twins")
+    shadowed.ask("probes:break_twins", f"sglang.srt.{function}")
     source, prompt = moved(texts)
     answers = shadowed.play([request("s", source), ("idle",), request("r", prompt), *WAIT])
+    shadowed.ask("probes:break_twins", "")
     assert answers["r"]["finish"]["type"] == "length"
     after = shadowed.ask("probes:twins")
-    assert (after["fault"], after["waiting"]) == (1, 0)
+    assert (after["fault"] - before.get("fault", 0), after["waiting"]) == (1, 0)
     assert_clean(shadowed)
+    assert shadowed.ask("probes:check")["rows"] == rows
 
 
 def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_path: Path) -> None:
@@ -204,5 +280,7 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
         assert it.ask("probes:switch", {SWITCH: 1})
         assert ask()["declined"] is None
         assert it.ask("probes:switch", {SWITCH: 0})
+        assert ask()["declined"] == "shadow"
+        assert it.ask("probes:update_weights", str(model))
         assert ask()["declined"] == "shadow"
         assert_clean(it)

@@ -26,45 +26,59 @@ def test_the_bound_is_the_highest_rate_that_the_score_test_does_not_reject(
 
 
 @given(
-    st.lists(st.booleans(), max_size=600),
+    st.lists(
+        st.lists(st.booleans(), max_size=80) | st.sampled_from(["on", "off", "new weights"]),
+        max_size=12,
+    ),
     st.floats(0, 1),
-    st.integers(0, 600),
 )
-def test_the_gate_does_what_its_window_says(
-    agrees: list[bool], floor: float, opened_at: int
+def test_the_gate_does_what_its_window_and_hands_say(
+    events: list[list[bool] | str], floor: float
 ) -> None:
-    """Against the definition, over the whole history."""
+    """Against the definition, over the whole history: new weights open what twins closed, hands
+    open all."""
     gate = Gate(share=1.0, floor=floor)
-    since, closed = 0, False
-    for i, one in enumerate(agrees):
-        if i == opened_at:
-            gate.open()
-            since, closed = i, False
-        closes = gate.add(Twin(one, 0.5))
-        window = agrees[since : i + 1][-WINDOW:]
-        low = len(window) >= LEAST and upper_bound(sum(window), len(window)) < floor
-        assert closes == (low and not closed)
-        closed = closed or low
-        assert gate.closed == closed
-        assert (gate.twins, gate.agreeing) == (len(window), sum(window))
-        assert gate.kl == pytest.approx(0.5)
+    since: list[bool] = []
+    closed, off, prompt = False, False, 0
+    for event in events:
+        if isinstance(event, str):
+            if event == "new weights":
+                gate.forget()
+            else:
+                gate.switch(on=event == "on")
+                off = event == "off"
+            since, closed = [], off
+        for one in event if isinstance(event, list) else ():
+            closes = gate.add(Twin(one, 0.5, prompt))
+            since.append(one)
+            window = since[-WINDOW:]
+            low = len(window) >= LEAST and upper_bound(sum(window), len(window)) < floor
+            assert closes == (low and not closed)
+            closed = closed or low
+            assert (gate.twins, gate.agreeing) == (len(window), sum(window))
+            assert gate.kl == pytest.approx(0.5)
+            assert gate.knows(prompt)
+            assert gate.knows(prompt - len(window) + 1)
+            assert not gate.knows(prompt - len(window))
+            prompt += 1
+        assert (gate.closed, gate.by_hand) == (closed, off)
 
 
 @given(st.lists(st.booleans(), max_size=400).filter(lambda all_: all_.count(False) <= 3))
 def test_three_bad_twins_switch_nothing_off(agrees: list[bool]) -> None:
     gate = Gate(share=1.0, floor=FLOOR)
-    assert not any(gate.add(Twin(one, 0.0)) for one in agrees)
+    assert not any(gate.add(Twin(one, 0.0, i)) for i, one in enumerate(agrees))
 
 
 @given(st.lists(st.booleans(), max_size=400))
 def test_without_a_floor_nothing_is_switched_off(agrees: list[bool]) -> None:
     gate = Gate(share=1.0, floor=0.0)
-    assert not any(gate.add(Twin(one, 0.0)) for one in agrees)
+    assert not any(gate.add(Twin(one, 0.0, i)) for i, one in enumerate(agrees))
 
 
 def test_a_model_that_agrees_with_nothing_is_switched_off_as_soon_as_may_be() -> None:
     gate = Gate(share=1.0, floor=FLOOR)
-    closes = [gate.add(Twin(False, 9.0)) for _ in range(LEAST + 5)]
+    closes = [gate.add(Twin(False, 9.0, i)) for i in range(LEAST + 5)]
     assert closes.index(True) == LEAST - 1
     assert closes.count(True) == 1
 
