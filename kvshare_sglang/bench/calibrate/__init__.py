@@ -21,7 +21,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
-DEPTHS = (0.15, 0.25, 0.35, 0.5, 0.6, 0.7)
+DEPTHS = (0.15, 0.25, 0.35, 0.5, 0.65)
 FEWEST = 12  # prompts, or nothing is chosen
 
 
