@@ -302,6 +302,7 @@ USED = (
     Used(_RADIX, "_match_prefix_helper", "called: walk a blended branch"),
     Used(_ROTARY, "_ensure_cos_sin_cache_length", "called: as many rows as the model's own"),
     Used(_REQ, "customized_info", "written: the answer's record", True),
+    Used(_REQ, "retracted_stain", "read: a prefix hit of the second time", True),
     Used(_REQ, "last_node", "written: moved with the lock", True),
     Used(_REQ, "lock", "written: moved to the exact part", True, FROM_0_5_22),
     Used(_REQ, "prefix_indices", "written: slots so far", True, UP_TO_0_5_21),

@@ -18,6 +18,8 @@ from kvshare_sglang.policy.refresh import Watch
 from kvshare_sglang.policy.select.base import Selector
 from kvshare_sglang.runtime.report import Fallback, Report
 
+KINDS = ("exact", "blended", "copied", "recomputed", "fresh")  # of prompt tokens: they add up
+
 
 class Stage(Enum):
     PLANNED = "planned"  # waits in the queue; the plan is redone when what it rests on changes
@@ -72,13 +74,7 @@ class RequestReuse:
         """The request goes to prefill with a prefix hit of so many tokens."""
         self.stage = Stage.ADMITTED
         blend = self.plan.blend if self.plan else None
-        if self.told:
-            pass
-        elif self.decline is not None:
-            self.report.declined(self.decline)
-        elif self.fallback is not None and self.selector is not None:
-            self.report.fell_back(asked=self.asked, ran=self.selector.name, reason=self.fallback)
-        # Rows are counted as they run.
+        # Rows are told as they run.
         self.again = Rows()
         self.record = {
             "exact_tokens": blend.start if blend else prefix_len,
@@ -102,7 +98,7 @@ class RequestReuse:
         self.selector, self.plan, self.fallback = selector, plan, reason
 
     def fall_back(self, reason: Decline) -> None:
-        """Copy nothing: all after the prefix hit is computed. Records and counts the reason."""
+        """Copy nothing: all after the prefix hit is computed. Records the reason."""
         assert self.plan is not None
         self.plan = self.plan.nothing() if self.plan.blend or self.plan.rest else None
         self.watch = None
@@ -110,8 +106,6 @@ class RequestReuse:
         self.record["declined"] = reason.value
         self.record["source_depth"] = self.plan.depth if self.plan else 0
         self.record["select"] = self.record["select_reason"] = None
-        if not self.told:
-            self.report.declined(reason)
 
     def settle(self, plan: ReusePlan, *, watch: bool, otherwise: Decline) -> None:
         """A selector has chosen: what is copied in the end, and whether decoding watches it.
@@ -135,8 +129,6 @@ class RequestReuse:
             self.fall_back(reason)
         elif reason in (Decline.FAULT, Decline.EVERY_ROW):  # shown though some was reused before
             self.record["declined"] = reason.value
-            if not self.told:
-                self.report.declined(reason)
 
     def ran(self, chunk: Range, rows: Rows, plan: ReusePlan | None) -> int:
         """``rows`` of a prefill chunk ran, and of the prompt before it; the other rows of the chunk
@@ -178,12 +170,23 @@ class RequestReuse:
         self.stage = Stage.COPIED
         return True
 
-    def release(self) -> None:
-        """The request is over, or is planned anew: count what was done with its prompt, once."""
-        if self.record and not self.told:
-            kinds = ("exact", "blended", "copied", "recomputed", "fresh")
-            self.report.count(**{kind: self.record[f"{kind}_tokens"] for kind in kinds})
+    def is_through(self, prompt_len: int) -> bool:
+        """Whether all of the prompt ran or was found."""
+        return sum(self.record.get(f"{kind}_tokens", 0) for kind in KINDS) >= prompt_len
+
+    def release(self, *, begins_anew: bool = False) -> None:
+        """The request is over, or is planned anew: count once what its answer says, nothing where
+        its prompt ``begins_anew``."""
         self.stage = Stage.RELEASED
+        record = self.record
+        if not record or self.told or begins_anew:
+            return
+        self.report.count(**{kind: record[f"{kind}_tokens"] for kind in KINDS})
+        if record["declined"] is not None:
+            self.report.declined(Decline(record["declined"]))
+        if record["select_reason"] is not None:
+            reason = Fallback(record["select_reason"])
+            self.report.fell_back(asked=self.asked, ran=record["select"], reason=reason)
 
     def refreshed(self, rows: Rows) -> None:
         """Copied rows ran again while the request decodes."""

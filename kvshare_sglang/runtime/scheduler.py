@@ -402,7 +402,7 @@ def _not_as_cached(adder: "PrefillAdder", req: "Req", state: RequestReuse) -> No
     users that word stays with exact KV."""
     blended = state.record["blended_tokens"]
     adder.log_hit_tokens -= blended
-    if state.told:  # SGLang counts it as a hit of the second time, and for the answer no more
+    if req.retracted_stain:  # SGLang counts it as a hit of the second time, no more for the answer
         adder.reprocessed_log_hit_tokens -= blended
         return
     if hasattr(adder, "log_device_hit_tokens"):

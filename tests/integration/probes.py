@@ -233,6 +233,12 @@ def noted_prefill(child: Any) -> list[tuple[set[str], set[str]]]:
     return list(noted)
 
 
+def reported(child: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Prompt tokens by kind, and declines by reason, counted so far."""
+    report = child.cache.report
+    return dict(report.tokens), dict(report.declines)
+
+
 def pause(child: Any) -> None:
     """What /pause_generation with mode retract does: what runs is retracted and waits."""
     from sglang.srt.managers.io_struct import PauseGenerationReqInput

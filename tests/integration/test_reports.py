@@ -278,6 +278,32 @@ def test_cached_tokens_are_counted_once_however_often_a_request_is_retracted(
     assert_clean(traced)
 
 
+@pytest.mark.parametrize("reusing", [True, False], ids=["reusing", "new"])
+def test_a_prompt_that_is_retracted_in_its_middle_is_told_and_counted_once(
+    reusing: bool, traced: Lab, texts: Texts
+) -> None:
+    """A pause comes between two chunks: what had run until then was all that was told of it."""
+    traced.flush()
+    head, documents = texts.passage(120), [texts.passage(500) for _ in range(2)]
+    if reusing:
+        for document in documents:
+            traced.one(texts.passage(9) + document)
+    new = texts.passage(1000)
+    prompt = head + documents[0] + new + documents[1] + texts.passage(20)
+    before = traced.ask("probes:reported")
+    pauses: list[Any] = [("polls", 2), ("call", "probes:pause"), ("call", "probes:resume")]
+    answer = traced.play([request("often", prompt), *pauses * 2])["often"]
+    assert answer["retractions"] >= 1
+    told = [answer["kvshare"][f"{of}_tokens"] for of in KINDS]
+    assert sum(told) == len(prompt)
+    assert (answer["kvshare"]["copied_tokens"] > 0) == reusing
+    tokens, declines = traced.ask("probes:reported")
+    assert [tokens[of] - before[0].get(of, 0) for of in KINDS] == told
+    more = {why: n - before[1].get(why, 0) for why, n in declines.items()}
+    assert {why: n for why, n in more.items() if n} == ({} if reusing else {"no_match": 1})
+    assert_clean(traced)
+
+
 def test_text_of_other_embeddings_is_nobodys_source(traced: Lab, texts: Texts) -> None:
     """SGLang 27472: a request that brings embeddings for some of its tokens left its KV under the
     tokens, and others answered from it."""

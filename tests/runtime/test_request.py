@@ -58,10 +58,14 @@ def test_the_record_adds_up_to_the_prompt_whatever_happens(
         state.advance(stop)
     assert sum(state.record[kind] for kind in KINDS) == plan.prompt_len
     assert state.stage is (Stage.ADMITTED if state.plan is None else Stage.COPIED)
+    state.release()
+    assert sum(state.report.tokens.values()) == plan.prompt_len
+    said = state.record["declined"]
+    assert state.report.declines == ({said: 1} if said else {})
     # No copy, no reuse: then the request is exact to its end, and says why if it had a plan.
     if state.plan is None and plan.copies:
         assert state.decline is not None
-        assert state.report.declines == {state.decline.value: 1}
+        assert said == state.decline.value
 
 
 @given(histories())
@@ -129,20 +133,56 @@ def test_a_fallback_is_named_and_counted_once_where_the_request_reuses() -> None
     state.use(Window(16, 32), plan, Fallback.CHUNKED)
     state.admit(prefix_len=0)
     assert (state.record["select"], state.record["select_reason"]) == ("window", "chunked")
+    state.release()
     assert state.report.fallbacks == {("trace", "window", "chunked"): 1}
+
+
+def test_a_fallback_of_a_request_that_reuses_nothing_in_the_end_is_not_counted() -> None:
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    state = planned(plan)
+    state.use(Window(16, 32), plan, Fallback.CHUNKED)
+    state.admit(prefix_len=0)
     state.fall_back(Decline.NO_ROOM)
     assert (state.record["select"], state.record["select_reason"]) == (None, None)
     assert state.record["declined"] == "no_room"
+    state.release()
+    assert not state.report.fallbacks
+    assert state.report.declines == {"no_room": 1}
+
+
+@pytest.mark.parametrize("reason", [Decline.FAULT, Decline.EVERY_ROW])
+def test_a_request_that_stops_copying_twice_is_counted_once(reason: Decline) -> None:
+    plan = copy_all(RUNS, prompt_len=200, prefix_len=0, suffix=16)
+    state = planned(plan)
+    state.admit(prefix_len=0)
+    for border in (plan.copies[0].dst_stop, 199):
+        state.advance(border)
+        state.stop_copying(Decline.FAULT)
+        state.stop_copying(reason)
+    state.release()
+    assert state.report.declines == {state.record["declined"]: 1}
+
+
+def test_a_prompt_that_begins_anew_is_not_counted() -> None:
+    state = RequestReuse(Report(), decline=Decline.NO_MATCH)
+    state.admit(prefix_len=5)
+    state.ran(Range(5, 9), Rows([(5, 9)]), None)
+    assert state.is_through(9)
+    assert not state.is_through(10)
+    state.release(begins_anew=True)
+    assert not state.report.declines
+    assert not state.report.tokens
 
 
 def test_a_declined_request_counts_its_reason_and_no_fallback() -> None:
     state = RequestReuse(Report(), decline=Decline.NO_MATCH, fallback=Fallback.LORA)
     state.admit(prefix_len=5)
-    assert state.report.declines == {"no_match": 1}
-    assert not state.report.fallbacks
     assert not state.reuses
     state.ran(Range(5, 9), Rows([(5, 9)]), None)
     assert [state.record[kind] for kind in KINDS] == [5, 0, 0, 0, 4]
+    state.release()
+    assert state.report.declines == {"no_match": 1}
+    assert not state.report.fallbacks
 
 
 @pytest.mark.parametrize("stage", list(Stage))

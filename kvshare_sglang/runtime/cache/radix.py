@@ -237,7 +237,13 @@ class FuzzyRadixCache(RadixCache):
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is not None:
             self.let_go(req, state)
-            state.release()
+            # Retracted in the middle of its prompt: what the answer says begins anew with it.
+            begins_anew = not (req.finished() or state.is_through(len(req.origin_input_ids)))
+            if begins_anew and state.record and not state.told:
+                req.customized_info = {
+                    name: said for name, said in req.customized_info.items() if name != "kvshare"
+                }
+            state.release(begins_anew=begins_anew)
             req.kvshare = None
 
     def let_go(self, req: "Req", state: RequestReuse) -> None:
