@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +145,21 @@ def check_config_file(path: str | None) -> None:
         )
 
 
+def config_of_a_benchmark(argv: Sequence[str]) -> str | None:
+    """The ``--config`` of one of SGLang's benchmarks, which parses its options before plug-ins are
+    loaded, takes this one and reads no file. Other programs' options are their own."""
+    program = Path(argv[0])
+    theirs = "benchmark" in program.parts or program.name.startswith("bench")
+    if "sglang" not in program.parts or not theirs:
+        return None
+    for i, word in enumerate(argv):
+        if word == "--config":
+            return argv[i + 1] if i + 1 < len(argv) else None
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None
+
+
 def hook_prepare_server_args(server_args: Any, *args: Any, **kw: Any) -> None:
     """AFTER ``prepare_server_args``, which only servers call."""
     global _server
@@ -180,6 +195,7 @@ def hook_check_server_args(
         config = config_from(values, eviction_given=server_args.radix_eviction_policy != "lru")
         build(lambda: server_args, config, values)
     if getattr(server_args, "_kvshare", None) is None:
+        check_config_file(config_of_a_benchmark(sys.argv))
         os.environ.pop(ENV, None)
     else:
         from kvshare_sglang.runtime import support

@@ -389,6 +389,22 @@ def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
     assert refused_alone(datasets, module, arguments)
 
 
+def test_the_offline_benchmark_does_not_run_without_a_file_of_options_that_asks_for_us(
+    model: Path, datasets: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """It takes ``--config``, and reads no file: it ran without kvshare, and said nothing."""
+    file = tmp_path / "options.yaml"
+    file.write_text("kvshare: true\n")
+    arguments = on(model, prompts)
+    del arguments[2:5]  # what names kvshare
+    done = forked(
+        run_beside, str(datasets), "sglang.benchmark.offline_throughput", *arguments,
+        "--num-prompts", "1", "--config", str(file),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"SGLang does not read {file} here, and it asks for kvshare" in done.said
+
+
 def test_the_benchmark_of_one_batch_starts_a_server_that_reuses(
     model: Path, datasets: Path, prompts: Path, tmp_path: Path
 ) -> None:

@@ -273,6 +273,23 @@ def test_a_file_of_options_that_is_not_read_is_an_error_if_it_asks_for_us(tmp_pa
         launch.hook_from_cli_args(SimpleNamespace, ServerArgs, SimpleNamespace(config=str(file)))
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "found"),
+    [
+        ("/x/sglang/benchmark/offline_throughput.py", ["--config", "a.yaml"], "a.yaml"),
+        ("/x/sglang/bench_one_batch_server.py", ["--n", "3", "--config=a.yaml"], "a.yaml"),
+        ("/x/sglang/benchmark/offline_throughput.py", ["--config"], None),
+        ("/x/sglang/benchmark/offline_throughput.py", [], None),
+        ("/x/mine/benchmark/program.py", ["--config", "a.yaml"], None),
+        ("/x/sglang/launch_server.py", ["--config", "a.yaml"], None),  # which reads it
+    ],
+)
+def test_the_file_of_options_that_a_benchmark_takes_and_does_not_read(
+    program: str, words: list[str], found: str | None
+) -> None:
+    assert launch.config_of_a_benchmark([program, *words]) == found
+
+
 def test_a_start_without_an_engine_does_not_import_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is inside ``Engine`` has imported its module."""
     name = "sglang.srt.entrypoints.engine"
