@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any
 
 from kvshare_sglang.errors import ConfigError
@@ -30,9 +31,10 @@ def hook_generate_request(
             if request is not None:
                 _obey_headers(obj, request.headers)
             options.check(obj.sampling_params)
-            _check_others(obj)
         except ConfigError as error:
             return _refusal(obj, error)
+        if not obj.lora_path:  # SGLang finds the id by the path; no client may say it
+            obj.lora_id = None
     answers = original(manager, obj, request)
     return answers if request is None else _watched(answers)
 
@@ -58,22 +60,60 @@ def hook_compute_extra_key(
     return f"{salt}{options.BORDER}{key}" if salt and key else joined
 
 
-def _check_others(obj: Any) -> None:
-    """Raise ConfigError for what is not ours and would end SGLang, or let one client hinder
-    another; take out what no client may say."""
-    for start in _each(obj.logprob_start_len):
-        if isinstance(start, int) and start < -1:
-            raise ConfigError("logprob_start_len", start, "-1 or more")
-    for one in _each(getattr(obj, "positional_embed_overrides", None)):
-        if one is not None and not hasattr(one, "embeds"):
-            raise ConfigError("positional_embed_overrides", one, "an object of SGLang's, not JSON")
-    if not obj.lora_path:  # SGLang finds the id by the path
-        obj.lora_id = None
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _each(given: Any) -> list[Any]:
-    """What a request says of each of its prompts: one value, or one for each."""
-    return given if isinstance(given, list) else [given]
+def _are_whole(values: Any) -> bool:
+    return values is None or (isinstance(values, list | tuple) and all(map(_is_whole, values)))
+
+
+def _is_of_a_session(params: Any) -> bool:
+    return params is None or (
+        isinstance(params.id, str | None)
+        and isinstance(params.rid, str | None)
+        and (params.offset is None or _is_whole(params.offset))
+    )
+
+
+# What a request says of one prompt that goes on to the scheduler, or into the answer's times,
+# without a look at it, and what it can be there. Lists are for several prompts: SGLang lets them
+# pass beside one.
+_TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rid": (lambda it: isinstance(it, str), "a text"),
+    "received_time": (
+        lambda it: it is None or (isinstance(it, int | float) and 0 <= it < 1e30),
+        "seconds",
+    ),
+    "logprob_start_len": (lambda it: _is_whole(it) and it >= -1, "-1 or more"),
+    "top_logprobs_num": (_is_whole, "a whole number"),
+    "token_ids_logprob": (_are_whole, "a list of whole numbers"),
+    "token_indices_to_pool": (_are_whole, "a list of whole numbers"),
+    "return_hidden_states": (
+        lambda it: isinstance(it, bool) or it == "last",
+        'true, false or "last"',
+    ),
+    "session_params": (
+        _is_of_a_session,
+        "an object with texts for id and rid, and a whole number for offset",
+    ),
+}
+
+
+def hook_tokenized(made: Any, manager: Any, asked: Any, *args: Any, **kw: Any) -> None:
+    """AFTER ``_create_tokenized_object``, which makes of one prompt and what was ``asked`` of it
+    what the scheduler gets: raises ConfigError for what is not ours and would end SGLang."""
+    for name, (serves, allowed) in _TAKEN.items():
+        said = made if hasattr(made, name) else asked
+        if hasattr(said, name) and not serves(value := getattr(said, name)):
+            raise ConfigError(name, value, allowed)
+    given = made.positional_embed_overrides
+    if given is not None:
+        if not hasattr(given, "embeds"):
+            raise ConfigError("positional_embed_overrides", given, "an object of SGLang's, no JSON")
+        size, shape = manager.model_config.hidden_size, tuple(given.embeds.shape)
+        if shape != (len(given.positions), size):
+            raise ConfigError("embeddings of a prompt", shape, f"of {size} numbers each")
 
 
 async def _refusal(obj: Any, error: ConfigError) -> AsyncIterator[Any]:

@@ -98,13 +98,13 @@ WRAPPED = (
         f"{_SRT}.sampling.sampling_params.SamplingParams.verify",
         "AFTER",
         "kvshare_sglang.runtime.scheduler:hook_verify",
-        "refuse bad request options",
+        "refuse bad request options, and parameters that end the server",
     ),
     HookPoint(
         f"{_SRT}.managers.scheduler.validate_input_length",
         "AFTER",
         "kvshare_sglang.runtime.scheduler:hook_validate_input_length",
-        "refuse a prompt of no tokens",
+        "refuse what ends the server, through whatever front end it came",
     ),
     HookPoint(
         f"{_SRT}.managers.schedule_policy.PrefillAdder.add_one_req",
@@ -204,6 +204,12 @@ DOORS = (
         "AROUND",
         "kvshare_sglang.runtime.doors:hook_generate_request",
         "read the headers, refuse bad options, see what was reused",
+    ),
+    HookPoint(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        "AFTER",
+        "kvshare_sglang.runtime.doors:hook_tokenized",
+        "refuse what ends the scheduler",
     ),
     *(
         HookPoint(target, "AFTER", "kvshare_sglang.runtime.doors:hook_answer", "show the record")

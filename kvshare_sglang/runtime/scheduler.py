@@ -11,6 +11,7 @@ import numpy as np
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.plan import ReusePlan, Run
+from kvshare_sglang.policy import sampling
 from kvshare_sglang.policy.admit import Decline, may_reuse, pays
 from kvshare_sglang.policy.options import parse_options
 from kvshare_sglang.policy.select.base import Sees, Selector, repair_rows
@@ -29,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def hook_verify(result: Any, params: Any, *args: Any, **kw: Any) -> None:
-    """AFTER ``SamplingParams.verify``: bad request options are a 400, like SGLang's own."""
+    """AFTER ``SamplingParams.verify``: bad request options are a 400, like SGLang's own, and so is
+    what would end the process that samples, or the one that writes the answer."""
     parse_options(params.custom_params)
+    sampling.check(params)
 
 
 def hook_validate_input_length(error: str | None, req: "Req", *args: Any, **kw: Any) -> str | None:
@@ -41,7 +44,8 @@ def hook_validate_input_length(error: str | None, req: "Req", *args: Any, **kw: 
 
 def _unserved(req: "Req") -> str | None:
     """Why a request would end the process: no tokens (SGLang 0.5.22 and later), or tokens,
-    alternatives or positions that are not there."""
+    alternatives or positions that are not there, or parameters that nothing can be sampled by,
+    which are taken out: what is refused still runs a token."""
     prompt, vocab = np.asarray(req.origin_input_ids, np.int64), req.vocab_size
     if not len(prompt):
         return "the prompt has 0 tokens, at least 1 is needed"
@@ -55,11 +59,16 @@ def _unserved(req: "Req") -> str | None:
         if not 0 <= num <= vocab:
             return f"top_logprobs_num must be in [0, {vocab}], got {num}"
     params = req.sampling_params
-    if vocab is not None and params.min_new_tokens:  # until then SGLang keeps from stopping there
-        for token in params.stop_token_ids or ():
-            if not 0 <= token < vocab:
-                params.min_new_tokens = 0  # what is refused still runs a token
-                return f"stop_token_ids must be in [0, {vocab}), the vocabulary, got {token}"
+    try:
+        sampling.check(params)
+        if vocab is not None and params.min_new_tokens:  # until then SGLang keeps from stopping
+            for token in params.stop_token_ids or ():
+                if not 0 <= token < vocab:
+                    allowed = f"in [0, {vocab}), the vocabulary"
+                    raise ConfigError("stop_token_ids", token, allowed)
+    except ConfigError as error:
+        sampling.reset(params)
+        return str(error)
     for at in getattr(req, "token_indices_to_pool", None) or ():
         if not 0 <= at < len(prompt):
             return f"token_indices_to_pool must be in [0, {len(prompt)}), the prompt, got {at}"

@@ -365,15 +365,19 @@ class Child:
         self.specs[spec["rid"]] = spec
         custom = {} if spec["kvshare"] is None else {"kvshare": spec["kvshare"]}
         params = SamplingParams(
-            **{"temperature": 0, "ignore_eos": True, **spec["sampling"]},
-            max_new_tokens=spec["new"],
+            **{
+                "temperature": 0,
+                "ignore_eos": True,
+                "max_new_tokens": spec["new"],
+                **spec["sampling"],
+            },
             custom_params=custom or None,
         )
         params.normalize(None)
         want_logprob = spec["logprob_start"] is not None
         names = getattr(TokenizedGenerateReqInput, "__struct_fields__", ())
         more = {"token_type_ids": None} if "token_type_ids" in names else {}
-        more |= spec["fields"]
+        more |= {"stream": False, **spec["fields"]}
         if spec["lora"]:
             more["lora_id"] = next(iter(self.runner.lora_manager.loras))
         return TokenizedGenerateReqInput(
@@ -388,7 +392,6 @@ class Child:
             logprob_start_len=spec["logprob_start"] if want_logprob else -1,
             top_logprobs_num=0,
             token_ids_logprob=None,
-            stream=False,
             extra_key=spec["extra_key"],
             return_hidden_states=spec["hidden_states"],
             priority=spec["priority"],

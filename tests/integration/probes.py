@@ -87,6 +87,28 @@ def counts(child: Any) -> dict[str, Any]:
     }
 
 
+def verified(child: Any, params: list[dict[str, Any]]) -> list[bool]:
+    """Which of the sampling parameters a process that tokenises lets pass."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    def passes(given: dict[str, Any]) -> bool:
+        try:
+            made = SamplingParams(**given)
+            made.normalize(None)
+            made.verify(child.runner.model_config.vocab_size)
+        except Exception:  # SGLang's refusals are of any kind, TypeErrors too
+            return False
+        return True
+
+    return [passes(given) for given in params]
+
+
+def sampling_parameters(child: Any) -> list[str]:
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    return list(SamplingParams.__struct_fields__)
+
+
 def twins(child: Any) -> dict[str, Any]:
     """What the scheduler's shadow holds, and has counted."""
     shadow = child.cache.shadow

@@ -320,6 +320,61 @@ def test_bad_options_that_reach_the_scheduler_are_declined_and_counted(
         assert_clean(it)
 
 
+NAN, INF = float("nan"), float("inf")
+ODD = (
+    *(True, False, None, "x", "", NAN, INF, -1, 0, 1.5, 1e-40, 1e39, 2**31, 10**400),
+    *([], [1], {}, {"5": 1}, {"5": "x"}, {"5": NAN}, {"5": None}, {"5": 10**400}),
+)
+
+
+def test_what_is_let_through_of_the_sampling_parameters_ends_no_scheduler(
+    llama: Path, texts: Texts
+) -> None:
+    """Each of them, those of a later SGLang too, with each value: as one answer and as a stream,
+    drawn from a few likely tokens, which fails where one of them is no number."""
+    with lab(llama, kvshare=True, context_length=160, log_level="critical") as it:
+        drawn = {"temperature": 1.0, "top_k": 5, "max_new_tokens": 2, "ignore_eos": False}
+        names = set(it.ask("probes:sampling_parameters")) - {"custom_params"}
+        given = [{**drawn, name: odd} for name in sorted(names) for odd in ODD]
+        names -= {"beam_width"}  # of 5, in SGLang 0.5.23, end a scheduler that has no 5 rows free
+        given += [
+            {**drawn, "is_normalized": True, name: odd} for name in sorted(names) for odd in (0, 5)
+        ]
+        fine = [one for one, passes in zip(given, it.ask("probes:verified", given), strict=True)
+                if passes]  # fmt: skip
+        assert len(fine) > len(names)
+        asked = [
+            request(f"{stream} {one}", texts.passage(5), fields={"stream": stream}, **one)
+            for one in fine
+            for stream in (False, True)
+        ]
+        answers = it.play([asked[i : i + 64] for i in range(0, len(asked), 64)])
+        assert len(answers) > len(asked) // 2  # some are refused before they wait
+        for name, answer in answers.items():
+            assert answer["finish"] is not None, name
+        assert len(it.one(texts.passage(9))["output"]) == 8
+        assert_clean(it)
+
+
+def test_what_no_front_end_looked_at_is_refused_in_the_scheduler(llama: Path, texts: Texts) -> None:
+    """Of the kind that SGLang declares, for others cannot say anything else; a refused request
+    still runs a token, among others."""
+    with lab(llama, kvshare=True) as it:
+        for odd, words in (
+            ({"top_k": 2**31}, "top_k must be a whole number up to 2147483647, got 2147483648"),
+            ({"logit_bias": {"5": INF}}, "logit_bias of token 5 must be a number in"),
+            ({"repetition_penalty": 1e-40}, "repetition_penalty must be a number of at least"),
+            ({"temperature": 1e39}, "temperature must be 0 or a number in"),
+        ):
+            asked = {"temperature": 1.0, "top_k": 5, **odd}
+            good = [request(f"{i}", texts.passage(20), temperature=1.0, top_k=5) for i in range(2)]
+            answers = it.play([[good[0], request("odd", texts.passage(20), **asked), good[1]]])
+            assert answers["odd"]["finish"]["type"] == "abort", odd
+            assert words in answers["odd"]["finish"]["message"]
+            assert all(len(answers[name]["output"]) == 8 for name in "01")
+        assert_clean(it)
+
+
 def test_a_fault_while_a_prompt_is_planned_in_chunks_costs_reuse_only(
     llama: Path, texts: Texts
 ) -> None:
