@@ -63,6 +63,7 @@ class RequestReuse:
     closed: Rows = field(default_factory=Rows)
     again: Rows = field(default_factory=Rows)  # reused rows that ran, chunks before the next
     record: dict[str, Any] = field(default_factory=dict)
+    marks: list[dict[str, int]] = field(default_factory=list)  # of the record, before each chunk
     told: bool = False
 
     @property
@@ -134,6 +135,7 @@ class RequestReuse:
         """``rows`` of a prefill chunk ran, and of the prompt before it; the other rows of the chunk
         were copied by ``plan``, without which all ran. Returns how many."""
         record = self.record
+        self.mark()
         if plan is None:
             record["fresh_tokens"] += chunk.num
             return 0
@@ -148,14 +150,20 @@ class RequestReuse:
             blended = before.clip(0, plan.prefix_len).num
             reused = before - (before - plan.reused_rows)
             copied_before = (reused - self.again).num  # a chunk's last row ran there in any case
-            record["blended_tokens"] -= blended
-            record["copied_tokens"] -= copied_before
-            record["recomputed_tokens"] += blended + copied_before
+            hit = min(blended, record["blended_tokens"])  # fewer where it was retracted: ``go_on``
+            copied_there = min(blended - hit + copied_before, record["copied_tokens"])
+            record["blended_tokens"] -= hit
+            record["copied_tokens"] -= copied_there
+            record["recomputed_tokens"] += hit + copied_there
             twice = before.num - blended - copied_before
             record["traced_tokens"] = record.get("traced_tokens", 0) + twice
         if chunk.stop < plan.prompt_len:  # a later chunk may run some of them once more
             self.again |= here - (here - plan.reused_rows)
         return copied
+
+    def mark(self) -> None:
+        """Keep what is told of the prompt up to here, in case it is retracted."""
+        self.marks.append({f"{kind}_tokens": self.record[f"{kind}_tokens"] for kind in KINDS})
 
     def traced(self, rows: int, *, share: float) -> None:
         """Passes through ``share`` of the layers ran so many rows to choose, beside the batch; with
@@ -170,16 +178,27 @@ class RequestReuse:
         self.stage = Stage.COPIED
         return True
 
-    def is_through(self, prompt_len: int) -> bool:
-        """Whether all of the prompt ran or was found."""
-        return sum(self.record.get(f"{kind}_tokens", 0) for kind in KINDS) >= prompt_len
+    def go_on(self, before: list[dict[str, int]]) -> None:
+        """Admitted once more: ``before`` are the ``marks`` of a request that was retracted in the
+        middle of its prompt. What had run then and is found now is no hit: it stays what it was."""
+        found = told(self.record)
+        known = [mark for mark in before if told(mark) <= found]
+        if not known:
+            return
+        done, ran = told(known[-1]), told(before[-1])
+        exact = max(self.record["exact_tokens"] - done, 0)
+        fresh = min(exact, ran - done)  # of a chunk of which not all is found
+        self.record |= known[-1]
+        self.record["fresh_tokens"] += fresh
+        self.record["exact_tokens"] += exact - fresh
+        self.record["blended_tokens"] += found - done - exact
 
-    def release(self, *, begins_anew: bool = False) -> None:
-        """The request is over, or is planned anew: count once what its answer says, nothing where
-        its prompt ``begins_anew``."""
+    def release(self, *, goes_on: bool = False) -> None:
+        """The request is over, or is planned anew: count once what its answer says, later where
+        its prompt ``goes_on``."""
         self.stage = Stage.RELEASED
         record = self.record
-        if not record or self.told or begins_anew:
+        if not record or self.told or goes_on:
             return
         self.report.count(**{kind: record[f"{kind}_tokens"] for kind in KINDS})
         if record["declined"] is not None:
@@ -192,6 +211,11 @@ class RequestReuse:
         """Copied rows ran again while the request decodes."""
         self.closed |= rows
         self.record["refreshed_tokens"] = self.record.get("refreshed_tokens", 0) + rows.num
+
+
+def told(record: dict[str, Any]) -> int:
+    """Of how many prompt tokens a record says what was done with them."""
+    return sum(record[f"{kind}_tokens"] for kind in KINDS)
 
 
 def reuse_of(req: Any) -> RequestReuse | None:
@@ -207,8 +231,9 @@ class OncePerAnswer(list[Any]):
     ``meta_info["kvshare"]`` is ``[record]`` however long the answer is.
     """
 
-    def __init__(self, record: dict[str, Any], req: Any) -> None:
-        super().__init__([record])
+    def __init__(self, state: RequestReuse, req: Any) -> None:
+        super().__init__([state.record])
+        self.marks = state.marks
         # An answer of no tokens is sent as [0:0]; before a first token that would be too early.
         self._first_stop = min(1, req.sampling_params.max_new_tokens)
 

@@ -19,7 +19,7 @@ from kvshare_sglang.runtime import charging, support, versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Fallback
-from kvshare_sglang.runtime.request import OncePerAnswer, RequestReuse, Stage
+from kvshare_sglang.runtime.request import OncePerAnswer, RequestReuse, Stage, told
 from kvshare_sglang.runtime.shadow import Shadow
 
 if TYPE_CHECKING:
@@ -392,24 +392,27 @@ def _attach(cache: FuzzyRadixCache, adder: "PrefillAdder", req: "Req", state: Re
     if cache.pins is not None:
         cache.pins.came(req)
     known = req.customized_info or {}
-    state.told = "kvshare" in known  # it was retracted: its answer says how it began
+    before = known.get("kvshare")  # it was retracted: its answer says how it began
+    state.told = before is not None and told(before[0]) >= len(req.origin_input_ids)
     if state.plan is not None:
-        cache.sources.note_use(state, again=state.told)
+        cache.sources.note_use(state, again=before is not None)
     prefix_len = versions.prefix_len(req)
-    if prefix_len and not state.told:
+    if prefix_len and before is None:
         new = len(req.origin_input_ids) - prefix_len - cache.page_size
         cache.usage.touch_path(req.last_node, cache.root_node, new=new)
     state.admit(prefix_len=prefix_len)
+    hit = state.record["blended_tokens"]
     if not state.told:
-        req.customized_info = {**known, "kvshare": OncePerAnswer(state.record, req)}
-    if state.record["blended_tokens"]:
-        _not_as_cached(adder, req, state)
+        if before is not None:
+            state.go_on([*before.marks, before[0]])
+        req.customized_info = {**known, "kvshare": OncePerAnswer(state, req)}
+    if hit:
+        _not_as_cached(adder, req, state, hit)
 
 
-def _not_as_cached(adder: "PrefillAdder", req: "Req", state: RequestReuse) -> None:
+def _not_as_cached(adder: "PrefillAdder", req: "Req", state: RequestReuse, blended: int) -> None:
     """SGLang counts a prefix hit as cached: in an answer, its details, the log and the metrics. For
     users that word stays with exact KV."""
-    blended = state.record["blended_tokens"]
     adder.log_hit_tokens -= blended
     if req.retracted_stain:  # SGLang counts it as a hit of the second time, no more for the answer
         adder.reprocessed_log_hit_tokens -= blended

@@ -100,7 +100,7 @@ def test_answers_hold_where_they_are_known_to(found: list[Row], holds: bool) -> 
 
 
 @given(st.lists(st.floats(0, 0.1), min_size=3, max_size=30), st.integers(2, 8))
-def test_measuring_less_never_makes_answers_hold(kls: list[float], more: int) -> None:
+def test_measuring_less_of_kl_never_makes_answers_hold(kls: list[float], more: int) -> None:
     """What more prompts of the same kind say against, fewer do not say for."""
     longer = choose(of_one(kls * more, agree=len(kls) * more)).holds
     assert longer or not choose(of_one(kls, agree=len(kls))).holds

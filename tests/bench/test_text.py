@@ -189,12 +189,17 @@ def test_prompts_whose_kv_does_not_fit_are_refused(model):
 
 def test_a_folder_takes_lines_of_one_setting_only(tmp_path):
     """Lines of another draw would count as done, under the new draw's name."""
+    begin(tmp_path / "a", {"draw": 2})  # it failed before its first line
     begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
+    (tmp_path / "a" / "codes3-edit.jsonl").write_text("{}\n")
     begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
     with pytest.raises(common.ScriptError, match="lines of --draw 0, asked for 1: give another"):
         begin(tmp_path / "a", {"draw": 1, "arm": ["trace"]})
     with pytest.raises(common.ScriptError, match=r"lines of --arm .*, asked for None"):
         begin(tmp_path / "a", {"draw": 0})
+    (tmp_path / "a" / "settings.json").unlink()
+    with pytest.raises(common.ScriptError, match=r"holds lines, and no settings.json says of what"):
+        begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
 
 
 def test_rouge_l_is_of_the_longest_common_subsequence():

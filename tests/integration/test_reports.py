@@ -297,6 +297,10 @@ def test_a_prompt_that_is_retracted_in_its_middle_is_told_and_counted_once(
     told = [answer["kvshare"][f"{of}_tokens"] for of in KINDS]
     assert sum(told) == len(prompt)
     assert (answer["kvshare"]["copied_tokens"] > 0) == reusing
+    # What had run is found in the tree when it goes on: no hit of anything.
+    assert answer["cached"] == answer["kvshare"]["exact_tokens"] == 0
+    assert answer["kvshare"]["blended_tokens"] == 0
+    assert (answer["kvshare"]["fresh_tokens"] == len(prompt)) != reusing
     tokens, declines = traced.ask("probes:reported")
     assert [tokens[of] - before[0].get(of, 0) for of in KINDS] == told
     more = {why: n - before[1].get(why, 0) for why, n in declines.items()}

@@ -15,7 +15,7 @@ from kvshare_sglang.policy.retain import fresh_stretches
 from kvshare_sglang.policy.select.base import copy_all
 from kvshare_sglang.policy.select.window import Window
 from kvshare_sglang.runtime.report import Fallback, Report
-from kvshare_sglang.runtime.request import RequestReuse, Stage
+from kvshare_sglang.runtime.request import RequestReuse, Stage, told
 
 RUNS = (Run(1, 0, 10, 150),)
 KINDS = ("exact_tokens", "blended_tokens", "copied_tokens", "recomputed_tokens", "fresh_tokens")
@@ -163,15 +163,37 @@ def test_a_request_that_stops_copying_twice_is_counted_once(reason: Decline) -> 
     assert state.report.declines == {state.record["declined"]: 1}
 
 
-def test_a_prompt_that_begins_anew_is_not_counted() -> None:
-    state = RequestReuse(Report(), decline=Decline.NO_MATCH)
-    state.admit(prefix_len=5)
-    state.ran(Range(5, 9), Rows([(5, 9)]), None)
-    assert state.is_through(9)
-    assert not state.is_through(10)
-    state.release(begins_anew=True)
-    assert not state.report.declines
-    assert not state.report.tokens
+@given(histories(), st.integers(0, 5))
+def test_a_prompt_that_was_retracted_in_its_middle_is_told_as_if_it_had_not_been(
+    history: tuple[ReusePlan, list[int], str, int], at: int
+) -> None:
+    """All that had run is found again, as exact text or as text that reused; or nothing is."""
+    plan, borders, _, _ = history
+    at = borders[min(at, len(borders) - 2)]
+
+    def run(state: RequestReuse, now: ReusePlan | None, borders: list[int]) -> None:
+        for start, stop in pairwise(borders):
+            rows = Rows([(start, stop)])
+            if now is not None:
+                rows = now.compute.clip(start, stop) | Rows([(stop - 1, stop)])
+            state.ran(Range(start, stop), rows, now)
+
+    whole, first = planned(plan), planned(plan)
+    for state, until in ((whole, plan.prompt_len), (first, at)):
+        state.admit(prefix_len=plan.prefix_len)
+        run(state, plan, [b for b in borders if b <= until])
+    first.release(goes_on=True)
+    assert not first.report.tokens
+    second = planned(None)
+    second.admit(prefix_len=at)
+    second.go_on([*first.marks, first.record])
+    assert [second.record[kind] for kind in KINDS] == [first.record[kind] for kind in KINDS]
+    run(second, plan, [b for b in borders if b >= at])
+    assert [second.record[kind] for kind in KINDS] == [whole.record[kind] for kind in KINDS]
+    lost = planned(None)
+    lost.admit(prefix_len=0)
+    lost.go_on([*first.marks, first.record])
+    assert told(lost.record) == 0
 
 
 def test_a_declined_request_counts_its_reason_and_no_fallback() -> None:

@@ -23,7 +23,7 @@ from kvshare_sglang.bench.match import requests
 from kvshare_sglang.bench.quality.cases import CASES, SIZE, Encoder, NoPrompt, cells, prompts
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
 from kvshare_sglang.bench.tasks import TASKS
-from kvshare_sglang.bench.text.lines import fill
+from kvshare_sglang.bench.text.lines import begin, fill
 
 ROWS = ("repeat", "edits", "header", "together", "compaction", "file")
 COSTS = (*ROWS, "samples", "memory")
@@ -314,8 +314,9 @@ def measure_load(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def reader_of(args: argparse.Namespace) -> tuple[Encoder, Any, int]:
     model = models.load(args.reader)
+    made = {name: getattr(args, name) for name in ("facts", "new_text", "server_arg", "ours_arg")}
     for folder in ANSWERS:
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
+        begin(args.out / folder, made | {"reader": model.path.name})
     return Encoder(model.path), SIZE._replace(facts=args.facts), model.max_len
 
 

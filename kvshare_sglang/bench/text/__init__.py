@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         return run_served(args, passages, cells)
     if CHAT in args.case:
         raise ScriptError(f"--case {CHAT} needs --served: the driver knows no earlier turns")
+    if args.plot and ALONE in args.case:
+        raise ScriptError(f"--plot draws arms, and --case {ALONE} has none")
     texts, model = start(args)
     chosen, config = asked_for(args)
 

@@ -12,12 +12,14 @@ T = TypeVar("T")
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
     """Make a folder for lines, or go on in one. Raises ScriptError where those it holds came of
-    other ``settings``: they would count as done."""
+    other ``settings``, or nobody knows of which: they would count as done."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
-    if not file.exists():
+    if not any(lines.stat().st_size for lines in folder.glob("*.jsonl")):
         write_json(file, settings)
         return
+    if not file.exists():
+        raise ScriptError(f"{folder} holds lines, and no {file.name} says of what: another --out")
     before = json.loads(file.read_text())
     for name in before.keys() | settings.keys():
         if before.get(name) != settings.get(name):

@@ -31,7 +31,7 @@ from kvshare_sglang.runtime.cache.queue import WaitingQueue
 from kvshare_sglang.runtime.cache.retain import Retainer
 from kvshare_sglang.runtime.cache.sources import Sources
 from kvshare_sglang.runtime.report import Fallback, Report
-from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+from kvshare_sglang.runtime.request import RequestReuse, reuse_of, told
 from kvshare_sglang.runtime.shadow import Shadow
 
 if TYPE_CHECKING:
@@ -237,13 +237,9 @@ class FuzzyRadixCache(RadixCache):
         state: RequestReuse | None = getattr(req, "kvshare", None)
         if state is not None:
             self.let_go(req, state)
-            # Retracted in the middle of its prompt: what the answer says begins anew with it.
-            begins_anew = not (req.finished() or state.is_through(len(req.origin_input_ids)))
-            if begins_anew and state.record and not state.told:
-                req.customized_info = {
-                    name: said for name, said in req.customized_info.items() if name != "kvshare"
-                }
-            state.release(begins_anew=begins_anew)
+            # Retracted in the middle of its prompt: it is counted when it is through.
+            through = bool(state.record) and told(state.record) >= len(req.origin_input_ids)
+            state.release(goes_on=not (req.finished() or through))
             req.kvshare = None
 
     def let_go(self, req: "Req", state: RequestReuse) -> None:
