@@ -81,6 +81,9 @@ def _is_of_a_session(params: Any) -> bool:
 # pass beside one.
 _TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rid": (lambda it: isinstance(it, str), "a text"),
+    "extra_key": (lambda it: isinstance(it, str | None), "a text"),
+    "cache_salt": (lambda it: isinstance(it, str | None), "a text"),
+    "priority": (lambda it: it is None or _is_whole(it), "a whole number"),
     "received_time": (
         lambda it: it is None or (isinstance(it, int | float) and 0 <= it < 1e30),
         "seconds",
