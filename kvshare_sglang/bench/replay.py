@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvshare_sglang.bench import common, models
-from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
-from kvshare_sglang.bench.texts import read_prompts
+from kvshare_sglang.bench.texts import fitting
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
@@ -42,19 +41,12 @@ class Outcome(NamedTuple):
 
 def load_prompts(args: argparse.Namespace, model: models.Model) -> tuple[list[Tokens], int]:
     """The prompts that fit the model, as ids, and how many do not."""
-    try:
-        texts = read_prompts(args.requests, limit=args.limit)
-    except (OSError, KeyError, ValueError) as error:
-        raise ScriptError(
-            f"{args.requests} is no file of JSON lines with 'prompt': {error!r}"
-        ) from None
     tokenizer = model.tokenizer()
-    prompts = [np.asarray(tokenizer.encode(text).ids, np.int32) for text in texts]
-    room = min(model.max_len, args.max_total_tokens) - args.max_new_tokens - 8
-    fitting = [tokens for tokens in prompts if 0 < len(tokens) <= room]
-    if not fitting:
-        raise ScriptError(f"no prompt of {args.requests} has 1 to {room} tokens")
-    return fitting, len(prompts) - len(fitting)
+    return fitting(
+        args.requests, lambda text: np.asarray(tokenizer.encode(text).ids, np.int32),
+        limit=args.limit,
+        most=min(model.max_len, args.max_total_tokens) - args.max_new_tokens - 8,
+    )  # fmt: skip
 
 
 def replay(server: Server, prompts: list[Tokens], config: KVShareConfig, new: int) -> list[Outcome]:

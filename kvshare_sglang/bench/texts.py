@@ -3,11 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
 
 _SHORT, _LONG = 120, 1200  # characters of a paragraph that is of use
 
@@ -48,6 +51,22 @@ def read_prompts(path: Path, *, limit: int) -> list[str]:
             if line.strip():
                 prompts.append(json.loads(line)["prompt"])
     return prompts
+
+
+def fitting(
+    path: Path, encode: Callable[[str], Tokens], *, limit: int, most: int
+) -> tuple[list[Tokens], int]:
+    """Of the first ``limit`` prompts those of 1 to ``most`` tokens, and how many are others. Raises
+    ScriptError where there are none, or the file is none of prompts."""
+    try:
+        texts = read_prompts(path, limit=limit)
+    except (OSError, KeyError, ValueError) as error:
+        raise ScriptError(f"{path} is no file of JSON lines with 'prompt': {error!r}") from None
+    prompts = [encode(text) for text in texts]
+    fits = [tokens for tokens in prompts if 0 < len(tokens) <= most]
+    if not fits:
+        raise ScriptError(f"no prompt of {path} has 1 to {most} tokens")
+    return fits, len(prompts) - len(fits)
 
 
 def _paragraphs(rng: np.random.Generator) -> Iterator[str]:

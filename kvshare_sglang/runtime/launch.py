@@ -148,7 +148,7 @@ def check_config_file(path: str | None) -> None:
 def config_of_a_benchmark(argv: Sequence[str]) -> str | None:
     """The ``--config`` of one of SGLang's benchmarks, which parses its options before plug-ins are
     loaded, takes this one and reads no file. Other programs' options are their own."""
-    program = Path(argv[0])
+    program = Path(argv[0] if argv else "")  # none where Python is embedded
     theirs = "benchmark" in program.parts or program.name.startswith("bench")
     if "sglang" not in program.parts or not theirs:
         return None

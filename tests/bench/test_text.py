@@ -17,6 +17,7 @@ from kvshare_sglang.bench.text import arms, prompts, report, requests
 from kvshare_sglang.bench.text.chat import Texts, alike
 from kvshare_sglang.bench.text.lines import begin, fill
 from kvshare_sglang.bench.text.places import PARTS, Places, part_and_side
+from kvshare_sglang.bench.texts import fitting
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.engine import Lab, Model
 
@@ -152,7 +153,7 @@ def test_requests_reuse_those_before_them_also_where_a_run_goes_on(model, tmp_pa
     said = [*parts, f"Of two regions. {parts[1]} And now {parts[0]}"]
     file = tmp_path / "asked.json"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in said))
-    many = requests.prompts(file, Plain(), n=9, most=500)
+    many, _ = fitting(file, Plain().told, limit=9, most=500)
     assert [len(ids) for ids in many] == [len(Plain().told(text)) for text in said]
 
     first, _, third = _played(model, tmp_path / "a.jsonl", many, n=3)
@@ -176,10 +177,10 @@ def test_a_file_without_prompts_that_fit_is_refused(tmp_path):
     file = tmp_path / "asked.jsonl"
     file.write_text('{"prompt": "one two three"}\n')
     with pytest.raises(common.ScriptError, match=r"no prompt of .* has 1 to 2 tokens"):
-        requests.prompts(file, Plain(), n=1, most=2)
+        fitting(file, Plain().told, limit=1, most=2)
     file.write_text('{"text": 1}\n')
     with pytest.raises(common.ScriptError, match="no file of JSON lines with 'prompt'"):
-        requests.prompts(file, Plain(), n=1, most=2)
+        fitting(file, Plain().told, limit=1, most=2)
 
 
 def test_prompts_whose_kv_does_not_fit_are_refused(model):

@@ -253,7 +253,7 @@ def measure_rows(
 
 def measure_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Fill the files of all cells, and sum them up."""
-    encode, size, max_len = reader_of(args)
+    encode, size, max_len = reader_of(args, "tasks")
     todo = [(t, c, n) for n in args.dialogue for t in args.task for c in args.of or questions.CASES]
     files = {cell: args.out / "tasks" / f"{cell[0]}-{cell[1]}-{cell[2]}.jsonl" for cell in todo}
     specs = [spec(args, name, args.reader, flags=()) for name in ("stock", "ours")]
@@ -279,7 +279,7 @@ def measure_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure_load(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The same of each load; a server starts only where one of its files is not full."""
-    encode, size, max_len = reader_of(args)
+    encode, size, max_len = reader_of(args, "load")
     todo = cells(args.task, args.of or CASES)
     ways = load.loads(args.chunks, [mixed == "on" for mixed in args.mixed], args.together)
     folder = args.out / "load"
@@ -312,11 +312,10 @@ def measure_load(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def reader_of(args: argparse.Namespace) -> tuple[Encoder, Any, int]:
+def reader_of(args: argparse.Namespace, folder: str) -> tuple[Encoder, Any, int]:
     model = models.load(args.reader)
     made = {name: getattr(args, name) for name in ("facts", "new_text", "server_arg", "ours_arg")}
-    for folder in ANSWERS:
-        begin(args.out / folder, made | {"reader": model.path.name})
+    begin(args.out / folder, made | {"reader": model.path.name})
     return Encoder(model.path), SIZE._replace(facts=args.facts), model.max_len
 
 

@@ -199,10 +199,8 @@ def sharded(*, named: int = 2) -> Choose:
         nonlocal to_do, told_s
         shards = [range(i, min(i + SHARD, len(workers))) for i in range(0, len(workers), SHARD)]
         if job.due_s - told_s >= BEAT_S:
-            to_do, told_s = (
-                [float(sum(_rows_before(workers[i]) for i in s)) for s in shards],
-                job.due_s,
-            )
+            to_do = [float(sum(_rows_before(workers[i]) for i in shard)) for shard in shards]
+            told_s = job.due_s
         hashes = sorted(hash((number, 7)) for number, _ in job.documents)
         asked = {one % len(shards) for one in hashes[:named]} | {int(np.argmin(to_do))}
         places = [i for shard in sorted(asked) for i in shards[shard]]
@@ -218,7 +216,7 @@ def _looking(best: Rank) -> Choose:
     """Asks workers what they would do, and ``best`` whose answer is taken. Of more than four that
     hold text, three are asked: those with most of its grams, and the one with least to do."""
     held: dict[int, int] = {}  # gram: a bit for each worker that had it routed
-    bits = np.arange(64, dtype=np.uint64)
+    bits = np.arange(SHARD, dtype=np.uint64)
 
     def choose(job: Job, workers: Sequence[Worker]) -> int:
         asked: Sequence[int] = range(len(workers))

@@ -22,6 +22,7 @@ from kvshare_sglang.bench.text import arms, report, requests, served
 from kvshare_sglang.bench.text.chat import Texts
 from kvshare_sglang.bench.text.lines import begin, fill
 from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, SAMPLE, TASKS, asked, pool
+from kvshare_sglang.bench.texts import fitting
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.engine import Lab, Model
 
@@ -117,8 +118,8 @@ def run_requests(args: argparse.Namespace) -> int:
         raise ScriptError("--requests is measured by the driver: leave out --served")
     texts, model = start(args)
     chosen, config = asked_for(args)
-    many = requests.prompts(
-        args.requests, texts, n=args.n, most=len(model.table) - requests.WRITTEN
+    many, _ = fitting(
+        args.requests, texts.told, limit=args.n, most=len(model.table) - requests.WRITTEN
     )
     requests.check_memory(model, many)
     played = requests.Played(model, texts, Lab(model, config), chosen)

@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked
 from kvshare_sglang.bench.quality.outcomes import follow, in_two_chunks, shares
-from kvshare_sglang.bench.text.chat import WRITTEN, Texts, Truth, alike, cached, of_full, truth
+from kvshare_sglang.bench.text.chat import (
+    WRITTEN,
+    Texts,
+    Truth,
+    alike,
+    cached,
+    of_full,
+    reuse,
+    truth,
+)
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.plan import ReusePlan
 from kvshare_sglang.sim.engine import Lab, Model, Partial
@@ -80,9 +88,7 @@ def reused(
     lab = Lab(model, config or KVShareConfig())
     cached(lab, texts, one)
     true = truth(model, texts, ids, one)
-    plan = lab.plan(ids)
-    if not plan.copies:
-        raise ScriptError(f"nothing is reused of a prompt of {len(ids)} tokens")
+    plan = reuse(lab, ids)
     return {"answers": one.answers, **compared(lab, texts, true, plan, arms, one=one, seed=seed)}
 
 

@@ -61,10 +61,10 @@ def same_flops(folder: Path) -> list[dict[str, Any]]:
         rivals = {k: v for k, v in curves.items() if k not in (OURS, NOTHING) and len(v) > 2}
         for mine in curves.get(OURS, [NOTHING])[1:]:
             for rival, points in rivals.items():
-                x = [flops[p] for p in points]
+                x, theirs = [flops[p] for p in points], [kl[p] for p in points]
                 if x[0] <= flops[mine] <= x[-1]:
-                    ratio = _ratio(kl[mine], [kl[p] for p in points], x, flops[mine])
-                    ci95 = _ratio_ci95(kl[mine], [kl[p] for p in points], x, flops[mine])
+                    ratio = _ratio(kl[mine], theirs, x, flops[mine])
+                    ci95 = _ratio_ci95(kl[mine], theirs, x, flops[mine])
                     found.append({
                         "task": task, "case": case, "arm": mine, "n": len(lines), "rival": rival,
                         "computed": flops[mine], "kl": _mean(kl[mine]), "ratio": ratio,

@@ -1,32 +1,17 @@
 """A file of requests, one after another: what reuse of those before does to each."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from kvshare_sglang.bench import texts
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.text.arms import Arm, compared
 from kvshare_sglang.bench.text.chat import Texts, truth
 from kvshare_sglang.sim.engine import KV, Lab, Model
 
 WRITTEN = 48  # tokens of an answer
-
-
-def prompts(file: Path, words: Texts, *, n: int, most: int) -> list[np.ndarray]:
-    """The first ``n`` of a file that have ``most`` tokens at most. Raises ScriptError where it
-    cannot be read, or has none."""
-    try:
-        found = [words.told(text) for text in texts.read_prompts(file, limit=n)]
-    except (OSError, KeyError, ValueError) as error:
-        raise ScriptError(f"{file} is no file of JSON lines with 'prompt': {error!r}") from None
-    fitting = [ids for ids in found if 0 < len(ids) <= most]
-    if not fitting:
-        raise ScriptError(f"no prompt of {file} has 1 to {most} tokens")
-    return fitting
 
 
 def check_memory(model: Model, many: list[np.ndarray]) -> None:
