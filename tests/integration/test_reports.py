@@ -308,6 +308,46 @@ def test_a_prompt_that_is_retracted_in_its_middle_is_told_and_counted_once(
     assert_clean(traced)
 
 
+def test_eight_at_once_and_ten_turns_add_up_however_often_they_are_paused(
+    traced: Lab, texts: Texts
+) -> None:
+    traced.flush()
+    documents = [texts.passage(300) for _ in range(4)]
+    for document in documents:
+        traced.one(texts.passage(9) + document)
+    before, _ = traced.ask("probes:reported")
+    total = dict.fromkeys(KINDS, 0)
+
+    def add(answer: dict[str, Any], prompt: list[int]) -> None:
+        told = {of: answer["kvshare"][f"{of}_tokens"] for of in KINDS}
+        assert sum(told.values()) == len(prompt)
+        assert min(told.values()) >= 0
+        for of in KINDS:
+            total[of] += told[of]
+
+    def pauses(polls: int) -> list[Any]:
+        return [("polls", polls), ("call", "probes:pause"), ("call", "probes:resume")]
+
+    prompts = [
+        texts.passage(40) + documents[i % 4] + texts.passage(200) + documents[(i + 1) % 4]
+        for i in range(8)
+    ]
+    asked = [request(f"{i}", prompt) for i, prompt in enumerate(prompts)]
+    answers = traced.play([asked, *pauses(2) * 4])
+    assert any(answer["retractions"] for answer in answers.values())
+    for i, prompt in enumerate(prompts):
+        add(answers[f"{i}"], prompt)
+    talk = texts.passage(30) + documents[0] + texts.passage(500)
+    for turn in range(10):
+        talk = talk + texts.passage(60)
+        answer = traced.play([request("turn", talk), *pauses(1 + turn % 3)])["turn"]
+        add(answer, talk)
+        talk = talk + answer["output"]
+    after, _ = traced.ask("probes:reported")
+    assert {of: after[of] - before.get(of, 0) for of in KINDS} == total
+    assert_clean(traced)
+
+
 def test_text_of_other_embeddings_is_nobodys_source(traced: Lab, texts: Texts) -> None:
     """SGLang 27472: a request that brings embeddings for some of its tokens left its KV under the
     tokens, and others answered from it."""
