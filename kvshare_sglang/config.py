@@ -22,7 +22,8 @@ class KVShareConfig:
 
     default: str = _option(
         "auto", "what requests get that do not say: auto (reuse where it pays) or exact (as"
-        " without kvshare)",
+        " without kvshare; it is what they get of a model that was not measured, unless auto is"
+        " given)",
     )  # fmt: skip
     budget: float = _option(
         0.15,

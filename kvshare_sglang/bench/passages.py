@@ -9,7 +9,8 @@ import json
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,14 @@ _MISLEADING = (
 )
 _ANOTHER = "Which passage is longest?"  # what was asked when passages were cached
 _FACT = re.compile(r"The access code of (.+?) is \d+\.")
+_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
+_NUMBER = re.compile(r"\b\d+\b")
+_MONTHS = (
+    "January/February/March/April/May/June/July/August/September/October/November/December"
+).split("/")
+_DATE = re.compile(r"\b(?:1\d{3}|20\d\d|" + "|".join(_MONTHS) + r")\b")
+_VERB = re.compile(r"(?<= )(?:is|are|was|were|has|have|had|can|could|will|would|did)(?: not)?(?= )")
 _EDITED_WORDS = 3  # of a cached text, besides the answer
 
 
@@ -129,7 +138,7 @@ def _code_of(place: str) -> str:
 
 
 def _put(rng: random.Random, text: str, sentence: str) -> str:
-    parts = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    parts = _SENTENCES.split(text)
     at = rng.randint(1, len(parts))
     return " ".join([*parts[:at], sentence, *parts[at:]])
 
@@ -198,6 +207,82 @@ def edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | Non
             words[at] = rng.choice(rng.choice(others).split(" "))
             passages[i] = " ".join(words)
     return _asked(scene, passages)
+
+
+def small_edit(
+    rng: random.Random, scene: Scene, others: Sequence[str], *, kind: str, near: bool
+) -> Asked | None:
+    """Cached: the same passages with one edit of a ``kind`` of ``EDITS``: ``near`` in the passage
+    that is asked about, else in another. No sentence with an answer or a code is touched, so what
+    is right stays right. None where there is nothing of the kind."""
+    passages = list(scene.passages)
+    rest = [i for i in range(len(passages)) if i != scene.asked]
+    if not near and not rest:
+        return None
+    i = scene.asked if near else rng.choice(rest)
+    parts = _SENTENCES.split(passages[i])
+    kept = (*scene.answers, "The access code of")
+    free = [n for n, part in enumerate(parts) if not any(text in part for text in kept)]
+    rng.shuffle(free)
+    for n in free:
+        changed = EDITS[kind](rng, parts[n], others)
+        if changed is not None and changed != parts[n]:
+            passages[i] = " ".join(part for part in (*parts[:n], changed, *parts[n + 1 :]) if part)
+            return _asked(scene, passages)
+    return None
+
+
+def _one_of(
+    rng: random.Random, text: str, what: re.Pattern[str], other: Callable[[str], str | None]
+) -> str | None:
+    """The text with one of its matches another one."""
+    found = list(what.finditer(text))
+    if not found:
+        return None
+    match = rng.choice(found)
+    new = other(match[0])
+    return None if new is None else text[: match.start()] + new + text[match.end() :]
+
+
+def _name(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    names = sorted({name for other in others for name in _NAME.findall(other)})
+    return _one_of(rng, text, _NAME, lambda _: rng.choice(names) if names else None)
+
+
+def _number(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    return _one_of(rng, text, _NUMBER, lambda number: _other(rng, number, others))
+
+
+def _date(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    def other(date: str) -> str:
+        return rng.choice(_MONTHS) if date in _MONTHS else str(int(date) - rng.randrange(1, 90))
+
+    return _one_of(rng, text, _DATE, other)
+
+
+def _negation(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    return _one_of(
+        rng, text, _VERB, lambda verb: verb[:-4] if verb.endswith(" not") else verb + " not"
+    )
+
+
+def _without(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    return ""
+
+
+def _with_another(rng: random.Random, text: str, others: Sequence[str]) -> str | None:
+    spare = [s for other in others for s in _SENTENCES.split(other) if not _FACT.search(s)]
+    return f"{text} {rng.choice(spare)}" if spare else None
+
+
+EDITS: dict[str, Callable[[random.Random, str, Sequence[str]], str | None]] = {
+    "name": _name,
+    "number": _number,
+    "date": _date,
+    "negation": _negation,
+    "sentence in": _without,  # the cached text lacks what came in
+    "sentence out": _with_another,
+}
 
 
 def template(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:
@@ -272,3 +357,17 @@ def is_right(text: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers is in the text as whole words."""
     said = f" {normal(text)} "
     return any(f" {normal(a)} " in said for a in answers)
+
+
+def f1(text: str, answers: Sequence[str]) -> float:
+    """SQuAD's F1 of words: of the answer that fits best (Rajpurkar et al. 2016).
+
+    >>> f1("the old map room", ["map room", "a cellar"])
+    0.8
+    """
+    return max(_f1(normal(text).split(), normal(a).split()) for a in answers)
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    both = sum((Counter(said) & Counter(right)).values())
+    return 2 * both / (len(said) + len(right)) if both else 0.0

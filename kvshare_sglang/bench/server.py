@@ -88,16 +88,18 @@ class ServerSpec:
             *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
             *(text for flag, value in numbers.items() for text in (flag, str(value))),
             *self.args,
-            *(("--kvshare-calibration", "off") if self._has_no_answers else ()),
+            *self._ours(),
         ]
 
-    @property
-    def _has_no_answers(self) -> bool:
-        """Random weights that were made here: there is no answer to be careful with, so the model
-        is served as one whose answers hold. Any other is served as users would have it."""
-        if "--kvshare" not in self.args or "--kvshare-calibration" in self.args:
-            return False
-        return models.is_made(self.model)
+    def _ours(self) -> tuple[str, ...]:
+        """What kvshare is told besides. Random weights that were made here have no answers to be
+        careful with, so the model is served as one whose answers hold. Of any other, requests reuse
+        whether or not it was measured: that is what is looked at."""
+        if "--kvshare" not in self.args:
+            return ()
+        if "--kvshare-calibration" not in self.args and models.is_made(self.model):
+            return ("--kvshare-calibration", "off")
+        return () if "--kvshare-default" in self.args else ("--kvshare-default", "auto")
 
     def environment(self) -> dict[str, str]:
         """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""

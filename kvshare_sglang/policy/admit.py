@@ -11,6 +11,7 @@ class Decline(StrEnum):
     """Why a request takes the exact path; the value is the label in logs and metrics."""
 
     EXACT_REQUESTED = "exact_requested"
+    DEFAULT_EXACT = "default_exact"  # it said nothing, and that is what the server has for it
     BAD_OPTIONS = "bad_options"
     LORA = "lora"
     PROMPT_LOGPROBS = "prompt_logprobs"

@@ -23,7 +23,9 @@ FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
 
-UNMEASURED_BUDGET = 2  # a model that was never measured, or whose answers suffer: twice the rows
+UNMEASURED_BUDGET = (
+    2  # a model that was never measured, or whose answers suffer: twice the rows where asked
+)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # the first kind that is there
 _SAMPLES, _SAMPLE = 16, 1 << 16  # so many places of a file are looked at, so many bytes each
@@ -167,10 +169,12 @@ def settled(
     config: KVShareConfig, *, given: Collection[str], model: str, revision: str | None = None
 ) -> KVShareConfig:
     """The config of a server for ``model``, its ``calibration`` now the file that holds, or
-    ``none``. What the user has ``given`` stays. Raises StartError on a file that is broken or of
-    another model."""
-    if config.calibration == OFF or (config.calibration == AUTO and config.select != "trace"):
+    ``none``. Where nothing says that its answers hold, requests that say nothing get no reuse. What
+    the user has ``given`` stays. Raises StartError on a file that is broken or of another model."""
+    if config.calibration == OFF:
         return config
+    if config.calibration == AUTO and config.select != "trace":  # of these nothing is measured
+        return config if "default" in given else dataclasses.replace(config, default="exact")
     if config.calibration in (AUTO, NONE):
         found = find(model, revision) if config.calibration == AUTO else None
     else:
@@ -179,7 +183,7 @@ def settled(
     if found is not None:
         says |= {"probe_at": found.probe_at, "stretch": found.stretch}
     if found is None or not found.holds:
-        says["budget"] = min(1.0, UNMEASURED_BUDGET * config.budget)
+        says |= {"default": "exact", "budget": min(1.0, UNMEASURED_BUDGET * config.budget)}
     mine = {name: value for name, value in says.items() if name not in given}
     return dataclasses.replace(config, **{**mine, "calibration": says["calibration"]})
 
@@ -188,12 +192,15 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     """What a server of a settled config says of it at start, and whether that is a warning."""
     layer = f"probe layer {probe_layer(layers, config.probe_at)} of {layers}"
     here = f"{layer}, stretch {config.stretch}, budget {config.budget:g}"
-    if config.calibration in (OFF, AUTO):
+    who = "only requests that ask for it reuse" if config.default == "exact" else "all reuse"
+    if config.calibration == OFF:
         return f"KVShare: answers were not looked at: {here}", False
+    if config.calibration == AUTO:
+        return f"KVShare: {config.select} was not measured, {who} (--kvshare-default)", True
     if config.calibration == NONE:
         return (
-            f"KVShare: this model was never measured; it is served with care ({here}). Measure it:"
-            f" python -m kvshare_sglang.bench calibrate {model}"
+            f"KVShare: this model was never measured: {who} (--kvshare-default), with care"
+            f" ({here}). Measure it: python -m kvshare_sglang.bench calibrate {model}"
         ), True
     found = read(Path(config.calibration))
     trace, copies = found.check["trace"], found.check["copies"]
@@ -203,7 +210,10 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     )
     if found.holds:
         return f"KVShare is calibrated: {said} ({found.path})", False
-    return f"KVShare is calibrated, but answers suffered: {said} ({found.path})", True
+    return (
+        f"KVShare is calibrated, but answers suffered: {who} (--kvshare-default): {said}"
+        f" ({found.path})"
+    ), True
 
 
 def _of(path: Path, mark: str, model: str) -> Calibration:

@@ -276,8 +276,9 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         state.decline = Decline.BAD_OPTIONS
         return state
     state.decline = of_an_adapter or may_reuse(support.view_of(req, options.mode))
-    if state.decline is Decline.EXACT_REQUESTED and _says_nothing(cache, req):
-        state.decline = Decline.SHADOW
+    if state.decline is Decline.EXACT_REQUESTED and _says_nothing(req):
+        of_server = cache.config.default == "exact"
+        state.decline = Decline.DEFAULT_EXACT if of_server else Decline.SHADOW
     if state.decline is not None:
         state.plan = _only_hit(cache, req, prefix_len)  # None, or what it hit is not exact
         return state
@@ -293,10 +294,9 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
     return state
 
 
-def _says_nothing(cache: FuzzyRadixCache, req: "Req") -> bool:
-    """Whether the request would reuse had reuse not switched itself off."""
-    params = req.sampling_params.custom_params
-    return parse_options(params, default=cache.config.default).mode == "auto"
+def _says_nothing(req: "Req") -> bool:
+    """Whether a request that gets no reuse did not ask for that itself."""
+    return parse_options(req.sampling_params.custom_params, default="auto").mode == "auto"
 
 
 def _of_an_adapter(cache: FuzzyRadixCache, req: "Req") -> Decline | None:

@@ -8,7 +8,7 @@ from kvshare_sglang.bench import models
 from kvshare_sglang.bench.models import READER
 from kvshare_sglang.bench.server import ServerSpec
 
-FLAG = "--kvshare-calibration"
+FLAG, DEFAULT = "--kvshare-calibration", "--kvshare-default"
 
 
 @pytest.fixture
@@ -28,11 +28,15 @@ def test_random_weights_that_were_made_here_are_served_as_a_model_whose_answers_
     assert said[said.index(FLAG) + 1] == "off"
 
 
-def test_any_other_model_gets_the_care_that_its_users_get(made, tmp_path):
+def test_any_other_model_gets_its_care_and_its_requests_reuse(made, tmp_path):
     for model in (READER, tmp_path / made.name, made.with_name("smollm2-135m-instruct")):
-        assert FLAG not in command(model, "--kvshare")
+        said = command(model, "--kvshare")
+        assert FLAG not in said
+        assert said[said.index(DEFAULT) + 1] == "auto"
 
 
 def test_what_is_asked_for_stands_and_a_plain_server_is_told_nothing(made):
     assert command(made, "--kvshare", FLAG, "auto").count(FLAG) == 1
-    assert FLAG not in command(made)
+    said = command(READER, "--kvshare", DEFAULT, "exact")
+    assert said[said.index(DEFAULT) + 1 :] == ["exact"]
+    assert not {FLAG, DEFAULT} & set(command(made))

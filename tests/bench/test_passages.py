@@ -1,11 +1,15 @@
 """Prompts out of passages: the answer is there to be read, and what was cached is really other."""
 
+import json
 import random
+import re
 
 import pytest
 
 from kvshare_sglang.bench import passages
+from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Passage
+from kvshare_sglang.bench.text import prompts
 
 
 def _pool(count):
@@ -47,6 +51,62 @@ def test_an_edit_caches_the_prompt_with_another_answer(scene):
     (cached,) = asked.cached
     assert not any(a in cached for a in one.answers)
     assert asked.prompt == passages.render(one.passages, one.question)
+
+
+@pytest.mark.parametrize("near", [True, False], ids=["near", "far"])
+@pytest.mark.parametrize("kind", passages.EDITS)
+def test_a_small_edit_touches_one_passage_and_no_sentence_that_answers(kind, near):
+    pool = prompts.pool(prompts.SAMPLE, longest=100_000)
+    rng = random.Random(kind)
+    seen = 0
+    for _ in range(60):
+        scene, others = passages.codes(rng, pool, 3)
+        asked = passages.small_edit(rng, scene, others, kind=kind, near=near)
+        if asked is None:
+            continue
+        seen += 1
+        assert asked.prompt == passages.render(scene.passages, scene.question)
+        (cached,) = asked.cached
+        was, now = (text.split("\n\n") for text in (cached, asked.prompt))
+        assert len(was) == len(now)  # no passage went
+        changed = [i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b]
+        (place,) = set(changed) - {len(now) - 1}  # the last is the question
+        assert (place - 1 == scene.asked) == near
+        facts = [[p for p in parts if "access code of" in p] for parts in (was[:-1], now[:-1])]
+        codes = [re.findall(r"access code of .+? is \d+", " ".join(part)) for part in facts]
+        assert codes[0] == codes[1]
+        assert len(codes[0]) == 3
+    assert seen > 10
+
+
+def test_what_the_small_edits_change():
+    rng = random.Random(0)
+    others = ["In 1920 a man called Ulf was seen in Oslo. It was cold."]
+    assert passages.EDITS["name"](rng, "It lay by Rome.", others) in (
+        "It lay by Ulf.", "It lay by Oslo.")  # fmt: skip
+    number = passages.EDITS["number"](rng, "There were 23 ships.", others)
+    assert number is not None
+    assert re.fullmatch(r"There were (?!23)[1-9]{2} ships\.", number)
+    date = passages.EDITS["date"](rng, "It fell in 1453.", others)
+    assert date is not None
+    assert re.fullmatch(r"It fell in 1[34]\d\d\.", date)
+    assert passages.EDITS["negation"](rng, "It was not cold.", others) == "It was cold."
+    assert passages.EDITS["negation"](rng, "It was cold.", others) == "It was not cold."
+    assert passages.EDITS["sentence in"](rng, "It was cold.", others) == ""
+    more = passages.EDITS["sentence out"](rng, "It is.", others)
+    assert more in (f"It is. {one}" for one in ("In 1920 a man called Ulf was seen in Oslo.",
+                                                "It was cold."))  # fmt: skip
+    for kind in ("name", "number", "date", "negation"):
+        assert passages.EDITS[kind](rng, "nothing of it here", others) is None
+
+
+def test_a_case_of_which_the_passages_hold_nothing_ends_with_what_is_missing(tmp_path):
+    file = tmp_path / "plain.jsonl"
+    lines = [{"article": i, "text": f"all is well here {i}", "qas": []} for i in range(8)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pool = prompts.pool(file, longest=1000)
+    with pytest.raises(ScriptError, match="--case date near: the passages have no such text"):
+        next(prompts.asked(pool, "codes3", "date near"))
 
 
 def test_a_longer_scene_holds_its_own_passages_in_order_and_asks_the_same(scene):

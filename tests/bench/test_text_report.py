@@ -42,6 +42,17 @@ def test_what_was_not_measured_is_none_and_still_shown(rows):
     assert "nan" in report.show(rows)
 
 
+def test_f1_is_told_of_answers_in_words_and_of_no_codes(tmp_path):
+    line = {"tokens": 9, "arms": {"full": {"right": 1, "f1": 1.0}, "ours": {"right": 0, "f1": 0.5}}}
+    for task in ("qa1", "codes3"):
+        (tmp_path / f"{task}-splice.jsonl").write_text(json.dumps(line) + "\n")
+    told = {(row["task"], row["arm"]): row["f1"] for row in report.summary(tmp_path)}
+    assert told == {
+        ("qa1", "full"): 1.0, ("qa1", "ours"): 0.5, ("codes3", "full"): None,
+        ("codes3", "ours"): None,
+    }  # fmt: skip
+
+
 def test_flips_are_told_by_kl(folder):
     low, high = report.flips(folder, bins=2)
     assert (low["n"], low["kl"], low["flips"]) == (2, pytest.approx(0.15), 0.5)

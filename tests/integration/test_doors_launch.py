@@ -248,10 +248,12 @@ if __name__ == "__main__":
     ours, engines = server_args(**keywords), sglang.Engine.server_args_class(**keywords)
     print("SAME", ours == engines and ours._kvshare == engines._kvshare)
     a = list(range(100, 400))
-    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    silent = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    params = {**silent, "custom_params": {"kvshare": "auto"}}
     for how in (dict(server_args=ServerArgs(**common, radix_cache_backend="kvshare")), keywords):
         engine = sglang.Engine(**how)
-        engine.generate(input_ids=a, sampling_params=params)
+        answer = engine.generate(input_ids=a, sampling_params=silent)
+        print("SILENT", answer["meta_info"]["kvshare"][0]["declined"])
         answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
         print("COPIED", answer["meta_info"]["kvshare"][0]["copied_tokens"])
         bad = {**params, "custom_params": {"kvshare": "exakt"}}
@@ -284,6 +286,7 @@ if __name__ == "__main__":
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in printed
     copied = [int(line.split()[1]) for line in printed if "COPIED" in line]
     assert "SAME True" in printed
+    assert printed.count("SILENT default_exact") == 2  # this model was never measured
     assert len(copied) == 6
     assert min(copied) > 150
     bad = "BAD custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
@@ -362,6 +365,7 @@ def on(model: Path, prompts: Path) -> list[str]:
     """What a benchmark is told of the server and of its prompts."""
     return [
         *("--model-path", str(model), "--kvshare", "--kvshare-seam", "8"),
+        *("--kvshare-default", "auto"),
         *dataclasses.replace(SPEC, max_total_tokens=8192).flags(),
         *("--max-running-requests", "1", "--dataset-name", "sharegpt", "--skip-warmup"),
         *("--dataset-path", str(prompts)),
@@ -384,7 +388,7 @@ def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
     done = run(sys.executable, "-m", "kvshare_sglang", module, *arguments, path=datasets)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    assert unmeasured(seam=8) in said
+    assert unmeasured(default="auto", seam=8) in said
     assert "KVShare batch, #reuse-seq: 1" in said
     assert refused_alone(datasets, module, arguments)
 
@@ -396,7 +400,7 @@ def test_the_offline_benchmark_does_not_run_without_a_file_of_options_that_asks_
     file = tmp_path / "options.yaml"
     file.write_text("kvshare: true\n")
     arguments = on(model, prompts)
-    del arguments[2:5]  # what names kvshare
+    del arguments[2:7]  # what names kvshare
     done = forked(
         run_beside, str(datasets), "sglang.benchmark.offline_throughput", *arguments,
         "--num-prompts", "1", "--config", str(file),
@@ -418,7 +422,7 @@ def test_the_benchmark_of_one_batch_starts_a_server_that_reuses(
     started = ("kvshare_sglang", module, *arguments)
     done = forked(run_beside, str(datasets), *started)
     assert done.returncode == 0, done.said[-3000:]
-    assert unmeasured(seam=8) in done.said
+    assert unmeasured(default="auto", seam=8) in done.said
     assert "KVShare batch, #reuse-seq: 1" in done.said
     assert (tmp_path / "result.jsonl").is_file()
     assert refused_alone(datasets, module, arguments)

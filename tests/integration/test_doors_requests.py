@@ -32,7 +32,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS = ("exact", "blended", "copied", "recomputed", "fresh")
 
 NAMED = ("--served-model-name", "x")
-OPTIONS = "kvshare: true\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
+OPTIONS = "kvshare: true\nkvshare-default: auto\nkvshare-seam: 8\nradix-eviction-policy: lru\n"
 
 # As many first tokens may a text share with what other tests asked of the same server: a chat
 # template's, and by chance a few more. All that reuses here begins with a number of its own.
@@ -104,7 +104,7 @@ def fresh(door: Door, stream: bool, what: str) -> str:
 
 def test_sglang_serve_takes_its_options_from_a_file(server: Server) -> None:
     # An eviction policy of SGLang's was named, if only its default: it stays.
-    assert unmeasured(seam=8, eviction="sglang") in server.log.read_text()
+    assert unmeasured(default="auto", seam=8, eviction="sglang") in server.log.read_text()
 
 
 @every_door
@@ -603,7 +603,7 @@ def test_each_tokenizer_worker_refuses_and_tells(workers: Server, door: Door, wh
             reply = workers.post(door.path, body, headers={"X-KVShare": "exakt"})
             assert reply.status_code == 400
             # It said nothing: --kvshare-default.
-            assert asked(body)["declined"] == "exact_requested"
+            assert asked(body)["declined"] == "default_exact"
         for header in ("auto", "0.1"):
             assert asked(door.body(header + text), **{"X-KVShare": header})["copied_tokens"] > 64
         if not door.options:
@@ -615,5 +615,5 @@ def test_each_tokenizer_worker_refuses_and_tells(workers: Server, door: Door, wh
             assert asked(door.asking(f"{option} {text}", option))["copied_tokens"] > 64
         for option in (None, {}, {"budget": None}, {"ttl": 5}):
             declined = asked(door.asking(f"{option} {text}", option))["declined"]
-            assert declined == "exact_requested"
+            assert declined == "default_exact"
     assert "Traceback" not in workers.log.read_text().split("The server is fired up")[1]

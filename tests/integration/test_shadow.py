@@ -284,3 +284,28 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
         assert it.ask("probes:update_weights", str(model))
         assert ask()["declined"] == "shadow"
         assert_clean(it)
+
+
+@pytest.mark.parametrize("default", [{}, {"kvshare_default": "auto"}], ids=["unsaid", "auto"])
+def test_of_a_model_that_was_never_measured_who_says_nothing_reuses_only_where_that_was_said(
+    llama: Path, texts: Texts, default: dict[str, Any]
+) -> None:
+    flags = {"kvshare_calibration": "auto", "kvshare_select": "trace", **default}
+    with lab(llama, kvshare=True, **flags) as it:
+
+        def told(kvshare: Any) -> dict[str, Any]:
+            source, prompt = moved(texts)
+            script = [request("s", source), ("idle",), request("r", prompt, kvshare=kvshare)]
+            return dict(it.play(script)["r"]["kvshare"])
+
+        said = told(None)
+        if default:
+            assert said["declined"] is None
+            assert said["copied_tokens"] > 0
+        else:
+            assert (said["declined"], said["copied_tokens"]) == ("default_exact", 0)
+            assert it.ask("probes:counts")["declines"] == {"default_exact": 2}
+        for asked in ("auto", {"budget": 0.2}):
+            assert told(asked)["copied_tokens"] > 0
+        assert told("exact")["declined"] == "exact_requested"
+        assert_clean(it)

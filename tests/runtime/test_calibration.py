@@ -87,30 +87,46 @@ def test_what_was_measured_holds_and_what_the_user_says_wins(model: Path, home: 
     assert of(model, calibration="off") == KVShareConfig(calibration="off")
 
 
-def test_a_model_that_was_never_measured_is_served_with_care(model: Path) -> None:
+def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_care(
+    model: Path,
+) -> None:
     plain = KVShareConfig()
     config = of(model)
-    assert (config.probe_at, config.budget) == (0.5, 2 * plain.budget)
+    assert (config.probe_at, config.budget, config.default) == (0.5, 2 * plain.budget, "exact")
     said, is_warning = calibration.told(config, layers=30, model="some/model")
     assert is_warning
     assert "\n" not in said
     assert "probe layer 14 of 30, stretch 6, budget 0.3" in said
     assert said.endswith("python -m kvshare_sglang.bench calibrate some/model")
+    assert "never measured: only requests that ask for it reuse (--kvshare-default)" in said
+    given = of(model, default="auto")
+    assert (given.default, given.budget) == ("auto", 2 * plain.budget)
+    said, is_warning = calibration.told(given, layers=30, model="some/model")
+    assert is_warning
+    assert "never measured: all reuse" in said
     given = of(model, probe_at=plain.probe_at, budget=plain.budget)
     assert (given.probe_at, given.budget) == (plain.probe_at, plain.budget)
     assert of(model, budget=0.8).budget == 0.8
     # nothing of a trace is measured for those that choose otherwise
-    assert of(model, select="window") == KVShareConfig(select="window")
+    assert of(model, select="window") == KVShareConfig(select="window", default="exact")
+    assert of(model, select="dhd", default="auto") == KVShareConfig(select="dhd")
+    said, is_warning = calibration.told(of(model, select="dhd"), layers=30, model="x")
+    assert is_warning
+    assert "dhd was not measured, only requests that ask for it reuse" in said
 
 
-def test_a_model_whose_answers_suffered_computes_more_and_warns(model: Path, home: Path) -> None:
+def test_a_model_whose_answers_suffered_is_as_one_that_was_never_measured(
+    model: Path, home: Path
+) -> None:
     mark = calibration.fingerprint(model)
     write(home / calibration.file_name("model", mark), mark, holds=False)
     config = of(model)
     assert (config.probe_at, config.budget) == (0.4, 2 * KVShareConfig().budget)
+    assert config.default == "exact"
     said, is_warning = calibration.told(config, layers=30, model="x")
     assert is_warning
-    assert "answers suffered: probe layer 12 of 30" in said
+    assert "answers suffered: only requests that ask for it reuse" in said
+    assert "probe layer 12 of 30" in said
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def show(best: Best, prompts: int, *, layers: int) -> str:
         rows, arm="{arm}", KL="{kl:.4f}", of_the_first_token="{kl_first:.4f}",
         same_first_token="{agree:.1%}", FLOPs="{computed:.0%}",
     )  # fmt: skip
-    verdict = "answers hold" if best.holds else "answers suffer: servers compute twice the rows"
+    verdict = "answers hold" if best.holds else "answers suffer: only requests that ask reuse"
     return f"{table}\n{prompts} prompts: {_name(best.chosen, layers)}; {verdict}"
 
 

@@ -66,9 +66,12 @@ class Texts:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def said(self, ids: list[int], one: Asked | None) -> dict[str, Any]:
-        """What was written, and whether an answer that counts is in it, if there is one."""
+        """What was written, whether an answer that counts is in it, if there is one, and F1."""
         text = self.text(ids)
-        return {"text": text} | ({"right": passages.is_right(text, one.answers)} if one else {})
+        if one is None:
+            return {"text": text}
+        right, f1 = passages.is_right(text, one.answers), passages.f1(text, one.answers)
+        return {"text": text, "right": right, "f1": f1}
 
 
 class Truth(NamedTuple):

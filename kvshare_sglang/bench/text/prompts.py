@@ -1,5 +1,6 @@
 """Which prompts are asked about real passages: for each task and case always the same ones."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,13 @@ CASES: dict[str, Callable[..., Asked | None]] = {
     "misled": passages.misled,
     "clock": passages.clock,
     "question first": passages.question_first,
+    **{
+        f"{kind} {where}": functools.partial(passages.small_edit, kind=kind, near=where == "near")
+        for kind in passages.EDITS
+        for where in ("near", "far")
+    },
 }
+TRIES = 1000  # scenes in a row that a case may find nothing in
 
 
 def pool(path: Path, *, longest: int) -> list[Passage]:
@@ -50,7 +57,7 @@ def asked(
     pool: Sequence[Passage], task: str, case: str, *, filler: int = 0, draw: int = 0
 ) -> Iterator[Asked]:
     """Prompts without end, each with so many more passages as ``filler``; other ones for each
-    ``draw``. Raises ScriptError where there are too few passages."""
+    ``draw``. Raises ScriptError where there are too few passages, or none for the case."""
     make, count = TASKS[task]
     fit = [p for p in pool if p.qas] if make is passages.qa else pool
     if len(fit) < 2 * count + filler:
@@ -59,9 +66,13 @@ def asked(
             f" --longest, got {len(fit)}"
         )
     rng = random.Random(f"text {task} {case}" + (f" {draw}" if draw else ""))
-    while True:
+    tried = 0
+    while tried < TRIES:
         scene, others = make(rng, pool, count)
         if filler:
             scene = passages.longer(rng, scene, others, pool, filler)
+        tried += 1
         if one := CASES[case](rng, scene, others):
+            tried = 0
             yield one
+    raise ScriptError(f"--case {case}: the passages have no such text ({TRIES} scenes of {task})")

@@ -9,10 +9,11 @@ import numpy as np
 from kvshare_sglang.bench import common
 
 MEANS = (
-    "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
+    "f1", "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
     "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
 OURS, NOTHING = "trace", "copies"
+OF_WORDS = ("qa1", "qa2", "qa3")  # tasks whose answers are judged word by word too, by F1
 NEEDED = {"kl", "computed"}  # to compare at the same FLOPs
 
 
@@ -129,8 +130,10 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
     for key in MEANS:
         values = [one[key] for one in mine if key in one]
         row[key] = _mean(values) if values else None
+    if cell["task"] not in OF_WORDS:
+        row["f1"] = None
     for other in ("full", "copies"):  # prompt by prompt
-        for key in ("right", "kl", "margin"):
+        for key in ("right", "f1", "kl", "margin"):
             pairs = [(line["arms"][name], line["arms"].get(other, {})) for line in lines]
             apart = [a[key] - b[key] for a, b in pairs if key in a and key in b]
             row[f"{key}_minus_{other}"] = _mean(apart) if apart else None
@@ -165,6 +168,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         ci95="{ci}",
         lost="{lost}",
         won="{won}",
+        F1="{f1:.3f}",
         KL="{kl:.4f}",
         most="{kl_most:.3f}",
         margin="{margin:.2f}",
