@@ -4,11 +4,12 @@ import os
 
 import pytest
 
-from kvshare_sglang.bench import models
+from kvshare_sglang.bench import models, passages
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.demo import story
 from kvshare_sglang.bench.demo.story import Scene, Told, acts
 from kvshare_sglang.bench.smollm2 import ModelError
+from kvshare_sglang.bench.text import prompts
 
 
 def scene(text: str = "Yes.", **record: int) -> Scene:
@@ -28,6 +29,9 @@ def test_each_act_does_what_its_title_says():
     assert not set(mixed.documents) <= set(edited.documents)
     assert other._replace(tenant="a", title="") == moved._replace(title="")
     assert other.tenant != moved.tenant
+    assert len({*first.documents, *edited.documents, *mixed.documents}) == 6  # two edits
+    sample = [one.text for one in passages.load(prompts.SAMPLE)]
+    assert set(first.documents) <= set(sample)
 
 
 def test_what_is_shown_adds_up():

@@ -8,7 +8,7 @@ import pytest
 from lab import computed, lab, request
 
 from kvshare_sglang.bench import smollm2
-from kvshare_sglang.bench.demo.story import BAKERY, BOOKSHOP, FERRY, SYSTEM
+from kvshare_sglang.bench.demo.story import SYSTEM
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.base import SINK
 from kvshare_sglang.runtime import calibration
@@ -17,6 +17,28 @@ from kvshare_sglang.sim.engine import Lab, Model
 pytestmark = pytest.mark.weights
 MODEL = smollm2.MODELS / smollm2.NAME
 NEW = 7
+
+BOOKSHOP = (
+    "The Harbour Bookshop stands on the corner of Mill Street and the old fish market. It was"
+    " opened in 1952 by Ada Lindqvist, who had been a ship's cook for eleven years. Books may be"
+    " returned within 30 days of purchase if the spine is not broken and the receipt is shown at"
+    " the desk. Gift cards and newspapers cannot be returned. Members of the reading club get a"
+    " discount of ten percent on Tuesdays, and children get a free bookmark with each book."
+)
+FERRY = (
+    "The ferry Marigold sails from the town pier to Gull Island four times a day in summer and"
+    " twice a day in winter. The crossing takes 35 minutes. A ticket costs 6 euros, and bicycles"
+    " travel for 2 euros more. Dogs are welcome on the upper deck. In storms the ferry stays in"
+    " the harbour, and tickets are valid on the next day. The captain is Ingrid Solberg, whose"
+    " grandfather built the first pier of the island."
+)
+BAKERY = (
+    "Pellegrini's bakery opens at six in the morning, an hour before any other shop in town. It"
+    " is known for its rye bread, which is baked in a wood oven of 1911, and for almond cakes"
+    " that are made on Fridays only. Bread of the day before is sold at half its price. The"
+    " baker, Luca Pellegrini, delivers to the school, the hospital and the two hotels with a"
+    " yellow van. On the first Monday of each month the bakery is closed."
+)
 
 
 class Chat:

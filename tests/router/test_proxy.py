@@ -739,7 +739,8 @@ def test_what_the_router_cannot_note_fails_no_request(what):
             setattr(brain.index, what, None)
             async with client.post(url + GENERATE, json={"input_ids": [1, 2]}) as reply:
                 assert (reply.status, await reply.read()) == (200, b"x")
-            assert b'decisions_total{by="fault"}' in brain.metrics.page()
+            # What an end does is noted after the answer is on its way.
+            await until(lambda: b'decisions_total{by="fault"}' in brain.metrics.page())
 
     asyncio.run(run())
 

@@ -92,9 +92,9 @@ def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> bool:
         scenes = story.play(plain, shared)
     print(f"\n{story.show(scenes)}\n")
     print(
-        "A model of this size is often wrong; what counts here is that both say the same. The first"
-        " question\nfinds nothing to reuse, and another tenant's finds nothing of the first"
-        " tenant's.\n"
+        f"Documents: {story.SOURCE}. A model of this size is often wrong; what counts here is that"
+        " both say\nthe same. The first question finds nothing to reuse, and another tenant's finds"
+        " nothing of the first\ntenant's.\n"
     )
     result["story"] = [scene.to_json() for scene in scenes]
     where = (

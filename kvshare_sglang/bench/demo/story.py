@@ -12,44 +12,19 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from kvshare_sglang.bench import common
+from kvshare_sglang.bench import common, passages
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import Server
+from kvshare_sglang.bench.text import prompts
 
 NEW_TOKENS = 24
 SYSTEM = "Answer the question from the documents in one short sentence."
 
-BOOKSHOP = (
-    "The Harbour Bookshop stands on the corner of Mill Street and the old fish market. It was"
-    " opened in 1952 by Ada Lindqvist, who had been a ship's cook for eleven years. Books may be"
-    " returned within 30 days of purchase if the spine is not broken and the receipt is shown at"
-    " the desk. Gift cards and newspapers cannot be returned. Members of the reading club get a"
-    " discount of ten percent on Tuesdays, and children get a free bookmark with each book."
-)
-LIGHTHOUSE = (
-    "The lighthouse of Northern Point is 41 metres high and is painted in red and white stripes."
-    " Its lamp can be seen from 28 kilometres away on a clear night. The last keeper, Tomas"
-    " Brandt, left the tower in 1987, when the lamp was given an electric motor. Visitors may"
-    " climb the 207 steps on Sundays between ten and four o'clock. A small museum at the foot of"
-    " the tower shows old lamps, maps of the coast, and the diary of the first keeper."
-)
-FERRY = (
-    "The ferry Marigold sails from the town pier to Gull Island four times a day in summer and"
-    " twice a day in winter. The crossing takes 35 minutes. A ticket costs 6 euros, and bicycles"
-    " travel for 2 euros more. Dogs are welcome on the upper deck. In storms the ferry stays in"
-    " the harbour, and tickets are valid on the next day. The captain is Ingrid Solberg, whose"
-    " grandfather built the first pier of the island."
-)
-BAKERY = (
-    "Pellegrini's bakery opens at six in the morning, an hour before any other shop in town. It"
-    " is known for its rye bread, which is baked in a wood oven of 1911, and for almond cakes"
-    " that are made on Fridays only. Bread of the day before is sold at half its price. The"
-    " baker, Luca Pellegrini, delivers to the school, the hospital and the two hotels with a"
-    " yellow van. On the first Monday of each month the bakery is closed."
-)
-DOCUMENTS = (BOOKSHOP, LIGHTHOUSE, FERRY, BAKERY)
-HIGHER = LIGHTHOUSE.replace("41 metres", "63 metres")
-DEARER = FERRY.replace("costs 6 euros", "costs 9 euros")
+# Paragraphs of XQuAD (Artetxe et al. 2020, English; CC BY-SA 4.0) by how they begin, and what is
+# edited in them. Written by no one here, and short enough for a small model.
+BEGIN = ("Peyton Manning", "The agreements include", "In 1891 Scottish", "With a budget of")
+AGE, BUDGET = ("at age 39", "at age 42"), ("$230,000", "$480,000")
+SOURCE = "XQuAD, CC BY-SA 4.0 (benchmarks/passages)"
 
 
 class Act(NamedTuple):
@@ -61,18 +36,27 @@ class Act(NamedTuple):
     tenant: str = "a"
 
 
+def documents() -> list[str]:
+    """The paragraphs of the story, in the order of ``BEGIN``."""
+    texts = [passage.text for passage in passages.load(prompts.SAMPLE)]
+    return [next(text for text in texts if text.startswith(begin)) for begin in BEGIN]
+
+
 def acts() -> list[Act]:
     """The first fills the caches; each of the others finds what those before it left."""
-    shop, light, ferry, bread = DOCUMENTS
-    moved = (bread, ferry, light, shop)
-    crossing = "How long does the crossing of the ferry take?"
-    height, ticket = "How high is the lighthouse?", "How much does a ticket for the ferry cost?"
+    first = documents()
+    manning, fees, oxygen, tapes = first
+    moved = (tapes, oxygen, fees, manning)
+    edited = (manning.replace(*AGE), fees, oxygen, tapes)
+    age = "How old was Peyton Manning when he played in Super Bowl 50?"
+    fee = "What were the annual carriage fees for the channels?"
+    budget = "What budget did the restoration of the Apollo 11 tapes have?"
     return [
-        Act("first asked", DOCUMENTS, height),
-        Act("the documents moved", moved, crossing),
-        Act("a fact was edited", (shop, HIGHER, ferry, bread), height),
-        Act("moved, edited, one is gone", (HIGHER, shop, DEARER), ticket),
-        Act("another tenant asks", moved, crossing, tenant="b"),
+        Act("first asked", tuple(first), age),
+        Act("the documents moved", moved, fee),
+        Act("a fact was edited", edited, age),
+        Act("moved, edited, one is gone", (fees, tapes.replace(*BUDGET), oxygen), budget),
+        Act("another tenant asks", moved, fee, tenant="b"),
     ]
 
 
