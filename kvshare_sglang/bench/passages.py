@@ -193,6 +193,20 @@ def chat(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | Non
 def edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:
     """Cached: the same passages with the answer another one and a few words changed; None where
     the answer is not in the passage word by word, and once."""
+    changed = _edited(rng, scene, others)
+    return None if changed is None else _asked(scene, changed)
+
+
+def moved_edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | None:
+    """Cached: as of a splice, the passages as of an edit."""
+    changed = _edited(rng, scene, others)
+    if changed is None:
+        return None
+    cached = splice(rng, scene._replace(passages=tuple(changed)), others).cached
+    return _asked(scene)._replace(cached=cached)
+
+
+def _edited(rng: random.Random, scene: Scene, others: Sequence[str]) -> list[str] | None:
     passages = list(scene.passages)
     text = passages[scene.asked]
     found = [a for a in scene.answers if text.count(a) == 1]
@@ -206,7 +220,7 @@ def edit(rng: random.Random, scene: Scene, others: Sequence[str]) -> Asked | Non
         if not any(c.isdigit() for c in words[at]):
             words[at] = rng.choice(rng.choice(others).split(" "))
             passages[i] = " ".join(words)
-    return _asked(scene, passages)
+    return passages
 
 
 def small_edit(

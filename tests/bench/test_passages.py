@@ -109,6 +109,17 @@ def test_a_case_of_which_the_passages_hold_nothing_ends_with_what_is_missing(tmp
         next(prompts.asked(pool, "codes3", "date near"))
 
 
+def test_what_was_edited_may_have_moved_too(scene):
+    one, others = scene
+    asked = passages.moved_edit(random.Random(1), one, others)
+    assert asked is not None
+    assert asked.prompt == passages.render(one.passages, one.question)
+    assert len(asked.cached) == 2
+    cached = "\n\n".join(asked.cached)
+    assert not any(a in cached for a in one.answers)
+    assert one.passages[one.asked] not in cached
+
+
 def test_a_longer_scene_holds_its_own_passages_in_order_and_asks_the_same(scene):
     one, others = scene
     long = passages.longer(random.Random(2), one, others, _pool(20), 7)

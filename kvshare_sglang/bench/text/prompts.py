@@ -27,6 +27,7 @@ CASES: dict[str, Callable[..., Asked | None]] = {
     "among": passages.among,
     CHAT: passages.chat,
     "edit": passages.edit,
+    "moved edit": passages.moved_edit,
     "template": passages.template,
     "misled": passages.misled,
     "clock": passages.clock,

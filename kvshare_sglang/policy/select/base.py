@@ -195,9 +195,16 @@ def query_rows(plan: ReusePlan, *, suffix: int) -> Rows:
 
 
 def rows_after_edits(plan: ReusePlan, *, each: int, limit: int) -> Rows:
-    """Up to ``each`` rows at the start of every run that follows an edit. If that exceeds
-    ``limit``, the limit is shared evenly; earlier runs get the remainder."""
-    runs = [run for run in plan.runs if run.join is Join.EDIT]
+    """Up to ``each`` rows at the start of every run that follows an edit, also where the edited
+    text moved: new text in front of a run may have cut a word or a number, whose rest means what
+    it meant before. If that exceeds ``limit``, the limit is shared evenly; earlier runs get the
+    remainder."""
+    ends = [plan.prefix_len, *(run.dst_stop for run in plan.runs)]  # of what is before each run
+    runs = [
+        run
+        for end, run in zip(ends, plan.runs, strict=False)
+        if run.join is Join.EDIT or (run.join is Join.SEAM and end < run.dst_start)
+    ]
     share, more = divmod(limit, max(len(runs), 1))
     lengths = [min(each, run.length, share + (i < more)) for i, run in enumerate(runs)]
     return Rows(
