@@ -1,6 +1,6 @@
 """An agent with tools under a header that changes each turn: its history is reused all the same.
 
-    python -m sglang.launch_server --model-path MODEL --kvshare
+    python -m sglang.launch_server --model-path MODEL --kvshare --kvshare-default auto
     python examples/agent_with_tools.py --url http://127.0.0.1:30000
 
 The state stands in front, as many agents have it, so no prefix survives a turn. The model says why

@@ -1,6 +1,6 @@
 """Shared documents in moved order: an SGLang program forks, and says what it reused.
 
-python -m sglang.launch_server --model-path MODEL --kvshare
+python -m sglang.launch_server --model-path MODEL --kvshare --kvshare-default auto
 python examples/fork_documents.py --url http://127.0.0.1:30000
 """
 

@@ -1,6 +1,6 @@
 """A RAG service with the OpenAI client: retrieved passages come in another order, and are reused.
 
-python -m sglang.launch_server --model-path MODEL --kvshare
+python -m sglang.launch_server --model-path MODEL --kvshare --kvshare-default auto
 python examples/rag_service.py --url http://127.0.0.1:30000 [--question "..."]
 """
 

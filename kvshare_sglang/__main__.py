@@ -11,6 +11,7 @@ USAGE = """usage: python -m kvshare_sglang MODULE [ARGUMENT...]
 
 Runs a module of SGLang as python -m does, plug-ins loaded first, so that it knows --kvshare:
   python -m kvshare_sglang sglang.benchmark.offline_throughput --kvshare --model-path MODEL
+Of a MODEL that was not measured (bench calibrate) nothing is reused without --kvshare-default auto.
 Servers know it by themselves: python -m sglang.launch_server --kvshare, sglang serve --kvshare."""
 # These run a model without SGLang's scheduler and cache: nothing is there to reuse from.
 WITHOUT_CACHE = ("sglang.benchmark.one_batch", "sglang.bench_one_batch")

@@ -22,13 +22,13 @@ class KVShareConfig:
 
     default: str = _option(
         "auto", "what requests get that do not say: auto (reuse where it pays) or exact (as"
-        " without kvshare; it is what they get of a model that was not measured, unless auto is"
-        " given)",
+        " without kvshare; unless auto is given, it is what they get of a model that was not"
+        " measured or whose answers do not hold)",
     )  # fmt: skip
     budget: float = _option(
         0.15,
         "share of the reused tokens, and of twice the new ones before them, that is computed again"
-        " (0: copy only, 1: all)",
+        " (0: copy only, 1: all; unless given, what bench calibrate found for the model)",
         0,
         1,
     )

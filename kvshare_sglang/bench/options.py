@@ -31,7 +31,8 @@ def model_directory(path: Path) -> Path:
 
 
 def measured(model: Path) -> dict[str, Any]:
-    """The options that a server takes from the calibration of a model, none where there is none."""
+    """Where traces look, as a server takes it from the calibration of a model, nothing where there
+    is none. Budgets are named by what is measured."""
     found = calibration.find(str(model))
     return {} if found is None else {"probe_at": found.probe_at, "stretch": found.stretch}
 

@@ -379,7 +379,7 @@ def f1(text: str, answers: Sequence[str]) -> float:
     >>> f1("the old map room", ["map room", "a cellar"])
     0.8
     """
-    return max(_f1(normal(text).split(), normal(a).split()) for a in answers)
+    return max((_f1(normal(text).split(), normal(a).split()) for a in answers), default=0.0)
 
 
 def _f1(said: list[str], right: list[str]) -> float:

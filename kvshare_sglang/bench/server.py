@@ -87,8 +87,8 @@ class ServerSpec:
             *(_CPU if on_cpu else ()),
             *(("--disable-overlap-schedule",) if on_cpu and not self.overlap else ()),
             *(text for flag, value in numbers.items() for text in (flag, str(value))),
-            *self.args,
             *self._ours(),
+            *self.args,  # last: what was asked for stands, however it is spelled
         ]
 
     def _ours(self) -> tuple[str, ...]:

@@ -23,9 +23,8 @@ FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
 
-UNMEASURED_BUDGET = (
-    2  # a model that was never measured, or whose answers suffer: twice the rows where asked
-)
+# Times the default budget: what requests that ask get of a model that holds no answers yet.
+UNMEASURED_BUDGET = 2
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # the first kind that is there
 _SAMPLES, _SAMPLE = 16, 1 << 16  # so many places of a file are looked at, so many bytes each
@@ -34,13 +33,14 @@ _NO_MATTER = ("_name_or_path", "transformers_version")  # of a config.json
 
 class Calibration(NamedTuple):
     """A measured model. ``check``: means over ``prompts`` prompts, by arm (``trace``, ``copies``):
-    ``kl`` to full prefill along its continuation, ``agree`` of first tokens. ``holds``: whether
-    they were good enough for the default budget."""
+    ``kl`` to full prefill along its continuation, ``agree`` of first tokens. ``budget``: the least
+    with which answers stay; ``holds``: whether they were good enough with it."""
 
     path: Path
     fingerprint: str
     probe_at: float
     stretch: int
+    budget: float
     holds: bool
     prompts: int
     check: dict[str, dict[str, float]]
@@ -88,14 +88,14 @@ def file_name(model: str, mark: str) -> str:
 
 
 def as_json(
-    model: str, mark: str, *, probe_at: float, stretch: int, holds: bool, prompts: int,
-    check: dict[str, dict[str, float]], **more: Any,
+    model: str, mark: str, *, probe_at: float, stretch: int, budget: float, holds: bool,
+    prompts: int, check: dict[str, dict[str, float]], **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A calibration as its file holds it; ``more`` is for who reads it."""
     return {
         "form": FORM, "recipe": RECIPE, "plugin": __version__, "model": model,
-        "fingerprint": mark, "probe_at": probe_at, "stretch": stretch, "holds": holds,
-        "prompts": prompts, "check": check, **more,
+        "fingerprint": mark, "probe_at": probe_at, "stretch": stretch, "budget": budget,
+        "holds": holds, "prompts": prompts, "check": check, **more,
     }  # fmt: skip
 
 
@@ -122,15 +122,17 @@ def read(path: Path) -> Calibration:
             for arm in ("trace", "copies")
         }
         prompts, mark = int(found["prompts"]), str(found["fingerprint"])
-        if isinstance(probe_at, bool) or not 0 <= probe_at <= 1:
-            raise ValueError(f"probe_at must be in [0, 1], got {probe_at!r}")
+        for name in ("probe_at", "budget"):
+            if isinstance(found[name], bool) or not 0 <= found[name] <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {found[name]!r}")
         if not isinstance(holds, bool):
             raise ValueError(f"holds must be true or false, got {holds!r}")
     except KeyError as error:
         raise StartError(f"calibration {path} is broken: it lacks {error}") from None
     except (TypeError, ValueError) as error:
         raise StartError(f"calibration {path} is broken: {error}") from None
-    return Calibration(path, mark, float(probe_at), stretch, holds, prompts, check)
+    budget = float(found["budget"])
+    return Calibration(path, mark, float(probe_at), stretch, budget, holds, prompts, check)
 
 
 def find(model: str, revision: str | None = None) -> Calibration | None:
@@ -173,7 +175,8 @@ def settled(
     the user has ``given`` stays. Raises StartError on a file that is broken or of another model."""
     if config.calibration == OFF:
         return config
-    if config.calibration == AUTO and config.select != "trace":  # of these nothing is measured
+    if config.select != "trace":  # of these nothing is measured
+        config = dataclasses.replace(config, calibration=AUTO)
         return config if "default" in given else dataclasses.replace(config, default="exact")
     if config.calibration in (AUTO, NONE):
         found = find(model, revision) if config.calibration == AUTO else None
@@ -181,9 +184,10 @@ def settled(
         found = named(Path(config.calibration), model, revision)
     says: dict[str, Any] = {"calibration": NONE if found is None else str(found.path)}
     if found is not None:
-        says |= {"probe_at": found.probe_at, "stretch": found.stretch}
+        says |= {"probe_at": found.probe_at, "stretch": found.stretch, "budget": found.budget}
     if found is None or not found.holds:
-        says |= {"default": "exact", "budget": min(1.0, UNMEASURED_BUDGET * config.budget)}
+        care = min(1.0, UNMEASURED_BUDGET * config.budget)
+        says |= {"default": "exact", "budget": max(care, says.get("budget", 0.0))}
     mine = {name: value for name, value in says.items() if name not in given}
     return dataclasses.replace(config, **{**mine, "calibration": says["calibration"]})
 

@@ -37,6 +37,7 @@ def test_any_other_model_gets_its_care_and_its_requests_reuse(made, tmp_path):
 
 def test_what_is_asked_for_stands_and_a_plain_server_is_told_nothing(made):
     assert command(made, "--kvshare", FLAG, "auto").count(FLAG) == 1
-    said = command(READER, "--kvshare", DEFAULT, "exact")
-    assert said[said.index(DEFAULT) + 1 :] == ["exact"]
+    for asked in ((DEFAULT, "exact"), (f"{DEFAULT}=exact",)):
+        assert command(READER, "--kvshare", *asked)[-len(asked) :] == list(asked)
+    assert command(made, "--kvshare", f"{FLAG}=auto")[-1] == f"{FLAG}=auto"
     assert not {FLAG, DEFAULT} & set(command(made))

@@ -3,15 +3,16 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_models import DEAD, with_a_dead_layer
 
 from kvshare_sglang.bench import calibrate
 from kvshare_sglang.bench.__main__ import main
-from kvshare_sglang.bench.calibrate.choice import choose
+from kvshare_sglang.bench.calibrate.choice import BUDGETS, OTHERS, choose, judge, means
 from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row, candidates
 from kvshare_sglang.bench.calibrate.prompts import prompts
 from kvshare_sglang.bench.models import READER
@@ -32,52 +33,61 @@ def test_a_layer_that_says_nothing_is_passed_over_for_the_one_that_does(tmp_path
     asked = prompts(READER, 12, longest=len(model.table))
     found = calibrate.collect(model, asked, among, deadline=float("inf"))
     assert len(found) == 12
-    best = choose(found)
-    assert best.chosen == Candidate(0.25, 0)
-    assert best.holds
-    assert best.means[best.chosen].kl < 0.2 * best.means[Candidate(0.5, 0)].kl
+    assert choose(found) == Candidate(0.25, 0)
+    best = judge([{arm: row[arm] for arm in (None, Candidate(0.25, 0))} for row in found])
+    assert (best.chosen, best.holds) == (Candidate(0.25, 0), True)
+    assert best.means[best.chosen].kl < 0.2 * means(found)[Candidate(0.5, 0)].kl
 
 
-def rows(copies: float, *, shallow: list[float], deep: list[float], agree: float = 1) -> list[Row]:
-    """Rows with these KLs (in thousandths) by prompt; of so many, the first ones, the first token
-    is full prefill's."""
+def rows(copies: float, *, shallow: list[float], deep: list[float]) -> list[Row]:
+    """Rows with these KLs (in thousandths) by prompt."""
 
-    def one(kl: float, i: int) -> Measured:
-        return Measured(kl / 1000, kl / 1000, float(i < agree * len(deep)), 0.2)
+    def one(kl: float) -> Measured:
+        return Measured(kl / 1000, kl / 1000, 1.0, 0.2)
 
     return [
-        {None: one(copies, i), DEEP: one(deep[i], i), SHALLOW: one(shallow[i], i)}
-        for i in range(len(deep))
+        {None: one(copies), DEEP: one(mine), SHALLOW: one(other)}
+        for mine, other in zip(deep, shallow, strict=True)
     ]
 
 
 @pytest.mark.parametrize(
-    ("found", "chosen", "holds"),
+    ("found", "chosen"),
     [
         # as good as the deeper one within the noise: the cheaper
-        (rows(9, shallow=[1.0, 3, 1, 3], deep=[2.1, 1.8, 2.0, 1.9]), SHALLOW, True),
+        (rows(9, shallow=[1.0, 3, 1, 3], deep=[2.1, 1.8, 2.0, 1.9]), SHALLOW),
         # worse on each prompt, however little
-        (rows(9, shallow=[1.1, 2.2, 3.3, 4.4], deep=[1.0, 2, 3, 4]), DEEP, True),
-        # copies alone are closer to full prefill
-        (rows(0.5, shallow=[1.0, 1, 1], deep=[2.0, 2, 2]), SHALLOW, False),
-        # first tokens differ too often; three flips of 30 are not enough to say so
-        (rows(9, shallow=[1.0] * 30, deep=[2.0] * 30, agree=0.7), SHALLOW, False),
-        (rows(9, shallow=[1.0] * 30, deep=[2.0] * 30, agree=0.9), SHALLOW, True),
+        (rows(9, shallow=[1.1, 2.2, 3.3, 4.4], deep=[1.0, 2, 3, 4]), DEEP),
+        (rows(0.5, shallow=[1.0, 1, 1], deep=[2.0, 2, 2]), SHALLOW),
     ],
 )
-def test_the_cheapest_that_is_as_good_as_any_is_chosen(
-    found: list[Row], chosen: Candidate, holds: bool
-) -> None:
-    best = choose(found)
-    assert (best.chosen, best.holds) == (chosen, holds)
+def test_the_cheapest_that_is_as_good_as_any_is_chosen(found: list[Row], chosen: Candidate) -> None:
+    assert choose(found) == chosen
 
 
-def of_one(kls: list[float], *, agree: int) -> list[Row]:
-    """One candidate, far better than copies alone."""
+def of_one(kls: list[float], *, agree: int, copies: float = 9) -> list[Row]:
+    """One candidate, and copies alone."""
     return [
-        {None: Measured(9, 9, 0, 0.1), DEEP: Measured(kl, kl, float(i < agree), 0.2)}
+        {None: Measured(copies, copies, 0, 0.1), DEEP: Measured(kl, kl, float(i < agree), 0.2)}
         for i, kl in enumerate(kls)
     ]
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 0.02)] * len(BUDGETS)), min_size=3, max_size=12))
+def test_the_least_budget_with_which_few_tokens_are_others_is_chosen(kls: list[Any]) -> None:
+    """By its definition, one budget after the other; without one that is enough, the largest."""
+    found = [
+        {None: Measured(9, 9, 0, 0)}
+        | {
+            DEEP._replace(budget=b): Measured(kl, kl, 1, b)
+            for b, kl in zip(BUDGETS, row, strict=True)
+        }
+        for row in kls
+    ]
+    others = [sum(math.sqrt(row[i] / 2) for row in kls) / len(kls) for i in range(len(BUDGETS))]
+    assume(all(abs(one - OTHERS) > 1e-9 for one in others))
+    enough = [b for b, one in zip(BUDGETS, others, strict=True) if one <= OTHERS]
+    assert judge(found).chosen == DEEP._replace(budget=min(enough, default=max(BUDGETS)))
 
 
 @pytest.mark.parametrize(
@@ -93,17 +103,22 @@ def of_one(kls: list[float], *, agree: int) -> list[Row]:
         # good on average, and not known: one in twelve is far off
         (of_one([0.001] * 11 + [1.0], agree=12), False),
         (of_one([0.001] * 12, agree=12), True),
+        # copies alone are closer to full prefill
+        (of_one([0.002] * 12, agree=12, copies=0.0005), False),
+        # first tokens differ too often; three flips of 30 are not enough to say so
+        (of_one([0.001] * 30, agree=21), False),
+        (of_one([0.001] * 30, agree=27), True),
     ],
 )
 def test_answers_hold_where_they_are_known_to(found: list[Row], holds: bool) -> None:
-    assert choose(found).holds == holds
+    assert judge(found).holds == holds
 
 
 @given(st.lists(st.floats(0, 0.1), min_size=3, max_size=30), st.integers(2, 8))
 def test_measuring_less_of_kl_never_makes_answers_hold(kls: list[float], more: int) -> None:
     """What more prompts of the same kind say against, fewer do not say for."""
-    longer = choose(of_one(kls * more, agree=len(kls) * more)).holds
-    assert longer or not choose(of_one(kls, agree=len(kls))).holds
+    longer = judge(of_one(kls * more, agree=len(kls) * more)).holds
+    assert longer or not judge(of_one(kls, agree=len(kls))).holds
 
 
 @pytest.mark.parametrize("path", sorted(calibration.BUILT_IN.iterdir()), ids=lambda path: path.stem)
@@ -132,6 +147,7 @@ def test_the_command_writes_what_a_server_reads(
     found = calibration.find(str(READER))
     assert found is not None
     assert (found.path.parent, found.probe_at, found.prompts) == (tmp_path, 0.25, 3)
+    assert found.budget in BUDGETS
     assert str(found.path) in capsys.readouterr().out
 
 

@@ -46,10 +46,13 @@ def test_f1_is_told_of_answers_in_words_and_of_no_codes(tmp_path):
     line = {"tokens": 9, "arms": {"full": {"right": 1, "f1": 1.0}, "ours": {"right": 0, "f1": 0.5}}}
     for task in ("qa1", "codes3"):
         (tmp_path / f"{task}-splice.jsonl").write_text(json.dumps(line) + "\n")
-    told = {(row["task"], row["arm"]): row["f1"] for row in report.summary(tmp_path)}
+    told = {
+        (row["task"], row["arm"]): (row["f1"], row["f1_minus_full"])
+        for row in report.summary(tmp_path)
+    }
     assert told == {
-        ("qa1", "full"): 1.0, ("qa1", "ours"): 0.5, ("codes3", "full"): None,
-        ("codes3", "ours"): None,
+        ("qa1", "full"): (1.0, 0.0), ("qa1", "ours"): (0.5, -0.5),
+        ("codes3", "full"): (None, None), ("codes3", "ours"): (None, None),
     }  # fmt: skip
 
 

@@ -240,7 +240,8 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
     arm = {"kl": 0.1, "agree": 0.9}
     file = tmp_path / "calibration.json"
     measured = calibration.as_json(
-        "model", calibration.fingerprint(model), probe_at=0.25, stretch=0, holds=True, prompts=8,
+        "model", calibration.fingerprint(model), probe_at=0.25, stretch=0, budget=0.15, holds=True,
+        prompts=8,
         check={"trace": arm, "copies": arm},
     )  # fmt: skip
     file.write_text(json.dumps(measured))

@@ -37,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(path: Path, mark: str, **more: Any) -> Path:
     made = calibration.as_json(
-        "model", mark, probe_at=0.4, stretch=2, holds=True, prompts=30, check=CHECK
+        "model", mark, probe_at=0.4, stretch=2, budget=0.2, holds=True, prompts=30, check=CHECK
     )
     path.write_text(json.dumps({**made, **more}))
     return path
@@ -80,15 +80,16 @@ def test_what_was_measured_holds_and_what_the_user_says_wins(model: Path, home: 
     path = write(home / calibration.file_name("model", mark), mark)
     plain = KVShareConfig()
     for config in (of(model), of(model, calibration=str(path))):
-        assert (config.probe_at, config.stretch, config.budget) == (0.4, 2, plain.budget)
+        assert (config.probe_at, config.stretch, config.budget) == (0.4, 2, 0.2)
         assert config.calibration == str(path)
     # the user's word wins, also where it is the default's
     assert of(model, probe_at=plain.probe_at).probe_at == plain.probe_at
+    assert of(model, budget=plain.budget).budget == plain.budget
     assert of(model, calibration="off") == KVShareConfig(calibration="off")
 
 
 def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_care(
-    model: Path,
+    model: Path, home: Path
 ) -> None:
     plain = KVShareConfig()
     config = of(model)
@@ -110,6 +111,8 @@ def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_car
     # nothing of a trace is measured for those that choose otherwise
     assert of(model, select="window") == KVShareConfig(select="window", default="exact")
     assert of(model, select="dhd", default="auto") == KVShareConfig(select="dhd")
+    path = write(home / "m.json", calibration.fingerprint(model))  # it is of a trace
+    assert of(model, select="dhd", calibration=str(path)) == of(model, select="dhd")
     said, is_warning = calibration.told(of(model, select="dhd"), layers=30, model="x")
     assert is_warning
     assert "dhd was not measured, only requests that ask for it reuse" in said
@@ -122,6 +125,9 @@ def test_a_model_whose_answers_suffered_is_as_one_that_was_never_measured(
     write(home / calibration.file_name("model", mark), mark, holds=False)
     config = of(model)
     assert (config.probe_at, config.budget) == (0.4, 2 * KVShareConfig().budget)
+    write(home / calibration.file_name("model", mark), mark, holds=False, budget=0.5)
+    assert of(model).budget == 0.5
+    config = of(model)
     assert config.default == "exact"
     said, is_warning = calibration.told(config, layers=30, model="x")
     assert is_warning
@@ -140,6 +146,7 @@ def test_a_model_whose_answers_suffered_is_as_one_that_was_never_measured(
         ({"form": "a recipe for soup"}, "is none: its form is not"),
         ({"probe_at": 2}, "probe_at must be in \\[0, 1\\], got 2"),
         ({"probe_at": None}, "is broken"),
+        ({"budget": 1.5}, "budget must be in \\[0, 1\\], got 1.5"),
         ({"holds": "yes"}, "holds must be true or false, got 'yes'"),
         ({"check": {}}, "lacks 'trace'"),
         ({"check": None}, "is broken"),

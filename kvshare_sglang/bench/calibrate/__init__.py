@@ -1,8 +1,9 @@
 """Measure what reuse does to a model's answers, and where its traces should look: a server's file.
 
 Prompts are made of prose in Python's own documentation, in the model's own chat. Each is served by
-full prefill, by copies alone, and by a trace with each candidate layer and stretch, in plain torch
-over the plug-in's own selectors. Ends when all are through, or when ``--minutes`` are over.
+full prefill, by copies alone, and by a trace with each candidate layer and stretch, then by the
+best of these with each budget, in plain torch over the plug-in's own selectors. Ends when all are
+through, or when ``--minutes`` are over.
 """
 
 import argparse
@@ -13,16 +14,16 @@ import torch
 from transformers.utils import logging
 
 from kvshare_sglang.bench import common, models, options
-from kvshare_sglang.bench.calibrate.choice import choose, show
+from kvshare_sglang.bench.calibrate.choice import BUDGETS, choose, enough, judge, means, show
 from kvshare_sglang.bench.calibrate.measure import Candidate, Row, candidates, measure
 from kvshare_sglang.bench.calibrate.prompts import Prompt, prompts
 from kvshare_sglang.bench.common import ScriptError
-from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Model
 
 DEPTHS = (0.15, 0.25, 0.35, 0.5, 0.65)
 FEWEST = 12  # prompts, or nothing is chosen
+MORE = 0.3  # of the time for budgets, where the default is not enough
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,28 +54,37 @@ def run(args: argparse.Namespace) -> int:
     model = Model(folder, dtype=getattr(torch, args.dtype), device=args.device)
     asked = prompts(folder, args.n, longest=len(model.table))
     among = candidates(model, args.probe_at)
-    rows = collect(model, asked, among, deadline=started + 60 * args.minutes)
+    until = started + 60 * args.minutes
+    rows = collect(model, asked, among, deadline=until - 60 * args.minutes * MORE)
     if len(rows) < FEWEST:
         raise ScriptError(
             f"{len(rows)} prompts were through after --minutes {args.minutes:g}, at least"
             f" {FEWEST} are needed: give it more"
         )
-    best = choose(rows)
+    chosen = choose(rows)
+    mine: list[Row] = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
+    if not enough(mine):
+        # The same prompts, as many as there is time for, with more rows.
+        among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
+        more = collect(model, asked, among, deadline=until)
+        both = [row | wide for row, wide in zip(mine, more, strict=False)]
+        mine = both if len(both) >= FEWEST else mine
+    best = judge(mine)
+    best = best._replace(means=means(rows) | best.means)
     name = args.model if args.model == models.FETCHED else folder.name
     if (folder.parent.name, folder.parent.parent.name[:8]) == ("snapshots", "models--"):
         name = folder.parent.parent.name.removeprefix("models--")  # of Hugging Face's cache
     args.out = args.out or calibration.home() / calibration.file_name(name, mark)
     written = calibration.as_json(
-        name, mark, **best.chosen._asdict(), holds=best.holds, prompts=len(rows),
+        name, mark, **best.chosen._asdict(), holds=best.holds, prompts=len(mine),
         check={"trace": best.means[best.chosen]._asdict(), "copies": best.means[None]._asdict()},
         candidates=[
             {**arm._asdict(), **mean._asdict()} for arm, mean in best.means.items() if arm
         ],
-        budget=KVShareConfig().budget,
         env=common.environment(device=args.device, dtype=args.dtype),
     )  # fmt: skip
     common.write_json(args.out, written)
-    print(show(best, len(rows), layers=len(model.layers)))
+    print(show(best, len(mine), layers=len(model.layers)))
     print(f"calibration: {args.out}")
     common.write_result(args, {"calibration": written})
     return 0

@@ -1,4 +1,4 @@
-"""Which layer and stretch the measured prompts speak for, and whether answers hold with them."""
+"""Which layer, stretch and budget the measured prompts speak for, and whether answers hold."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,11 @@ import numpy as np
 
 from kvshare_sglang.bench import common
 from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.shadow import FLOOR, Z, upper_bound
+
+BUDGETS = (KVShareConfig().budget, 0.3, 0.5)  # the default, and what models may need besides
+OTHERS = 0.05  # of the tokens that are sampled, at most so many are others with a budget
 
 
 class Best(NamedTuple):
@@ -18,25 +22,43 @@ class Best(NamedTuple):
     means: dict[Candidate | None, Measured]
 
 
-def choose(rows: Sequence[Row]) -> Best:
+def choose(rows: Sequence[Row]) -> Candidate:
     """The cheapest candidate that is within one standard error of the best, over pairs (the
     one-standard-error rule of Breiman et al. 1984). They are judged by the mean of sqrt(KL / 2),
-    which bounds how often a sampled token is another one (Pinsker).
-
-    Answers hold where the chosen one is closer to full prefill than copies alone, that mean is
-    surely at most what ``--kvshare-shadow-floor`` leaves to other tokens, and its first tokens are
-    not surely less often those of full prefill than that asks for. Few prompts do not show the
-    former; the latter is lenient, since tokens that are as likely change places for no reason.
-    """
-    values = {arm: np.array([row[arm] for row in rows]) for arm in rows[0]}
-    means = {arm: Measured(*map(float, them.mean(axis=0))) for arm, them in values.items()}
-    off = {arm: np.sqrt(them[:, 0].clip(0) / 2) for arm, them in values.items() if arm is not None}
+    which bounds how often a sampled token is another one (Pinsker)."""
+    off = _off(rows)
     best = min(off, key=lambda arm: float(off[arm].mean()))
-    chosen = next(arm for arm in sorted(off) if _as_good(off[arm], off[best]))
-    same = round(means[chosen].agree * len(rows))
-    closer = means[chosen].kl < means[None].kl
+    return next(arm for arm in sorted(off) if _as_good(off[arm], off[best]))
+
+
+def judge(rows: Sequence[Row]) -> Best:
+    """Of one candidate with several budgets the least with which the mean of sqrt(KL / 2) is at
+    most ``OTHERS``, else the largest; and whether answers hold with it.
+
+    They hold where it is closer to full prefill than copies alone, that mean is surely at most what
+    ``--kvshare-shadow-floor`` leaves to other tokens, and its first tokens are not surely less
+    often those of full prefill than that asks for. Few prompts do not show the former; the latter
+    is lenient, since tokens that are as likely change places for no reason.
+    """
+    off = _off(rows)
+    found = means(rows)
+    by_budget = sorted(off, key=lambda arm: arm.budget)
+    chosen = next((arm for arm in by_budget if off[arm].mean() <= OTHERS), by_budget[-1])
+    same = round(found[chosen].agree * len(rows))
+    closer = found[chosen].kl < found[None].kl
     holds = closer and _surely_close(off[chosen]) and upper_bound(same, len(rows)) >= FLOOR
-    return Best(chosen, holds, means)
+    return Best(chosen, holds, found)
+
+
+def enough(rows: Sequence[Row]) -> bool:
+    """Whether one of their budgets is."""
+    return min(float(off.mean()) for off in _off(rows).values()) <= OTHERS
+
+
+def _off(rows: Sequence[Row]) -> dict[Candidate, np.ndarray]:
+    """By candidate, sqrt(KL / 2) of each prompt."""
+    arms = [arm for arm in rows[0] if arm is not None]
+    return {arm: np.sqrt(np.array([row[arm].kl for row in rows]).clip(0) / 2) for arm in arms}
 
 
 def _surely_close(off: np.ndarray) -> bool:
@@ -48,6 +70,13 @@ def _surely_close(off: np.ndarray) -> bool:
 def _as_good(mine: np.ndarray, best: np.ndarray) -> bool:
     more = mine - best
     return bool(more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
+
+
+def means(rows: Sequence[Row]) -> dict[Candidate | None, Measured]:
+    """Over prompts, by arm."""
+    return {
+        arm: Measured(*map(float, np.mean([row[arm] for row in rows], axis=0))) for arm in rows[0]
+    }
 
 
 def show(best: Best, prompts: int, *, layers: int) -> str:
@@ -64,4 +93,4 @@ def show(best: Best, prompts: int, *, layers: int) -> str:
 
 
 def _name(arm: Candidate, layers: int) -> str:
-    return f"probe layer {arm.layer(layers)}, stretch {arm.stretch}"
+    return f"probe layer {arm.layer(layers)}, stretch {arm.stretch}, budget {arm.budget:g}"

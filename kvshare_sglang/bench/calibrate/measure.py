@@ -18,10 +18,12 @@ STRETCHES = (0, KVShareConfig().stretch)
 
 
 class Candidate(NamedTuple):
-    """What is chosen: ``--kvshare-probe-at`` and ``--kvshare-stretch``. Orders by cost."""
+    """What is chosen: ``--kvshare-probe-at``, ``--kvshare-stretch`` and ``--kvshare-budget``. Those
+    of one budget order by cost."""
 
     probe_at: float
     stretch: int
+    budget: float = KVShareConfig().budget
 
     def layer(self, layers: int) -> int:
         return probe_layer(layers, self.probe_at)
@@ -72,6 +74,6 @@ def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | N
         row: Row = {None: judged(copied, "copy")}
         for one in among:
             lab.config = dataclasses.replace(config, **one._asdict())
-            done = lab.prefill(prompt.ids, plan, "trace", budget=config.budget, room=CONTINUED)
+            done = lab.prefill(prompt.ids, plan, "trace", budget=one.budget, room=CONTINUED)
             row[one] = judged(done, "trace")
     return row

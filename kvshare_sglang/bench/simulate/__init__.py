@@ -277,7 +277,8 @@ def compare_real(args: argparse.Namespace) -> int:
     prompts, _ = load.fitting(args, model)
     timed = load.timed(args, prompts, rate=args.rate)
     rows, all_costs = [], {}
-    for name, flags in (("plain", ()), ("kvshare", ("--kvshare",))):
+    same = ("--kvshare-budget", str(KVShareConfig().budget))  # as what is simulated
+    for name, flags in (("plain", ()), ("kvshare", ("--kvshare", *same))):
         one = Configuration(name, flags)
         with serve(load.spec(args, one, model.path)) as (server,):
             found = measured(args, server, model, reuse=bool(flags))

@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked_for(args: argparse.Namespace) -> tuple[dict[str, arms.Arm], KVShareConfig]:
-    """The arms, and the options of those that name none: what a server takes for the model."""
+    """The arms, and the options of those that name none: where a server's traces look. Budgets are
+    the arms' own: a server takes the model's."""
     if not all(0 < budget <= 1 for budget in args.budget):
         raise ScriptError(f"--budget must be in (0, 1], got {', '.join(map(str, args.budget))}")
     return arms.chosen(args.arm, args.budget), KVShareConfig(**options.measured(args.model))

@@ -60,6 +60,8 @@ def asked(
     """Prompts without end, each with so many more passages as ``filler``; other ones for each
     ``draw``. Raises ScriptError where there are too few passages, or none for the case."""
     make, count = TASKS[task]
+    if count == 1 and case.endswith(" far"):
+        raise ScriptError(f"--case {case} needs another passage, and {task} has one")
     fit = [p for p in pool if p.qas] if make is passages.qa else pool
     if len(fit) < 2 * count + filler:
         raise ScriptError(

@@ -112,6 +112,8 @@ def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
 
 def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
     lines = [line for line in lines if name in line["arms"]]
+    if cell["task"] not in OF_WORDS:
+        lines = [{**line, "arms": _without_f1(line["arms"])} for line in lines]
     mine = [line["arms"][name] for line in lines]
     row: dict[str, Any] = {
         **cell,
@@ -130,8 +132,6 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
     for key in MEANS:
         values = [one[key] for one in mine if key in one]
         row[key] = _mean(values) if values else None
-    if cell["task"] not in OF_WORDS:
-        row["f1"] = None
     for other in ("full", "copies"):  # prompt by prompt
         for key in ("right", "f1", "kl", "margin"):
             pairs = [(line["arms"][name], line["arms"].get(other, {})) for line in lines]
@@ -139,6 +139,10 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
             row[f"{key}_minus_{other}"] = _mean(apart) if apart else None
             row[f"{key}_minus_{other}_ci95"] = _ci(np.array(apart, float)) if apart else None
     return row
+
+
+def _without_f1(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {arm: {key: one[key] for key in one if key != "f1"} for arm, one in arms.items()}
 
 
 def _mean(values: Any) -> float:

@@ -7,7 +7,9 @@ from kvshare_sglang.bench.passages import Asked
 from kvshare_sglang.bench.server import Server
 from kvshare_sglang.bench.text.chat import WRITTEN, Texts
 
-ARMS: dict[str, Any] = {"ours": "auto", "copies": {"budget": 0.0}, "budget .3": {"budget": 0.3}}
+ARMS: dict[str, Any] = {"ours": "auto", "copies": {"budget": 0.0}} | {
+    f"budget {budget}": {"budget": float(budget)} for budget in (".15", ".3", ".5")
+}
 
 
 def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[str, Any]:
