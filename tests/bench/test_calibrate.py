@@ -1,5 +1,6 @@
 """Calibrating finds the layer that sees what an answer rests on, on a model where it is known."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -149,6 +150,15 @@ def test_the_command_writes_what_a_server_reads(
     assert (found.path.parent, found.probe_at, found.prompts) == (tmp_path, 0.25, 3)
     assert found.budget in BUDGETS
     assert str(found.path) in capsys.readouterr().out
+    # The reader needs no more than the default; of a model that does, each budget is measured.
+    told = json.loads(found.path.read_text())["candidates"]
+    assert {one["budget"] for one in told} == {BUDGETS[0]}
+    monkeypatch.setattr(calibrate, "enough", lambda rows: False)
+    assert main(argv) == 0
+    told = json.loads(found.path.read_text())["candidates"]
+    kls = {one["budget"]: one["kl"] for one in told if one["stretch"] == found.stretch}
+    assert list(kls) == list(BUDGETS)
+    assert kls[BUDGETS[-1]] <= kls[BUDGETS[0]]
 
 
 @pytest.mark.parametrize(

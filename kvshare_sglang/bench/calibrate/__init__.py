@@ -56,19 +56,15 @@ def run(args: argparse.Namespace) -> int:
     among = candidates(model, args.probe_at)
     until = started + 60 * args.minutes
     rows = collect(model, asked, among, deadline=until - 60 * args.minutes * MORE)
-    if len(rows) < FEWEST:
-        raise ScriptError(
-            f"{len(rows)} prompts were through after --minutes {args.minutes:g}, at least"
-            f" {FEWEST} are needed: give it more"
-        )
+    check_many(rows, args)
     chosen = choose(rows)
     mine: list[Row] = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
     if not enough(mine):
         # The same prompts, as many as there is time for, with more rows.
         among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
         more = collect(model, asked, among, deadline=until)
-        both = [row | wide for row, wide in zip(mine, more, strict=False)]
-        mine = both if len(both) >= FEWEST else mine
+        mine = [row | wide for row, wide in zip(mine, more, strict=False)]
+        check_many(mine, args)
     best = judge(mine)
     best = best._replace(means=means(rows) | best.means)
     name = args.model if args.model == models.FETCHED else folder.name
@@ -104,6 +100,15 @@ def collect(
             if time.monotonic() > deadline:
                 break
     return rows
+
+
+def check_many(rows: list[Row], args: argparse.Namespace) -> None:
+    """Raise ScriptError where too few prompts are through to say anything."""
+    if len(rows) < FEWEST:
+        raise ScriptError(
+            f"{len(rows)} prompts were through after --minutes {args.minutes:g}, at least"
+            f" {FEWEST} are needed: give it more"
+        )
 
 
 def _folder(name: str) -> Path:
