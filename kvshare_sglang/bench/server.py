@@ -97,9 +97,10 @@ class ServerSpec:
         whether or not it was measured: that is what is looked at."""
         if "--kvshare" not in self.args:
             return ()
-        if "--kvshare-calibration" not in self.args and models.is_made(self.model):
-            return ("--kvshare-calibration", "off")
-        return () if "--kvshare-default" in self.args else ("--kvshare-default", "auto")
+        named = any(arg.partition("=")[0] == "--kvshare-calibration" for arg in self.args)
+        has_no_answers = models.is_made(self.model) and not named
+        off = ("--kvshare-calibration", "off") if has_no_answers else ()
+        return ("--kvshare-default", "auto", *off)
 
     def environment(self) -> dict[str, str]:
         """Ours without any ``KVSHARE_*``: a server must be what its spec says, no more."""

@@ -39,5 +39,8 @@ def test_what_is_asked_for_stands_and_a_plain_server_is_told_nothing(made):
     assert command(made, "--kvshare", FLAG, "auto").count(FLAG) == 1
     for asked in ((DEFAULT, "exact"), (f"{DEFAULT}=exact",)):
         assert command(READER, "--kvshare", *asked)[-len(asked) :] == list(asked)
-    assert command(made, "--kvshare", f"{FLAG}=auto")[-1] == f"{FLAG}=auto"
+    said = command(made, "--kvshare", f"{FLAG}=auto")
+    assert said[-1] == f"{FLAG}=auto"
+    assert FLAG not in said
+    assert said[said.index(DEFAULT) + 1] == "auto"  # care is looked at, not the exact path
     assert not {FLAG, DEFAULT} & set(command(made))

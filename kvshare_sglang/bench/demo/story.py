@@ -92,11 +92,11 @@ class Scene(NamedTuple):
 
 def play(plain: Server, shared: Server) -> list[Scene]:
     """All acts, each server first in half of them."""
-    scenes = []
-    with common.Progress(len(acts())) as bar:
+    scenes, every = [], acts()
+    with common.Progress(len(every)) as bar:
         for server in (plain, shared):
             server.flush()
-        for i, act in enumerate(acts()):
+        for i, act in enumerate(every):
             bar.say(act.title)
             order = (plain, shared) if i % 2 == 0 else (shared, plain)
             told = {server.spec.name: ask(server, act) for server in order}

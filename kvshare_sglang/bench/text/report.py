@@ -37,6 +37,9 @@ def summary(folder: Path) -> list[dict[str, Any]]:
     for file in sorted(folder.glob("*.jsonl")):
         task, _, case = file.stem.partition("-")
         lines = [json.loads(line) for line in file.read_text().splitlines()]
+        if task not in OF_WORDS:
+            for one in (one for line in lines for one in line["arms"].values()):
+                one.pop("f1", None)
         names = list(dict.fromkeys(name for line in lines for name in line["arms"]))
         rows += [_row(lines, name, task=task, case=case) for name in names]
     return rows
@@ -112,8 +115,6 @@ def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
 
 def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
     lines = [line for line in lines if name in line["arms"]]
-    if cell["task"] not in OF_WORDS:
-        lines = [{**line, "arms": _without_f1(line["arms"])} for line in lines]
     mine = [line["arms"][name] for line in lines]
     row: dict[str, Any] = {
         **cell,
@@ -139,10 +140,6 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
             row[f"{key}_minus_{other}"] = _mean(apart) if apart else None
             row[f"{key}_minus_{other}_ci95"] = _ci(np.array(apart, float)) if apart else None
     return row
-
-
-def _without_f1(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {arm: {key: one[key] for key in one if key != "f1"} for arm, one in arms.items()}
 
 
 def _mean(values: Any) -> float:
