@@ -9,6 +9,7 @@ STEPS = (
     "kernels",
     "tune",
     "smoke",
+    "misses",
     "ttft",
     "partial",
     "choice",
@@ -16,7 +17,7 @@ STEPS = (
     "life",
     "profile",
 )
-ASKED = ("tune",)  # run only where they are named
+ASKED = ("tune", "misses")  # run only where they are named
 PAGES = (1, 16)
 # Each server has 16 GB of weights, 128 KiB of KV a token, and its graphs.
 TWO_SERVERS_GIB, THREE_SERVERS_GIB = 70, 110
@@ -79,6 +80,7 @@ def stages(
         # kernels to compile, the GPU idle: time to try shapes of ours.
         [Stage("env", 60), Stage("tune", 60)],
         [Stage("smoke", 200, backend) for backend in backends],
+        [Stage("misses", 150, first)],
         *([Stage("ttft", 210, first, what=what)] for what in arms),
         [*laws("partial", 150), *laws("choice", 150), *laws("exact", 150)],
         laws("life", 150),

@@ -59,6 +59,10 @@ def _work(stage: Stage, scratch: Path, device: str, note: Note) -> dict[str, Any
 
         numbers = scratch / f"{stage.name}.numbers.json"
         return ttft.run(numbers, device, stage.backend, stage.what, note)
+    if stage.step == "misses":
+        from kvshare_sglang.bench.gpu_visit import misses
+
+        return misses.run(device, stage.backend)
     if stage.step == "profile":
         from kvshare_sglang.bench.gpu_visit import profile
 
