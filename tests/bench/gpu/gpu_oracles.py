@@ -607,7 +607,7 @@ def _round(
     modes: dict[str, Any] = {}
     aborted: set[str] = set()
     for i in range(16):
-        rid = f"{prefix}-{i}"
+        rid = f"{prefix}-{i:02}"  # none begins another: SGLang aborts all that begin so
         prompts[rid] = _prompt(rng, passages, texts)
         modes[rid] = rng.choice([None, None, None, "exact", {"budget": 0.5}])
         script.append(
