@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backends", help="attention backends, the one that is timed first "
         "(default: flashinfer,triton; on cpu: torch_native)")  # fmt: skip
     add("--ttft", choices=("full", "short", "deep"), default="full",
-        help="short: 8k alone, 98%% cached; deep: 8k to 32k, by trace 5%% and 15%%")  # fmt: skip
+        help="short: 8k alone, 98%% cached; deep: 8k to 32k, by trace 5, 15 and 30%%")  # fmt: skip
     add("--seconds", type=float, default=540, help="time for all; what is late is skipped")
     add("--jobs", type=int, help="stages at a time where order is no matter (default: 6; cpu: 1)")
     add("--kit", type=Path, metavar="DIR",

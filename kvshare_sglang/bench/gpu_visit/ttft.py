@@ -81,11 +81,11 @@ def on_gpu(backend: str, arms: list[str], extent: str) -> list[str]:
     )
     return [
         *("--device", "cuda", "--model", "llama-8b", "--dummy-weights"),
-        *("--budget", "0.05,0.15" if deep and traced else "0.05"),
+        *("--budget", "0.05,0.15,0.3" if deep and traced else "0.05"),
         *("--sizes", ",".join(map(str, sizes))),
-        *("--reused", "0.98,0.9" if full or (deep and traced) else "0.98"),
+        *("--reused", "0.98,0.9" if full else "0.98"),
         *("--repeats", "2" if short else "3"),
-        *(("--miss-pairs", "16", "--tpot", "2") if full or traced else ("--miss-pairs", "0")),
+        *(("--miss-pairs", "60", "--tpot", "2") if full or traced else ("--miss-pairs", "0")),
         *("--chunk", str(longest), "--plain-chunk", str(longest)),
         *("--threads", "4", "--plain-threads", "4"),
         *("--max-total-tokens", str(int(2.3 * longest))),
