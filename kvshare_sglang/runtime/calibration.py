@@ -172,10 +172,16 @@ def settled(
 ) -> KVShareConfig:
     """The config of a server for ``model``, its ``calibration`` now the file that holds, or
     ``none``. Where nothing says that its answers hold, requests that say nothing get no reuse. What
-    the user has ``given`` stays. Raises StartError on a file that is broken or of another model."""
+    the user has ``given`` stays. Raises StartError on a file that is broken, or of another model or
+    selector."""
     if config.calibration == OFF:
         return config
     if config.select != "trace":  # of these nothing is measured
+        if config.calibration not in (AUTO, NONE):
+            raise StartError(
+                f"--kvshare-calibration {config.calibration} is of --kvshare-select trace, and"
+                f" --kvshare-select is {config.select}: drop one"
+            )
         config = dataclasses.replace(config, calibration=AUTO)
         return config if "default" in given else dataclasses.replace(config, default="exact")
     if config.calibration in (AUTO, NONE):

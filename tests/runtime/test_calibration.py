@@ -111,8 +111,9 @@ def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_car
     # nothing of a trace is measured for those that choose otherwise
     assert of(model, select="window") == KVShareConfig(select="window", default="exact")
     assert of(model, select="dhd", default="auto") == KVShareConfig(select="dhd")
-    path = write(home / "m.json", calibration.fingerprint(model))  # it is of a trace
-    assert of(model, select="dhd", calibration=str(path)) == of(model, select="dhd")
+    path = write(home / "m.json", calibration.fingerprint(model))
+    with pytest.raises(StartError, match="m.json is of --kvshare-select trace, .* is dhd: drop"):
+        of(model, select="dhd", calibration=str(path))
     said, is_warning = calibration.told(of(model, select="dhd"), layers=30, model="x")
     assert is_warning
     assert "dhd was not measured, only requests that ask for it reuse" in said
