@@ -65,6 +65,10 @@ class KVShareConfig:
     stretch: int = _option(
         6, "tokens on either side of one that is attended to that trace takes with it", 0, 64
     )
+    depends_at: float = _option(
+        0.0, "depth of the layer at which it is kept what cached tokens attended to, so that trace"
+        " knows which of them rest on text that is not with them any more (0: not kept)", 0, 1,
+    )  # fmt: skip
     window: int = _option(32, "tokens computed again after each edit, by window and dhd", 0, 4096)
     min_reuse: int = _option(
         64, "fewest tokens a request must save for reuse to be worth it", 1, 1 << 20

@@ -48,3 +48,36 @@ def attention_mass(
         over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))
         mass += over.sum(0)
     return mass / m
+
+
+def attention_profile(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    edges: torch.Tensor,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    """What each of the rows ``q`` [m, q_heads, dim] at ``positions`` [m] gives to the keys at
+    least ``edges`` [n] tokens behind it, the first one left out; mean over heads, fp32 [m, n].
+
+    ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row sees keys up to its own.
+    O(m * kv * heads), in bounded memory.
+    """
+    kv_heads = keys.shape[1]
+    group = q.shape[1] // kv_heads
+    by_head = keys.permute(1, 2, 0).to(q.dtype)
+    at = torch.arange(len(keys), device=q.device)
+    out = torch.empty((len(q), len(edges)), device=q.device)
+    size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
+    for first in range(0, len(q), size):
+        rows, here = q[first : first + size] * scaling, positions[first : first + size, None]
+        num = len(rows)
+        rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        weights = torch.bmm(rows, by_head).float().view(kv_heads * group, num, -1)
+        weights = weights.masked_fill_(at[None] > here, float("-inf")).softmax(dim=-1).mean(0)
+        weights[:, 0] = 0.0
+        up_to = weights.cumsum(-1)
+        last = here - edges[None]
+        out[first : first + size] = up_to.gather(1, last.clamp_min(0)) * (last >= 0)
+    return out

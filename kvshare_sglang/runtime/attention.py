@@ -43,7 +43,8 @@ class BackendReuse:
     ``batch``: of the forward pass that runs now, None between passes. Partial batches are attended
     by ``how``: the kernel for GPUs, or "blocks", torch's blocks on a CPU; or None: the backend
     itself, seeing ranges of rows as requests. ``plan``: what any of them needs for this batch.
-    ``recorded``: traced passes that can be replayed, if any. ``watches_entry``: whether a layer is
+    ``recorded``: traced passes that can be replayed, if any. ``profiles``: what rows attend to, if
+    that is kept. ``watches_entry``: whether a layer is
     looked at as it is entered. ``carries``: whether new text is carried on; not again once that
     failed.
     """
@@ -56,6 +57,7 @@ class BackendReuse:
     watches_entry: bool = False
     carries: bool = True
     recorded: Any = None
+    profiles: Any = None
 
     @property
     def own(self) -> bool:
@@ -89,13 +91,16 @@ def partial_class(kind: Any) -> type:
         ) -> Any:  # fmt: skip
             state = self.kvshare
             if state.batch is None or state.batch.rows is None:
-                return super().forward_extend(q, k, v, layer, fb, save_kv_cache=save_kv_cache, **kw)
+                out = super().forward_extend(q, k, v, layer, fb, save_kv_cache=save_kv_cache, **kw)
+                _profile(self, q, layer, fb)
+                return out
             pool = self.token_to_kv_pool
             if save_kv_cache and k is not None:
                 k, v = _store(pool, k, v, layer, fb)
             keep = _observe(self, q, k, v, layer, fb)
             if keep is not None:
                 q, k, v = q[keep], k[keep], v[keep]  # backends read fresh K and V from here
+            _profile(self, q, layer, fb)
             if not state.own:
                 return super().forward_extend(q, k, v, layer, state.plan, save_kv_cache=False, **kw)
             q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -203,6 +208,25 @@ def _observe(
     if isinstance(found, Stop):
         raise StopForward
     return None if found is None else _narrow(backend, fb, batch, found)
+
+
+def _profile(backend: Any, q: torch.Tensor, layer: "RadixAttention", fb: "ForwardBatch") -> None:
+    """Note what the batch's rows attend to, in the layer where that is kept. Passes of a trace are
+    none: their rows run again. K of the batch is in the pool."""
+    state: BackendReuse = backend.kvshare
+    batch = state.batch
+    if state.profiles is None or layer.layer_id != state.profiles.layer:
+        return
+    if batch is None or batch.rows is None:
+        lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
+        places = [torch.arange(start, start + length) for start, length in lengths]
+    elif batch.observer is None:
+        places = [torch.from_numpy(one.positions) for one in on_host(batch.rows)]
+    else:
+        return
+    keys = keys_of(backend, layer, fb.req_pool_indices)
+    rows = [(at, keys(i, int(at[-1]) + 1)) for i, at in enumerate(places)]
+    state.profiles.note(q, layer, fb.out_cache_loc, rows)
 
 
 def keys_of(

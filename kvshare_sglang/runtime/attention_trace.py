@@ -17,7 +17,7 @@ import torch
 from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
-from kvshare_sglang.runtime import attention, carry, repair, trace_on_device
+from kvshare_sglang.runtime import attention, carry, profiles, repair, trace_on_device
 from kvshare_sglang.runtime.batch import (
     BatchedRequest,
     BatchReuse,
@@ -60,7 +60,7 @@ class TraceStage:
         are left to run, those before it included, and run it. Where a trace goes wrong, every row
         of the batch runs."""
         try:
-            traces = self._traces(runner, repair_hits=True)
+            traces = self._traces(fb, runner, repair_hits=True)
             choose: Callable[..., Any] = self._choose
             run: Callable[..., Any] = self._run_chosen
             if trace_on_device.serves(traces, self.jobs, self.rows, runner):
@@ -75,19 +75,27 @@ class TraceStage:
             return forward(fb)
         return run(chosen, fb, runner, forward)
 
-    def _traces(self, runner: "ModelRunner", *, repair_hits: bool) -> list[Trace]:
+    def _traces(
+        self, fb: "ForwardBatch", runner: "ModelRunner", *, repair_hits: bool
+    ) -> list[Trace]:
         """By job. Without ``repair_hits`` no rows of a prefix hit are among their candidates."""
         page = runner.token_to_kv_pool_allocator.page_size
+        kept, table = profiles.of_runner(runner), runner.req_to_token_pool.req_to_token
         traces = []
         for job in self.jobs:
             spare = job.state.spare if repair_hits else None
             most_open = 0 if spare is None else len(spare) // page
+            prior = None
+            if kept is not None:
+                slots = table[fb.req_pool_indices[job.number], : job.plan.prompt_len]
+                prior = kept.prior(job.plan, slots)
             traces.append(
                 self.selector.trace(
                     job.plan,
                     budget=job.state.budget,
                     start=job.chunk.start,
                     most_open=most_open,
+                    prior=prior,
                 )
             )
         return traces
@@ -98,7 +106,7 @@ class TraceStage:
         try:
             return self._follow(traces, fb, runner, forward)
         except repair.NoSlots:  # ranges were merged over rows that others read
-            return self._follow(self._traces(runner, repair_hits=False), fb, runner, forward)
+            return self._follow(self._traces(fb, runner, repair_hits=False), fb, runner, forward)
 
     def _follow(
         self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward

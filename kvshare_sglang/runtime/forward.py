@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvshare_sglang.runtime import attention, decode, prefill, slices
+from kvshare_sglang.runtime import attention, decode, prefill, profiles, slices
 from kvshare_sglang.runtime.batch import BatchReuse
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
@@ -29,6 +29,9 @@ def hook_init_new(
     are on the forward stream, after every forward that wrote what we copy."""
     fb = original(cls, batch, runner, **kw)
     cache = getattr(batch, "tree_cache", None)
+    kept = profiles.of_runner(runner)
+    if kept is not None and fb.out_cache_loc is not None:
+        kept.forget(fb.out_cache_loc)
     if isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_extend():
         fb.kvshare_shadow = cache.shadow.watch(batch, fb)
         fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))

@@ -328,7 +328,14 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     Raises SeamError or UnsupportedError rather than build a cache without the rest of us.
     """
     from kvshare_sglang.policy.select.attention_trace import AttentionTrace, probe_layer
-    from kvshare_sglang.runtime import attention, copying, preflight, support, trace_graphs
+    from kvshare_sglang.runtime import (
+        attention,
+        copying,
+        preflight,
+        profiles,
+        support,
+        trace_graphs,
+    )
     from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache, prometheus_labels
     from kvshare_sglang.runtime.report import Report
     from kvshare_sglang.runtime.scheduler import accepts_blended
@@ -356,6 +363,7 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
     if isinstance(choosing.asked, AttentionTrace) and choosing.unserved is None:
         state = runner.attn_backend.kvshare
         state.recorded = trace_graphs.record(runner, probe_layer(layers, config.probe_at))
+        state.profiles = profiles.of_server(runner, config)
     logger.info("KVShare is on: %s", config)
     text, is_warning = calibration.told(config, layers=layers, model=server_args.model_path)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)

@@ -41,7 +41,7 @@ def serves(
         return False
     total = sum(one.num for one in rows)
     for trace, job in zip(traces, jobs, strict=True):
-        if trace.takes_shared or trace.first_candidate < job.chunk.start:
+        if trace.prior is not None or trace.takes_shared or trace.first_candidate < job.chunk.start:
             return False
         if trace.rows and trace.rows.start < job.chunk.start:
             return False

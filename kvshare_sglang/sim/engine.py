@@ -25,6 +25,7 @@ from kvshare_sglang.policy.select.base import (
     required_rows,
 )
 from kvshare_sglang.policy.select.baselines import Structural, TopRows, baseline
+from kvshare_sglang.policy.select.dependence import EDGES, outside
 from kvshare_sglang.policy.select.dhd import Dhd
 from kvshare_sglang.policy.select.window import Window
 from kvshare_sglang.radix_fuzzy.fingerprints import Tokens
@@ -112,9 +113,10 @@ class Model:
         *,
         check_layer: int = -1,
         choose: Callable[..., np.ndarray] | None = None,
+        watch: Callable[..., None] | None = None,
     ) -> tuple[torch.Tensor, list[np.ndarray]]:
         """Run ``rows`` (positions, ascending) over ``kv``, in place; hidden states of the last
-        layer's rows, normed, and the rows by layer.
+        layer's rows, normed, and the rows by layer. ``watch(layer, q, at)`` sees each.
 
         At ``check_layer`` ``choose(q, k, v, at, layer)`` says which of the rows go on.
         """
@@ -129,6 +131,8 @@ class Model:
                 x, at, q = x[keep], at[keep], q[keep]
             else:
                 kv.k[i, at], kv.v[i, at] = k, v
+            if watch is not None:
+                watch(i, q, at)
             x = self.after_attention(layer, x, self._attend(q, at, kv.k[i], kv.v[i]))
             by_layer.append(at.cpu().numpy())
         return self.norm(x), by_layer
@@ -197,6 +201,20 @@ class Model:
         hidden, _ = self.run(ids, kv, np.arange(len(ids)))
         return self.logits(hidden[-1]), kv
 
+    def profiled(self, ids: Tokens, layer: int) -> tuple[KV, np.ndarray]:
+        """The KV of full prefill, and what each row attended to in the layer: [tokens, EDGES]."""
+        kv = self.room(len(ids))
+        found: list[torch.Tensor] = []
+
+        def watch(number: int, q: torch.Tensor, at: torch.Tensor) -> None:
+            if number == layer:
+                edges = torch.tensor(EDGES, device=q.device)
+                keys, scaling = kv.k[layer], self.scaling
+                found.append(row_scores.attention_profile(q, at, keys, edges, scaling=scaling))
+
+        self.run(ids, kv, np.arange(len(ids)), watch=watch)
+        return kv, found[0].cpu().numpy().astype(np.float16)  # as servers keep it
+
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(hidden).float()
@@ -237,11 +255,27 @@ class Lab:
         self.model, self.config = model, config
         self.mirror = Mirror()
         self._kv: list[KV] = []
+        self._profiles: list[np.ndarray | None] = []
 
     def add(self, ids: Tokens, kv: KV | None = None) -> None:
-        """Cache a prompt, with the KV of full prefill where none is given."""
+        """Cache a prompt, with the KV of full prefill where none is given, and then with what its
+        rows attended to, if traces are to know that."""
         self.mirror.add(ids)
+        profile: np.ndarray | None = None
+        if kv is None and self.config.depends_at:
+            layer = probe_layer(len(self.model.layers), self.config.depends_at)
+            kv, profile = self.model.profiled(ids, layer)
         self._kv.append(self.model.full(ids)[1] if kv is None else kv)
+        self._profiles.append(profile)
+
+    def prior(self, plan: ReusePlan) -> np.ndarray | None:
+        """How much each copied row is likely to be off [prompt_len], as far as it is known."""
+        profiles = np.full((plan.prompt_len, len(EDGES)), np.nan)
+        for run in plan.runs:
+            profile = self._profiles[self.mirror.owner(run)]
+            if profile is not None and self.config.depends_at:
+                profiles[run.dst_start : run.dst_stop] = profile[run.src_start : run.src_stop]
+        return outside(plan, profiles)
 
     def selector(self, name: str, *, seed: int = 0) -> Selector:
         """The selector of that name, under the config's options; ``oracle`` chooses by the true
@@ -304,7 +338,7 @@ class Lab:
             return self._run(ids, kv, done, scores=scores, probed=(asked,))
         match chooser:
             case AttentionTrace():
-                trace = chooser.trace(plan, budget=budget)
+                trace = chooser.trace(plan, budget=budget, prior=self.prior(plan))
                 first = trace.rows
                 states: list[torch.Tensor] = []
                 probed = self._follow(trace, ids, kv, states)

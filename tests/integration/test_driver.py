@@ -58,8 +58,9 @@ def test_the_driver_does_what_the_server_does(name: str, models: Path, texts: Te
     [
         KVShareConfig(select="dhd", budget=0.25, seam=4, window=8),
         KVShareConfig(select="trace", budget=0.2, probe_at=0.34),
+        KVShareConfig(select="trace", budget=0.2, probe_at=0.34, depends_at=0.67),
     ],
-    ids=lambda config: config.select,
+    ids=lambda config: config.select + " depends" * bool(config.depends_at),
 )
 def test_the_server_chooses_and_computes_what_the_driver_does(
     name: str, config: KVShareConfig, models: Path, texts: Texts
@@ -122,7 +123,8 @@ def test_new_text_is_carried_on_beside_others(
 ) -> None:
     """Three in one batch, in mixed chunks beside one that decodes: one whose new text joins, one
     with too little of it, one that reuses nothing; each as the twin has it alone."""
-    path, config = make_model(models, "llama"), KVShareConfig(budget=0.2, probe_at=0.34)
+    path = make_model(models, "llama")
+    config = KVShareConfig(budget=0.2, probe_at=0.34, depends_at=0.67)
     a, b = texts.passage(200), texts.passage(170)
     source = texts.passage(14) + a + b  # whole pages: no more of it is kept
     prompts = {

@@ -112,7 +112,7 @@ def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_car
     assert of(model, select="window") == KVShareConfig(select="window", default="exact")
     assert of(model, select="dhd", default="auto") == KVShareConfig(select="dhd")
     path = write(home / "m.json", calibration.fingerprint(model))
-    with pytest.raises(StartError, match="m.json is of --kvshare-select trace, .* is dhd: drop"):
+    with pytest.raises(StartError, match=r"m\.json is of --kvshare-select trace, .* is dhd: drop"):
         of(model, select="dhd", calibration=str(path))
     said, is_warning = calibration.told(of(model, select="dhd"), layers=30, model="x")
     assert is_warning

@@ -47,6 +47,8 @@ ARMS = {
     "trace": Arm("trace"),
     "trace quarter": Arm("trace", {"probe_at": 0.25, "stretch": 0}),  # as it was before D84
     "trace alone": Arm("trace", {"stretch": 0}),
+    "trace half depends": Arm("trace", {"depends_at": 0.5}),
+    "trace depends": Arm("trace", {"depends_at": 0.69}),
     "trace refresh": Arm("trace", every=1),
     "deviation": Arm("oracle"),  # true deviation over all layers
     "rerun": Arm("rerun"),  # full prefill in two chunks: the noise of another order of sums
@@ -86,7 +88,12 @@ def reused(
     options of an arm that has no others, by default the server's."""
     ids = texts.ids(one.prompt)
     lab = Lab(model, config or KVShareConfig())
+    depths = {arm.options["depends_at"] for arm in arms.values() if "depends_at" in arm.options}
+    if depths:  # what is cached is profiled once
+        (depends_at,) = depths
+        lab.config = dataclasses.replace(lab.config, depends_at=depends_at)
     cached(lab, texts, one)
+    lab.config = config or KVShareConfig()
     true = truth(model, texts, ids, one)
     plan = reuse(lab, ids)
     return {"answers": one.answers, **compared(lab, texts, true, plan, arms, one=one, seed=seed)}

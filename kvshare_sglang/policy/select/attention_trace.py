@@ -22,6 +22,7 @@ from kvshare_sglang.policy.select.base import (
     rows_after_edits,
     rows_at_most,
 )
+from kvshare_sglang.policy.select.dependence import LEAST
 
 # One share of the row budget per backward step. The first step finds most rows, and what it
 # misses the later ones miss too, so it gets half.
@@ -58,6 +59,7 @@ class AttentionTrace(NamedTuple):
         start: int | None = None,
         most_open: int | None = None,
         shares: Sequence[float] = SHARES,
+        prior: np.ndarray | None = None,
     ) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them
         follow edits: nothing attends to rows that meant another thing there.
@@ -65,7 +67,7 @@ class AttentionTrace(NamedTuple):
         ``start``: the rows before it have KV by now, by default those of the prefix hit. Where a
         prompt came in chunks, those that were copied and the new text computed over copies may run
         once more, and where a prefix hit has open rows, ``most_open`` of these, by default what the
-        budget buys of them.
+        budget buys of them. ``prior`` [prompt_len]: see ``Trace``.
         """
         start = plan.prefix_len if start is None else start
         required = self.required(plan, start)
@@ -91,6 +93,7 @@ class AttentionTrace(NamedTuple):
             shared=(shared.mask(plan.prompt_len), repaired),
             shares=shares,
             stretch=self.stretch,
+            prior=prior,
             asks_once=not plan.runs and start == plan.prefix_len,
         )
 
@@ -111,8 +114,10 @@ class Trace:
     the last of them, pay to the prompt there. At the end ``chosen`` holds ``count`` of the
     candidates (bool [prompt_len]): those ``at_first``, and of the rest ``shares[i]`` from step
     ``i``. ``shared``: of these candidates only so many may be chosen. ``stretch``: see ``spread``.
-    ``asks_once``: the question's lower layers run once, see ``carried``. ``ran``: rows of all
-    passes so far.
+    ``prior`` [prompt_len]: how much a row is likely to be off (``dependence.py``), which counts as
+    much as the square root of the attention to it: a row that nobody looks at may be wrong, and one
+    that is right may be looked at. ``asks_once``: the question's lower layers run once, see
+    ``carried``. ``ran``: rows of all passes so far.
     """
 
     def __init__(
@@ -126,9 +131,11 @@ class Trace:
         shared: tuple[np.ndarray, int] | None = None,
         shares: Sequence[float] = SHARES,
         stretch: int = 0,
+        prior: np.ndarray | None = None,
         asks_once: bool = False,
     ) -> None:
         self._candidates = candidates.copy()
+        self.prior = prior
         self.stretch = stretch
         self._left = count
         self._shared, self._left_shared = shared or (np.zeros(len(candidates), bool), 0)
@@ -205,6 +212,8 @@ class Trace:
         count = math.ceil(self._left * (self._shares[0] / sum(self._shares)))
         where = np.flatnonzero(self._candidates)
         wide = spread(np.where(self._candidates, mass, 0), self.stretch)
+        if self.prior is not None:
+            wide = self.prior * np.sqrt(wide + LEAST)
         order = where[np.lexsort((-mass[where], -wide[where]))]
         shared = self._shared[order]
         order = order[~shared | (np.cumsum(shared) <= self._left_shared)]
