@@ -99,3 +99,22 @@ def attention_mass(
         )
         out[:seen] += weights.amax(0) if strongest_head else weights.mean(0)
     return out / len(q)
+
+
+def attention_profile(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    edges: torch.Tensor,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    """What each row gives to keys at least ``edges`` [n] behind it, but for the first key: mean
+    over heads. fp64 [rows, n]."""
+    out = torch.zeros(len(q), len(edges), dtype=torch.float64)
+    for r in range(len(q)):
+        one = slice(r, r + 1)
+        mass = attention_mass(q[one], positions[one], keys, scaling=scaling)
+        for i, edge in enumerate(edges.tolist()):
+            out[r, i] = mass[1 : max(int(positions[r]) - edge + 1, 1)].sum()
+    return out

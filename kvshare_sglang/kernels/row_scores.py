@@ -15,6 +15,7 @@ def deviation(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
 
 
 _AT_ONCE = 1 << 23  # attention weights in memory at a time, fp32
+_ROWS = 128  # of a profile at a time: they look at keys up to the last of them
 
 
 def attention_mass(
@@ -61,23 +62,23 @@ def attention_profile(
     """What each of the rows ``q`` [m, q_heads, dim] at ``positions`` [m] gives to the keys at
     least ``edges`` [n] tokens behind it, the first one left out; mean over heads, fp32 [m, n].
 
-    ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row sees keys up to its own.
-    O(m * kv * heads), in bounded memory.
+    ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row, of which positions ascend,
+    sees keys up to its own. O(m * kv * heads), in bounded memory.
     """
     kv_heads = keys.shape[1]
     group = q.shape[1] // kv_heads
     by_head = keys.permute(1, 2, 0).to(q.dtype)
     at = torch.arange(len(keys), device=q.device)
     out = torch.empty((len(q), len(edges)), device=q.device)
-    size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
+    size = max(1, min(_AT_ONCE // (q.shape[1] * len(keys)), _ROWS))
     for first in range(0, len(q), size):
         rows, here = q[first : first + size] * scaling, positions[first : first + size, None]
-        num = len(rows)
+        num, seen = len(rows), int(here[-1]) + 1  # of keys behind the last row none is looked at
         rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
-        weights = torch.bmm(rows, by_head).float().view(kv_heads * group, num, -1)
-        weights = weights.masked_fill_(at[None] > here, float("-inf")).softmax(dim=-1).mean(0)
-        weights[:, 0] = 0.0
-        up_to = weights.cumsum(-1)
+        weights = torch.bmm(rows, by_head[..., :seen]).float().view(kv_heads * group, num, -1)
+        weights = weights.masked_fill_(at[None, :seen] > here, float("-inf")).softmax(dim=-1)
+        mean = weights.mean(0)
+        mean[:, 0] = 0.0
         last = here - edges[None]
-        out[first : first + size] = up_to.gather(1, last.clamp_min(0)) * (last >= 0)
+        out[first : first + size] = mean.cumsum(-1).gather(1, last.clamp_min(0)) * (last >= 0)
     return out

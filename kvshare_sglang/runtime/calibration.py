@@ -34,7 +34,9 @@ _NO_MATTER = ("_name_or_path", "transformers_version")  # of a config.json
 class Calibration(NamedTuple):
     """A measured model. ``check``: means over ``prompts`` prompts, by arm (``trace``, ``copies``):
     ``kl`` to full prefill along its continuation, ``agree`` of first tokens. ``budget``: the least
-    with which answers stay; ``holds``: whether they were good enough with it."""
+    with which answers stay; ``holds``: whether they were good enough with it. ``depends``: where
+    it is better that traces know what the sources attended to, the depth at which, and the budget
+    with which answers hold then."""
 
     path: Path
     fingerprint: str
@@ -44,6 +46,7 @@ class Calibration(NamedTuple):
     holds: bool
     prompts: int
     check: dict[str, dict[str, float]]
+    depends: tuple[float, float] | None = None
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,13 +92,15 @@ def file_name(model: str, mark: str) -> str:
 
 def as_json(
     model: str, mark: str, *, probe_at: float, stretch: int, budget: float, holds: bool,
-    prompts: int, check: dict[str, dict[str, float]], **more: Any,
+    prompts: int, check: dict[str, dict[str, float]],
+    depends: dict[str, float] | None = None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A calibration as its file holds it; ``more`` is for who reads it."""
+    """A calibration as its file holds it; ``more`` is for who reads it. ``depends``: ``at`` and
+    ``budget``, ``kl`` and ``agree``."""
     return {
         "form": FORM, "recipe": RECIPE, "plugin": __version__, "model": model,
         "fingerprint": mark, "probe_at": probe_at, "stretch": stretch, "budget": budget,
-        "holds": holds, "prompts": prompts, "check": check, **more,
+        "holds": holds, "prompts": prompts, "check": check, "depends": depends, **more,
     }  # fmt: skip
 
 
@@ -122,9 +127,14 @@ def read(path: Path) -> Calibration:
             for arm in ("trace", "copies")
         }
         prompts, mark = int(found["prompts"]), str(found["fingerprint"])
-        for name in ("probe_at", "budget"):
-            if isinstance(found[name], bool) or not 0 <= found[name] <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {found[name]!r}")
+        depends = found.get("depends")  # in none that was written before there was such a thing
+        if depends is not None:
+            check["depends"] = {name: float(depends[name]) for name in ("kl", "agree")}
+        shares = {name: found[name] for name in ("probe_at", "budget")}
+        shares |= {f"depends {name}": depends[name] for name in ("at", "budget") if depends}
+        for name, value in shares.items():
+            if isinstance(value, bool) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
         if not isinstance(holds, bool):
             raise ValueError(f"holds must be true or false, got {holds!r}")
     except KeyError as error:
@@ -132,7 +142,8 @@ def read(path: Path) -> Calibration:
     except (TypeError, ValueError) as error:
         raise StartError(f"calibration {path} is broken: {error}") from None
     budget = float(found["budget"])
-    return Calibration(path, mark, float(probe_at), stretch, budget, holds, prompts, check)
+    both = None if depends is None else (float(depends["at"]), float(depends["budget"]))
+    return Calibration(path, mark, float(probe_at), stretch, budget, holds, prompts, check, both)
 
 
 def find(model: str, revision: str | None = None) -> Calibration | None:
@@ -168,12 +179,13 @@ def named(path: Path, model: str, revision: str | None = None) -> Calibration:
 
 
 def settled(
-    config: KVShareConfig, *, given: Collection[str], model: str, revision: str | None = None
-) -> KVShareConfig:
+    config: KVShareConfig, *, given: Collection[str], model: str, revision: str | None = None,
+    on_cpu: bool = False,
+) -> KVShareConfig:  # fmt: skip
     """The config of a server for ``model``, its ``calibration`` now the file that holds, or
     ``none``. Where nothing says that its answers hold, requests that say nothing get no reuse. What
     the user has ``given`` stays. Raises StartError on a file that is broken, or of another model or
-    selector."""
+    selector. ``on_cpu``: whether it can be kept there what rows attended to."""
     if config.calibration == OFF:
         return config
     if config.select != "trace":  # of these nothing is measured
@@ -191,7 +203,9 @@ def settled(
     says: dict[str, Any] = {"calibration": NONE if found is None else str(found.path)}
     if found is not None:
         says |= {"probe_at": found.probe_at, "stretch": found.stretch, "budget": found.budget}
-    if found is None or not found.holds:
+    if found is not None and found.depends and on_cpu and "depends_at" not in given:
+        says["depends_at"], says["budget"] = found.depends
+    elif found is None or not found.holds:
         care = min(1.0, UNMEASURED_BUDGET * config.budget)
         says |= {"default": "exact", "budget": max(care, says.get("budget", 0.0))}
     mine = {name: value for name, value in says.items() if name not in given}
@@ -202,6 +216,8 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     """What a server of a settled config says of it at start, and whether that is a warning."""
     layer = f"probe layer {probe_layer(layers, config.probe_at)} of {layers}"
     here = f"{layer}, stretch {config.stretch}, budget {config.budget:g}"
+    if config.depends_at:
+        here += f", what sources attended to in layer {probe_layer(layers, config.depends_at)}"
     who = "only requests that ask for it reuse" if config.default == "exact" else "all reuse"
     if config.calibration == OFF:
         return f"KVShare: answers were not looked at: {here}", False
@@ -213,12 +229,13 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
             f" ({here}). Measure it: python -m kvshare_sglang.bench calibrate {model}"
         ), True
     found = read(Path(config.calibration))
-    trace, copies = found.check["trace"], found.check["copies"]
+    with_sources = found.depends and config.depends_at == found.depends[0]
+    trace, copies = found.check["depends" if with_sources else "trace"], found.check["copies"]
     said = (
         f"{here}; KL to full prefill {trace['kl']:.2g} (copies alone {copies['kl']:.2g}), the same"
         f" first token in {trace['agree']:.0%} of {found.prompts} prompts"
     )
-    if found.holds:
+    if found.holds or with_sources:
         return f"KVShare is calibrated: {said} ({found.path})", False
     return (
         f"KVShare is calibrated, but answers suffered: {who} (--kvshare-default): {said}"

@@ -296,6 +296,7 @@ USED = (
     ),
     Used(f"{_SRT}.entrypoints.http_server", "app", "wrapped: bad headers are a 400"),
     Used(f"{_SRT}.entrypoints.engine.Engine", "server_args_class", "rebound: Engine(kvshare=True)"),
+    Used(f"{_SRT}.utils", "get_device", "called: which budget a calibration says"),
     Used(_ROTARY, "_compute_cos_sin_cache", "called: cos and sin in fp32"),
     *(
         Used(_REQ, name, "written: blended tokens are not cached ones", True)

@@ -86,6 +86,7 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
         given=given,
         model=str(values.get("model_path")),
         revision=values.get("revision"),
+        on_cpu=versions.device_of(values.get("device")) == "cpu",
     )
 
 

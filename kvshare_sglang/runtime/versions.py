@@ -33,6 +33,19 @@ def sglang_version() -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def device_of(named: str | None) -> str:
+    """The kind of device that a server runs on, ``named`` or the one that SGLang takes by itself;
+    empty where it finds none, which it says itself."""
+    if named:
+        return str(named).partition(":")[0]
+    from sglang.srt.utils import get_device
+
+    try:
+        return str(get_device()).partition(":")[0]
+    except RuntimeError:
+        return ""
+
+
 def check_version() -> None:
     """Raise UnsupportedError for an SGLang outside the supported range.
 

@@ -13,7 +13,14 @@ from tiny_models import DEAD, with_a_dead_layer
 
 from kvshare_sglang.bench import calibrate
 from kvshare_sglang.bench.__main__ import main
-from kvshare_sglang.bench.calibrate.choice import BUDGETS, OTHERS, choose, judge, means
+from kvshare_sglang.bench.calibrate.choice import (
+    BUDGETS,
+    OTHERS,
+    choose,
+    is_better,
+    judge,
+    means,
+)
 from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row, candidates
 from kvshare_sglang.bench.calibrate.prompts import prompts
 from kvshare_sglang.bench.models import READER
@@ -72,6 +79,25 @@ def of_one(kls: list[float], *, agree: int, copies: float = 9) -> list[Row]:
         {None: Measured(copies, copies, 0, 0.1), DEEP: Measured(kl, kl, float(i < agree), 0.2)}
         for i, kl in enumerate(kls)
     ]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "better"),
+    [
+        ([1.0, 2, 3, 4], [1.1, 2.2, 3.3, 4.4], True),  # on each prompt, however little
+        ([1.0, 2, 3, 4], [1.0, 2, 3, 4], False),
+        ([1.1, 2.2, 3.3, 4.4], [1.0, 2, 3, 4], False),
+        ([1.0, 4, 1, 4], [4.0, 1.0, 4, 1.1], False),  # within the noise
+        ([1.0, 2, 3], [1.1, 2.2, 3.3, 4.4], True),  # fewer prompts: those that both have
+    ],
+)
+def test_better_is_what_is_closer_beyond_the_noise_of_the_pairs(
+    mine: list[float], theirs: list[float], better: bool
+) -> None:
+    def of(kls: list[float]) -> list[Row]:
+        return [{None: row[None], DEEP: row[DEEP]} for row in rows(9, shallow=kls, deep=kls)]
+
+    assert is_better(of(mine), of(theirs)) is better
 
 
 @given(st.lists(st.tuples(*[st.floats(0, 0.02)] * len(BUDGETS)), min_size=3, max_size=12))
@@ -139,6 +165,7 @@ def test_the_command_writes_what_a_server_reads(
     monkeypatch.setenv(calibration.FOLDER, str(tmp_path))
     monkeypatch.setattr(calibration, "BUILT_IN", tmp_path / "nothing")
     monkeypatch.setattr(calibrate, "FEWEST", 3)
+    monkeypatch.setattr(calibrate, "is_better", lambda mine, theirs: False)
     argv = ["calibrate", str(READER), "--n", "3", "--probe-at", "0.25", "--threads", "1"]
     assert calibration.find(str(READER)) is None
     assert main([*argv, "--minutes", "0"]) == 1
@@ -159,6 +186,19 @@ def test_the_command_writes_what_a_server_reads(
     kls = {one["budget"]: one["kl"] for one in told if one["stretch"] == found.stretch}
     assert list(kls) == list(BUDGETS)
     assert kls[BUDGETS[-1]] <= kls[BUDGETS[0]]
+    assert json.loads(found.path.read_text())["depends"] is None
+    # where it is better to know what the sources attended to, servers on CPUs are told
+    monkeypatch.setattr(calibrate, "enough", lambda rows: True)
+    monkeypatch.setattr(calibrate, "is_better", lambda mine, theirs: True)
+    capsys.readouterr()
+    assert main(argv) == 0
+    told = json.loads(found.path.read_text())
+    assert told["depends"]["at"] in calibrate.DEPENDS
+    assert sum(one["depends_at"] > 0 for one in told["candidates"]) == 1
+    config = calibration.settled(KVShareConfig(), given=(), model=str(READER), on_cpu=True)
+    assert (config.depends_at, config.budget) == (told["depends"]["at"], BUDGETS[0])
+    assert config.probe_at == 0.25
+    assert "; on CPUs probe layer 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

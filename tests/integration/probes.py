@@ -661,3 +661,31 @@ def uses(child: Any) -> list[float]:
     """What the text of each segment's first node counts as used."""
     segments = child.cache.fuzzy._segments.values()
     return [s.payload.nodes[0].kvshare.frequency.uses for s in segments]
+
+
+def keep_profiles(child: Any) -> None:
+    """Of requests whose KV is kept, also what their rows attended to, answers included."""
+    read, child.profiles = child.read_kv, {}
+
+    def both(req: Any) -> Any:
+        row = req.kv.req_pool_idx if hasattr(req.kv, "req_pool_idx") else req.req_pool_idx
+        known = len(req.origin_input_ids) + len(req.output_ids) - 1
+        slots = child.scheduler.req_to_token_pool.req_to_token[row, :known]
+        child.profiles[req.rid] = child.runner.attn_backend.kvshare.profiles.of(slots)
+        return read(req)
+
+    child.read_kv = both
+
+
+def profiles(child: Any, rid: str) -> Any:
+    return child.profiles[rid]
+
+
+def break_profiles(child: Any) -> None:
+    """What rows attend to cannot be noted."""
+    from kvshare_sglang.kernels import row_scores
+
+    def attention_profile(*args: Any, **kw: Any) -> None:
+        raise RuntimeError("as a test wants it")
+
+    row_scores.attention_profile = attention_profile

@@ -5,7 +5,7 @@ import torch
 from tolerances import TOL
 
 from kvshare_sglang.kernels import reference
-from kvshare_sglang.kernels.row_scores import attention_mass, deviation
+from kvshare_sglang.kernels.row_scores import attention_mass, attention_profile, deviation
 
 
 def test_deviation_is_the_relative_distance():
@@ -32,6 +32,19 @@ def test_attention_mass_is_the_mean_softmax_over_rows_and_heads(
     torch.testing.assert_close(found.double(), want, **TOL[torch.float32])
     if not strongest_head:
         assert float(found.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("at_once", [1 << 23, 1, 80])
+def test_a_profile_is_what_a_row_gives_to_keys_so_far_behind_it(at_once, monkeypatch):
+    monkeypatch.setattr("kvshare_sglang.kernels.row_scores._AT_ONCE", at_once)
+    torch.manual_seed(2)
+    q, keys, at = torch.randn(4, 4, 8), torch.randn(9, 2, 8), torch.tensor([0, 4, 6, 8])
+    edges = torch.tensor([0, 1, 2, 4, 8, 16])
+    found = attention_profile(q, at, keys, edges, scaling=0.3)
+    want = reference.attention_profile(q, at, keys, edges, scaling=0.3)
+    torch.testing.assert_close(found.double(), want, **TOL[torch.float32])
+    assert found[0].tolist() == [0] * 6  # of the first row all goes to the first key
+    assert found[:, -1].tolist() == [0] * 4
 
 
 def test_the_references_are_right_where_the_answer_is_known():

@@ -43,9 +43,9 @@ def write(path: Path, mark: str, **more: Any) -> Path:
     return path
 
 
-def of(model: Path | str, **flags: Any) -> KVShareConfig:
+def of(model: Path | str, *, device: str = "cpu", **flags: Any) -> KVShareConfig:
     """The config that a server gets."""
-    values = {"kvshare": True, "model_path": str(model)}
+    values = {"kvshare": True, "model_path": str(model), "device": device}
     values |= {f"kvshare_{name}": value for name, value in flags.items()}
     config = launch.config_from(values, eviction_given=False)
     assert config is not None
@@ -136,6 +136,34 @@ def test_a_model_whose_answers_suffered_is_as_one_that_was_never_measured(
     assert "probe layer 12 of 30" in said
 
 
+def test_what_sources_attended_to_is_known_where_it_was_better_and_can_be_kept(
+    model: Path, home: Path
+) -> None:
+    mark = calibration.fingerprint(model)
+    depends = {"at": 0.7, "budget": 0.15, "kl": 0.002, "agree": 0.99}
+    write(home / calibration.file_name("model", mark), mark, depends=depends)
+    config = of(model)
+    assert (config.depends_at, config.budget, config.default) == (0.7, 0.15, "auto")
+    said, is_warning = calibration.told(config, layers=31, model="x")
+    assert not is_warning
+    assert "budget 0.15, what sources attended to in layer 21; KL to full prefill 0.002" in said
+    # elsewhere, or where the user says no, it is as if there were no such thing
+    for config in (of(model, device="cuda"), of(model, depends_at=0.0)):
+        assert (config.depends_at, config.budget) == (0.0, 0.2)
+        said, _ = calibration.told(config, layers=31, model="x")
+        assert "what sources attended to" not in said
+        assert "KL to full prefill 0.01" in said
+    assert of(model, budget=0.4).budget == 0.4
+    # answers that suffer without it hold with it
+    write(home / calibration.file_name("model", mark), mark, depends=depends, holds=False)
+    assert (of(model).default, of(model).budget) == ("auto", 0.15)
+    assert of(model, device="cuda").default == "exact"
+    assert not calibration.told(of(model), layers=31, model="x")[1]
+    # and where it was no better the file says so
+    write(home / calibration.file_name("model", mark), mark, depends=None)
+    assert of(model).depends_at == 0
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -153,6 +181,12 @@ def test_a_model_whose_answers_suffered_is_as_one_that_was_never_measured(
         ({"check": None}, "is broken"),
         ({"prompts": "many"}, "is broken"),
         ({"stretch": "far"}, "is broken"),
+        ({"depends": {"at": 0.5}}, "lacks 'kl'"),
+        ({"depends": 0.5}, "is broken"),
+        (
+            {"depends": {"at": 3, "budget": 0.1, "kl": 0, "agree": 1}},
+            "depends at must be in \\[0, 1\\], got 3",
+        ),
     ],
 )
 def test_a_file_that_is_broken_or_of_another_model_ends_the_start(

@@ -1,20 +1,30 @@
 """Measure what reuse does to a model's answers, and where its traces should look: a server's file.
 
 Prompts are made of prose in Python's own documentation, in the model's own chat. Each is served by
-full prefill, by copies alone, and by a trace with each candidate layer and stretch, then by the
-best of these with each budget, in plain torch over the plug-in's own selectors. Ends when all are
-through, or when ``--minutes`` are over.
+full prefill, by copies alone, and by a trace with each candidate layer and stretch; then by the
+best of these with each budget, and by one that knows what the sources attended to, in plain torch
+over the plug-in's own selectors. Ends when all are through, or when ``--minutes`` are over.
 """
 
 import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 from kvshare_sglang.bench import common, models, options
-from kvshare_sglang.bench.calibrate.choice import BUDGETS, choose, enough, judge, means, show
+from kvshare_sglang.bench.calibrate.choice import (
+    BUDGETS,
+    Best,
+    choose,
+    enough,
+    is_better,
+    judge,
+    means,
+    show,
+)
 from kvshare_sglang.bench.calibrate.measure import Candidate, Row, candidates, measure
 from kvshare_sglang.bench.calibrate.prompts import Prompt, prompts
 from kvshare_sglang.bench.common import ScriptError
@@ -24,6 +34,8 @@ from kvshare_sglang.sim.engine import Model
 DEPTHS = (0.15, 0.25, 0.35, 0.5, 0.65)
 FEWEST = 12  # prompts, or nothing is chosen
 MORE = 0.3  # of the time for budgets, where the default is not enough
+DEPENDS = (0.5, 0.69)  # depths at which it is looked at what the sources attended to
+THEIRS = 0.3  # of the time for that
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,35 +67,77 @@ def run(args: argparse.Namespace) -> int:
     asked = prompts(folder, args.n, longest=len(model.table))
     among = candidates(model, args.probe_at)
     until = started + 60 * args.minutes
-    rows = collect(model, asked, among, deadline=until - 60 * args.minutes * MORE)
+    later = until - 60 * args.minutes * THEIRS
+    rows = collect(model, asked, among, deadline=later - 60 * args.minutes * MORE)
     check_many(rows, args)
     chosen = choose(rows)
     mine: list[Row] = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
     if not enough(mine):
         # The same prompts, as many as there is time for, with more rows.
         among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
-        more = collect(model, asked, among, deadline=until)
+        more = collect(model, asked, among, deadline=later)
         mine = [row | wide for row, wide in zip(mine, more, strict=False)]
         check_many(mine, args)
     best = judge(mine)
+    depends = of_sources(model, asked, chosen, rows, deadline=until)
     best = best._replace(means=means(rows) | best.means)
     name = args.model if args.model == models.FETCHED else folder.name
     if (folder.parent.name, folder.parent.parent.name[:8]) == ("snapshots", "models--"):
         name = folder.parent.parent.name.removeprefix("models--")  # of Hugging Face's cache
     args.out = args.out or calibration.home() / calibration.file_name(name, mark)
     written = calibration.as_json(
-        name, mark, **best.chosen._asdict(), holds=best.holds, prompts=len(mine),
+        name, mark, probe_at=best.chosen.probe_at, stretch=best.chosen.stretch,
+        budget=best.chosen.budget, holds=best.holds, prompts=len(mine),
+        depends=None if depends is None else {
+            "at": depends.chosen.depends_at, "budget": depends.chosen.budget,
+            **depends.means[depends.chosen]._asdict(),
+        },
         check={"trace": best.means[best.chosen]._asdict(), "copies": best.means[None]._asdict()},
         candidates=[
-            {**arm._asdict(), **mean._asdict()} for arm, mean in best.means.items() if arm
+            {**arm._asdict(), **mean._asdict()}
+            for arm, mean in (best.means | (depends.means if depends else {})).items()
+            if arm
         ],
         env=common.environment(device=args.device, dtype=args.dtype),
     )  # fmt: skip
     common.write_json(args.out, written)
-    print(show(best, len(mine), layers=len(model.layers)))
+    print(show(best, len(mine), layers=len(model.layers), depends=depends))
     print(f"calibration: {args.out}")
     common.write_result(args, {"calibration": written})
     return 0
+
+
+def of_sources(
+    model: Model, asked: list[Prompt], chosen: Candidate, rows: list[Row], *, deadline: float
+) -> Best | None:
+    """The chosen trace, knowing what the sources attended to: the better depth, and the least
+    budget with which answers hold. None where it is no better, or they do not."""
+    plain = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
+    spans = np.linspace(time.monotonic(), deadline, len(DEPENDS) + 2)[1:]
+    found = {}
+    for depth, until in zip(DEPENDS, spans, strict=False):
+        found[depth] = collect(model, asked, [chosen._replace(depends_at=depth)], deadline=until)
+    if min(map(len, found.values())) < FEWEST:
+        return None
+
+    def off(depth: float) -> float:
+        arm = chosen._replace(depends_at=depth)
+        return float(np.mean([np.sqrt(max(row[arm].kl, 0)) for row in found[depth]]))
+
+    depth = min(DEPENDS, key=off)
+    mine = found[depth]
+    if not is_better(mine, plain):
+        return None
+    if not enough(mine):
+        among = [
+            chosen._replace(depends_at=depth, budget=budget)
+            for budget in BUDGETS
+            if budget > chosen.budget
+        ]
+        more = collect(model, asked, among, deadline=deadline)
+        mine = [row | wide for row, wide in zip(mine, more, strict=False)]
+    best = judge(mine)
+    return best if best.holds else None
 
 
 def collect(

@@ -8,9 +8,10 @@ import numpy as np
 from kvshare_sglang.bench import common
 from kvshare_sglang.bench.calibrate.measure import Candidate, Measured, Row
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.policy.select.attention_trace import probe_layer
 from kvshare_sglang.policy.shadow import FLOOR, Z, upper_bound
 
-BUDGETS = (KVShareConfig().budget, 0.3, 0.5)  # the default, and what models may need besides
+BUDGETS = (KVShareConfig().budget, 0.2, 0.3, 0.5)  # the default, and what models may need besides
 OTHERS = 0.05  # of the tokens that are sampled, at most so many are others with a budget
 
 
@@ -50,6 +51,15 @@ def judge(rows: Sequence[Row]) -> Best:
     return Best(chosen, holds, found)
 
 
+def is_better(mine: Sequence[Row], theirs: Sequence[Row]) -> bool:
+    """Whether the one candidate of some prompts is closer to full prefill than the one of the same
+    prompts beside them, by more than one standard error of the pairs."""
+    (off,), (other,) = _off(mine).values(), _off(theirs).values()
+    num = min(len(off), len(other))
+    less = other[:num] - off[:num]
+    return bool(less.mean() > less.std(ddof=1) / np.sqrt(num))
+
+
 def enough(rows: Sequence[Row]) -> bool:
     """Whether one of their budgets is."""
     return min(float(off.mean()) for off in _off(rows).values()) <= OTHERS
@@ -79,18 +89,21 @@ def means(rows: Sequence[Row]) -> dict[Candidate | None, Measured]:
     }
 
 
-def show(best: Best, prompts: int, *, layers: int) -> str:
+def show(best: Best, prompts: int, *, layers: int, depends: Best | None) -> str:
     rows = [
         {"arm": "copies alone" if arm is None else _name(arm, layers), **mean._asdict()}
-        for arm, mean in best.means.items()
+        for arm, mean in (best.means | (depends.means if depends else {})).items()
     ]
     table = common.columns(
         rows, arm="{arm}", KL="{kl:.4f}", of_the_first_token="{kl_first:.4f}",
         same_first_token="{agree:.1%}", FLOPs="{computed:.0%}",
     )  # fmt: skip
     verdict = "answers hold" if best.holds else "answers suffer: only requests that ask reuse"
-    return f"{table}\n{prompts} prompts: {_name(best.chosen, layers)}; {verdict}"
+    text = f"{table}\n{prompts} prompts: {_name(best.chosen, layers)}; {verdict}"
+    return text + (f"; on CPUs {_name(depends.chosen, layers)}" if depends else "")
 
 
 def _name(arm: Candidate, layers: int) -> str:
-    return f"probe layer {arm.layer(layers)}, stretch {arm.stretch}, budget {arm.budget:g}"
+    depends = f", depends {probe_layer(layers, arm.depends_at)}" if arm.depends_at else ""
+    probe = f"probe layer {arm.layer(layers)}, stretch {arm.stretch}"
+    return f"{probe}, budget {arm.budget:g}{depends}"

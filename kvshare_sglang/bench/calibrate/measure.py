@@ -18,12 +18,13 @@ STRETCHES = (0, KVShareConfig().stretch)
 
 
 class Candidate(NamedTuple):
-    """What is chosen: ``--kvshare-probe-at``, ``--kvshare-stretch`` and ``--kvshare-budget``. Those
-    of one budget order by cost."""
+    """What is chosen: ``--kvshare-probe-at``, ``--kvshare-stretch``, ``--kvshare-budget`` and
+    ``--kvshare-depends-at``. Those of one budget order by cost."""
 
     probe_at: float
     stretch: int
     budget: float = KVShareConfig().budget
+    depends_at: float = 0.0
 
     def layer(self, layers: int) -> int:
         return probe_layer(layers, self.probe_at)
@@ -49,8 +50,9 @@ Row = dict[Candidate | None, Measured]  # by arm; None: copies alone
 
 
 def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | None:
-    """What each arm gives; None where nothing is reused."""
-    config = KVShareConfig(select="trace")
+    """What each arm gives; None where nothing is reused. All look at the sources alike."""
+    (depends_at,) = {one.depends_at for one in among}
+    config = KVShareConfig(select="trace", depends_at=depends_at)
     lab = Lab(model, config)
     for ids in prompt.cached:
         lab.add(ids)

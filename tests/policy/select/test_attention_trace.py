@@ -276,3 +276,28 @@ def test_what_is_carried_on_is_new_text_that_neither_asks_nor_was_found(wish, se
     with mock.patch.object(attention_trace, "CARRIED_FROM", 1):
         assert trace.carried() == new
     assert not new - SELECTOR.rows(wish.plan, trace)
+
+
+@given(wishes(), st.floats(0.01, 10), st.integers(0, 2**32 - 1))
+def test_a_prior_that_is_the_same_for_all_rows_changes_nothing(wish, same, seed):
+    prior = np.full(wish.plan.prompt_len, same)
+    plain, known = trace_of(wish), trace_of(wish, prior=prior)
+    finished(plain, np.random.default_rng(seed))
+    finished(known, np.random.default_rng(seed))
+    assert plain.chosen == known.chosen
+
+
+@given(wishes(), st.integers(0, 2**32 - 1))
+def test_of_rows_that_get_the_same_attention_those_go_that_rest_on_other_text(wish, seed):
+    """And rows that rest on nothing else only where no others are left."""
+    rng = np.random.default_rng(seed)
+    prior = rng.permutation(wish.plan.prompt_len) * rng.integers(0, 2, wish.plan.prompt_len) * 1.0
+    trace = trace_of(wish, prior=prior, shares=(1.0,))
+    at_first, free = trace.chosen, trace.candidates.copy()
+    if not trace.done:
+        trace.feed(np.ones(trace.length))
+    taken = (trace.chosen - at_first).positions
+    left = np.flatnonzero(free & ~trace.chosen.mask(trace.length))
+    shared = wish.plan.blend.open.mask(trace.length) if wish.plan.blend else free & False
+    taken, left = taken[~shared[taken]], left[~shared[left]]  # of those only so many may go
+    assert prior[taken].min(initial=np.inf) >= prior[left].max(initial=-np.inf)

@@ -1,0 +1,110 @@
+"""What rows attended to is kept by slot: each row's own, whoever had the slot before."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Texts
+from lab import lab, request
+from tiny_models import make_model
+
+from kvshare_sglang.policy.select.attention_trace import probe_layer
+from kvshare_sglang.policy.select.dependence import outside
+from kvshare_sglang.sim.engine import Lab as Driver
+from kvshare_sglang.sim.engine import Model
+
+DEPTH = 0.67
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"chunked_prefill_size": 64, "enable_mixed_chunk": True}, {"page_size": 16}],
+    ids=["whole", "chunks of 64, mixed", "pages of 16"],
+)
+def test_each_row_of_a_prompt_has_its_own_and_answers_have_none(
+    models: Path, texts: Texts, more: dict[str, Any]
+) -> None:
+    """In a pool that is used up again and again; a half of the prompts begin as others did."""
+    path = make_model(models, "llama")
+    model = Model(path)
+    layer = probe_layer(len(model.layers), DEPTH)
+    head = texts.passage(50)
+    settings: dict[str, Any] = {"max_total_tokens": 1024, "kvshare_depends_at": DEPTH, **more}
+    with lab(path, kvshare=True, kvshare_select="trace", **settings) as it:
+        it.ask("probes:keep_profiles")
+        for turn in range(8):
+            prompts = {f"{turn}-{i}": head * (i % 2) + texts.passage(60 + 40 * i) for i in range(3)}
+            answers = it.play(
+                [
+                    [
+                        request(rid, prompt, new=9, kvshare="exact", keep="kv")
+                        for rid, prompt in prompts.items()
+                    ]
+                ]
+            )
+            for rid, prompt in prompts.items():
+                found = it.ask("probes:profiles", rid)
+                ids = np.array(prompt + answers[rid]["output"][:-1], np.int32)
+                own, written = model.profiled(ids, layer)[1], np.isnan(found)
+                assert not written[: len(prompt)].any()
+                # in mixed chunks a row of an answer is one of a prefill batch
+                assert more.get("enable_mixed_chunk") or written[len(prompt) :].all()
+                np.testing.assert_allclose(np.where(written, own, found), own, atol=2e-3)
+
+
+def test_a_copy_has_its_sources_and_a_row_that_runs_its_own(models: Path, texts: Texts) -> None:
+    """In chunks too, where the sources may be gone when the trace asks. A fault in it is no fault
+    of the request's."""
+    path = make_model(models, "llama")
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(14) + a + b
+    prompt = texts.passage(20) + b + a + texts.passage(30)
+    ids = np.array(prompt, np.int32)
+    for chunk in (4096, 128):
+        with lab(
+            path, kvshare=True, kvshare_select="trace", kvshare_depends_at=DEPTH,
+            chunked_prefill_size=chunk,
+        ) as it:  # fmt: skip
+            it.ask("probes:keep_profiles")
+            it.play([request("source", source, new=1, keep="kv")])
+            of_source = it.ask("probes:profiles", "source")
+            answer = it.play([request("copy", prompt, new=1, keep="kv")])["copy"]["kvshare"]
+            found = it.ask("probes:profiles", "copy")
+        assert answer["copied_tokens"] > 200
+        same = sum(
+            int((found[run.dst_start : run.dst_stop] == of_source[run.src_start : run.src_stop])
+                .all(1).sum())
+            for run in _plan(path, source, ids).runs
+        )  # fmt: skip
+        assert same == answer["copied_tokens"]
+        assert not np.isnan(found).any()
+
+
+def _plan(path: Path, source: list[int], ids: np.ndarray) -> Any:
+    from kvshare_sglang.config import KVShareConfig
+
+    driver = Driver(Model(path), KVShareConfig(depends_at=DEPTH))
+    driver.add(np.array(source, np.int32))
+    plan = driver.plan(ids)
+    prior = driver.prior(plan)
+    assert prior is not None
+    assert outside(plan, np.full((len(ids), 19), np.nan)) is None
+    return plan
+
+
+def test_where_it_cannot_be_noted_requests_go_on_without(models: Path, texts: Texts) -> None:
+    path = make_model(models, "llama")
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(11) + a + b
+    prompt = texts.passage(20) + b + a + texts.passage(30)
+    told = []
+    for depth in (0.0, DEPTH):
+        with lab(path, kvshare=True, kvshare_select="trace", kvshare_depends_at=depth) as it:
+            if depth:
+                it.ask("probes:break_profiles")
+            it.one(source, new=1)
+            told.append(it.one(prompt, new=6))
+    assert told[0]["output"] == told[1]["output"]
+    assert told[0]["kvshare"] == told[1]["kvshare"]
+    assert told[1]["kvshare"]["declined"] is None
