@@ -60,11 +60,11 @@ RUNTIME_ORDER = (
     ("versions", "report", "calibration"),
     ("hooks", "request"),
     ("batch", "doors", "cache.eviction", "cache.index_sync", "shadow"),
+    ("profiles",),
     (
         "attention",
         "copying",
         "probe",
-        "profiles",
         "slices",
         "cache.sources",
         "cache.branches",

@@ -211,22 +211,26 @@ def _observe(
 
 
 def _profile(backend: Any, q: torch.Tensor, layer: "RadixAttention", fb: "ForwardBatch") -> None:
-    """Note what the batch's rows attend to, in the layer where that is kept. Passes of a trace are
-    none: their rows run again. K of the batch is in the pool."""
+    """Note what the batch's rows attend to, in the layer where that is kept; K of the batch is in
+    the pool. Rows of a trace's pass run again, but for new text that is carried on. A fault ends it
+    for the server, and nothing else."""
     state: BackendReuse = backend.kvshare
     batch = state.batch
     if state.profiles is None or layer.layer_id != state.profiles.layer:
         return
-    if batch is None or batch.rows is None:
-        lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
-        places = [torch.arange(start, start + length) for start, length in lengths]
-    elif batch.observer is None:
-        places = [torch.from_numpy(one.positions) for one in on_host(batch.rows)]
-    else:
+    if batch is not None and batch.observer is not None and batch.entry is None:
         return
-    keys = keys_of(backend, layer, fb.req_pool_indices)
-    rows = [(at, keys(i, int(at[-1]) + 1)) for i, at in enumerate(places)]
-    state.profiles.note(q, layer, fb.out_cache_loc, rows)
+    try:
+        if batch is None or batch.rows is None:
+            lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
+            places = [torch.arange(start, start + length) for start, length in lengths]
+        else:
+            places = [torch.from_numpy(one.positions) for one in on_host(batch.rows)]
+        keys = keys_of(backend, layer, fb.req_pool_indices)
+        rows = [(at, keys(i, int(at[-1]) + 1)) for i, at in enumerate(places) if len(at)]
+        state.profiles.note(q, layer, fb.out_cache_loc, rows)
+    except Exception:
+        state.profiles.give_up()
 
 
 def keys_of(

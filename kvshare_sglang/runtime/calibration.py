@@ -132,6 +132,8 @@ def read(path: Path) -> Calibration:
             check["depends"] = {name: float(depends[name]) for name in ("kl", "agree")}
         shares = {name: found[name] for name in ("probe_at", "budget")}
         shares |= {f"depends {name}": depends[name] for name in ("at", "budget") if depends}
+        if depends is not None and not depends["at"]:
+            raise ValueError(f"depends at must be above 0, got {depends['at']!r}")
         for name, value in shares.items():
             if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
@@ -216,7 +218,7 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     """What a server of a settled config says of it at start, and whether that is a warning."""
     layer = f"probe layer {probe_layer(layers, config.probe_at)} of {layers}"
     here = f"{layer}, stretch {config.stretch}, budget {config.budget:g}"
-    if config.depends_at:
+    if config.depends_at and config.select == "trace":
         here += f", what sources attended to in layer {probe_layer(layers, config.depends_at)}"
     who = "only requests that ask for it reuse" if config.default == "exact" else "all reuse"
     if config.calibration == OFF:
@@ -229,7 +231,7 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
             f" ({here}). Measure it: python -m kvshare_sglang.bench calibrate {model}"
         ), True
     found = read(Path(config.calibration))
-    with_sources = found.depends and config.depends_at == found.depends[0]
+    with_sources = found.depends == (config.depends_at, config.budget)
     trace, copies = found.check["depends" if with_sources else "trace"], found.check["copies"]
     said = (
         f"{here}; KL to full prefill {trace['kl']:.2g} (copies alone {copies['kl']:.2g}), the same"

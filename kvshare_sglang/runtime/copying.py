@@ -8,6 +8,7 @@ import torch
 
 from kvshare_sglang.kernels import ops, rope_shift
 from kvshare_sglang.plan import Range, Run
+from kvshare_sglang.runtime import profiles
 from kvshare_sglang.runtime.batch import together
 from kvshare_sglang.runtime.request import RequestReuse
 
@@ -84,11 +85,15 @@ def joined(parts: list[Copy]) -> Copy:
 
 
 def copy_kv(runner: Any, rows: Copy, *, first_layer: int = 0) -> None:
-    """Copy K and V of ``rows`` from ``first_layer`` on, all layers at once where a kernel can."""
+    """Copy K and V of ``rows`` from ``first_layer`` on, all layers at once where a kernel can, and
+    what is known of them."""
     _, keys, values, backend = _buffers(runner)
     rotary = _rotary(runner)
     how: dict[str, Any] = {"is_neox": rotary.is_neox_style, "first_layer": first_layer}
     ops.copy_kv(keys, values, *rows, _rope_table(rotary), **how, backend=backend)
+    kept = profiles.of_runner(runner)
+    if kept is not None:
+        kept.copy(rows.src_slots, rows.dst_slots)
 
 
 def warm_up(runner: Any) -> None:

@@ -86,8 +86,15 @@ def config_from(values: dict[str, Any], *, eviction_given: bool) -> KVShareConfi
         given=given,
         model=str(values.get("model_path")),
         revision=values.get("revision"),
-        on_cpu=versions.device_of(values.get("device")) == "cpu",
+        on_cpu=_keeps_profiles(values),
     )
+
+
+def _keeps_profiles(values: dict[str, Any]) -> bool:
+    """Whether traces will choose rows on a CPU, as far as is known before the model is loaded."""
+    lora = values.get("enable_lora") or values.get("lora_paths")
+    eight_bits = str(values.get("kv_cache_dtype") or "auto").startswith("fp8")
+    return versions.device_of(values.get("device")) == "cpu" and not lora and not eight_bits
 
 
 def build(make: Callable[[], Any], config: KVShareConfig | None, values: dict[str, Any]) -> Any:

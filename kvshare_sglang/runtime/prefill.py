@@ -13,7 +13,7 @@ from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace
 from kvshare_sglang.policy.select.base import Sees
 from kvshare_sglang.policy.select.dhd import Dhd
-from kvshare_sglang.runtime import copying, profiles, support
+from kvshare_sglang.runtime import copying, support
 from kvshare_sglang.runtime.attention_trace import TraceStage
 from kvshare_sglang.runtime.batch import BatchedRequest, BatchReuse, cut_tokens, few_enough, pads
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
@@ -209,10 +209,6 @@ def _copy(
         copying.copy_kv(runner, copying.joined(now))
     if later and not scores:
         copying.copy_kv(runner, copying.joined(later))
-    kept = profiles.of_runner(runner)
-    if kept is not None:
-        for part in (*now, *later):
-            kept.copy(part.src_slots, part.dst_slots)
     if not later or not scores:
         return None
     # Up to the check layer every row is fresh; there the copies are only compared.

@@ -50,21 +50,21 @@ class Profiles:
         rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:  # fmt: skip
         """What a batch's rows attend to: ``q`` [rows, heads * dim], ``slots`` [rows]; by request
-        its positions [n] and the keys up to the last of them. A fault ends it for the server."""
+        its positions [n] and the keys up to the last of them."""
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        try:
-            base = 0
-            for at, keys in rows:
-                mine = slice(base, base + len(at))
-                found = row_scores.attention_profile(
-                    q[mine], at, keys, self._edges, scaling=layer.scaling
-                )
-                self._by_slot[slots[mine].numpy()] = found.numpy()
-                base += len(at)
-        except Exception:
-            logger.exception("KVShare could not note what rows attend to; it goes on without")
-            self.layer = -1
-            self._by_slot[:] = np.nan
+        base = 0
+        for at, keys in rows:
+            mine = slice(base, base + len(at))
+            how: dict[str, Any] = {"scaling": layer.scaling}
+            found = row_scores.attention_profile(q[mine], at, keys, self._edges, **how)
+            self._by_slot[slots[mine].numpy()] = found.numpy()
+            base += len(at)
+
+    def give_up(self) -> None:
+        """After a fault, in whose handler it is called: nothing is known, and nothing noted."""
+        logger.exception("KVShare could not note what rows attend to; it goes on without")
+        self.layer = -1
+        self._by_slot[:] = np.nan
 
     def prior(self, plan: ReusePlan, slots: torch.Tensor) -> np.ndarray | None:
         """How much the prompt's copied rows are likely to be off; ``slots`` [prompt_len]."""

@@ -9,7 +9,7 @@ from conftest import Texts
 from lab import lab, request
 from tiny_models import make_model
 
-from kvshare_sglang.policy.select.attention_trace import probe_layer
+from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM, probe_layer
 from kvshare_sglang.policy.select.dependence import outside
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
@@ -79,6 +79,53 @@ def test_a_copy_has_its_sources_and_a_row_that_runs_its_own(models: Path, texts:
         )  # fmt: skip
         assert same == answer["copied_tokens"]
         assert not np.isnan(found).any()
+
+
+def test_new_text_that_is_carried_on_has_its_own(models: Path, texts: Texts) -> None:
+    """It runs the layer in the first pass of the trace alone, where it is below the probe layer."""
+    path = make_model(models, "llama")
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(14) + a + b
+    prompt = b + texts.passage(CARRIED_FROM) + a + texts.passage(30)
+    depths = {"kvshare_depends_at": 0.34, "kvshare_probe_at": DEPTH}
+    with lab(path, kvshare=True, kvshare_select="trace", **depths) as it:
+        it.ask("probes:keep_profiles")
+        it.one(source, new=1)
+        it.play([request("copy", prompt, new=1, keep="kv")])
+        rows = it.ask("probes:layer_rows")[-1]
+        found = it.ask("probes:profiles", "copy")
+    assert rows[-1] - rows[-3] >= CARRIED_FROM  # they joined in the middle
+    assert not np.isnan(found).any()
+
+
+def test_rows_that_are_repaired_in_slots_of_their_own_have_what_is_known_of_them(
+    models: Path, texts: Texts
+) -> None:
+    """With pages of 16 the rest of a page moves along. The slots are those of a text that was
+    evicted, and what is known of that is no one else's."""
+    path = make_model(models, "llama")
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(14) + a + b
+    first = texts.passage(20) + b + a + texts.passage(30)
+    turn = first + texts.passage(120)
+    with lab(
+        path, kvshare=True, kvshare_select="trace", kvshare_depends_at=DEPTH, page_size=16,
+        max_total_tokens=2048,
+    ) as it:  # fmt: skip
+        it.ask("probes:keep_profiles")
+        for _ in range(4):  # so that all slots had another row
+            it.one(texts.passage(500), new=1, kvshare="exact")
+        it.one(source, new=1)
+        it.play([request("first", first, new=1, keep="kv")])
+        before = it.ask("probes:profiles", "first")
+        answer = it.play([request("turn", turn, new=1, keep="kv")])["turn"]["kvshare"]
+        found = it.ask("probes:profiles", "turn")
+    assert answer["repaired_tokens"] > 0
+    known = len(first) // 16 * 16
+    same = (found[:known] == before[:known]).all(1)
+    # but for the rows that ran again
+    assert known - same.sum() <= answer["repaired_tokens"] + 16
+    assert not np.isnan(found).any()
 
 
 def _plan(path: Path, source: list[int], ids: np.ndarray) -> Any:

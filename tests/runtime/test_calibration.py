@@ -154,6 +154,14 @@ def test_what_sources_attended_to_is_known_where_it_was_better_and_can_be_kept(
         assert "what sources attended to" not in said
         assert "KL to full prefill 0.01" in said
     assert of(model, budget=0.4).budget == 0.4
+    said, _ = calibration.told(of(model, budget=0.4), layers=31, model="x")
+    assert "KL to full prefill 0.01" in said  # with this budget it was not measured
+    # nor where other selectors choose
+    for more in ({"enable_lora": True}, {"lora_paths": ["a"]}, {"kv_cache_dtype": "fp8_e5m2"}):
+        values = {"kvshare": True, "model_path": str(model), "device": "cpu", **more}
+        config = launch.config_from(values, eviction_given=False)
+        assert config is not None
+        assert (config.depends_at, config.budget) == (0.0, 0.2)
     # answers that suffer without it hold with it
     write(home / calibration.file_name("model", mark), mark, depends=depends, holds=False)
     assert (of(model).default, of(model).budget) == ("auto", 0.15)
@@ -183,6 +191,7 @@ def test_what_sources_attended_to_is_known_where_it_was_better_and_can_be_kept(
         ({"stretch": "far"}, "is broken"),
         ({"depends": {"at": 0.5}}, "lacks 'kl'"),
         ({"depends": 0.5}, "is broken"),
+        ({"depends": {"at": 0, "budget": 0.1, "kl": 0, "agree": 1}}, "at must be above 0, got 0"),
         (
             {"depends": {"at": 3, "budget": 0.1, "kl": 0, "agree": 1}},
             "depends at must be in \\[0, 1\\], got 3",

@@ -113,18 +113,20 @@ def of_sources(
     """The chosen trace, knowing what the sources attended to: the better depth, and the least
     budget with which answers hold. None where it is no better, or they do not."""
     plain = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
-    spans = np.linspace(time.monotonic(), deadline, len(DEPENDS) + 2)[1:]
+    depths = [depth for depth in DEPENDS if depth >= chosen.probe_at]
+    spans = np.linspace(time.monotonic(), deadline, len(depths) + 2)[1:]
     found = {}
-    for depth, until in zip(DEPENDS, spans, strict=False):
+    for depth, until in zip(depths, spans, strict=False):
         found[depth] = collect(model, asked, [chosen._replace(depends_at=depth)], deadline=until)
-    if min(map(len, found.values())) < FEWEST:
+    num = min(map(len, found.values()), default=0)  # all are judged by the same prompts
+    if num < FEWEST:
         return None
 
     def off(depth: float) -> float:
         arm = chosen._replace(depends_at=depth)
-        return float(np.mean([np.sqrt(max(row[arm].kl, 0)) for row in found[depth]]))
+        return float(np.mean([np.sqrt(max(row[arm].kl, 0)) for row in found[depth][:num]]))
 
-    depth = min(DEPENDS, key=off)
+    depth = min(depths, key=off)
     mine = found[depth]
     if not is_better(mine, plain):
         return None
@@ -136,7 +138,10 @@ def of_sources(
         ]
         more = collect(model, asked, among, deadline=deadline)
         mine = [row | wide for row, wide in zip(mine, more, strict=False)]
+    if len(mine) < FEWEST:
+        return None
     best = judge(mine)
+    best = best._replace(means={arm: mean for arm, mean in best.means.items() if arm})
     return best if best.holds else None
 
 

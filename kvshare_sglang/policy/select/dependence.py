@@ -18,6 +18,7 @@ from kvshare_sglang.plan import Join, ReusePlan, Run
 
 EDGES = (0, *(1 << i for i in range(18)))  # distances in tokens, 0 and powers of two to 131,072
 NEAR = 64  # tokens by which an edit may move what is behind it, and that still be the same text
+RANGES = 8  # of what stays in front of a run that are looked at one by one
 LEAST = 1e-6  # attention that any row is taken to get
 
 _EDGES = np.array([0.5, *EDGES[1:]])  # in whose logarithm is interpolated
@@ -45,15 +46,21 @@ def beyond(profiles: np.ndarray, distances: np.ndarray, at: np.ndarray) -> np.nd
 def outside(plan: ReusePlan, profiles: np.ndarray) -> np.ndarray | None:
     """By position of the prompt, what a copied row gave to text of its source that does not stand
     before it here. ``profiles`` [prompt_len, EDGES] is NaN where nothing is known: such rows count
-    as the others do on average. None where nothing is known of any. O(rows + runs^2)."""
+    as the others do on average. None where nothing is known of any. O(rows + runs^2), the latter
+    for a comparison of two runs."""
     found = np.full(plan.prompt_len, np.nan)
+    stays = [(0, plan.prefix_len)] if plan.prefix_len else []  # of the text that goes on
     for i, run in enumerate(plan.runs):
+        match run.join:
+            case Join.SEAM:
+                stays = _moved_with(run, plan.runs[:i])
+            case Join.SAME:
+                stays = [(0, run.src_start)]
+            case Join.ON:  # the same text stands between them
+                stays = [*stays, (max((stop for _, stop in stays), default=0), run.src_start)]
         here = profiles[run.dst_start : run.dst_stop]
-        at = np.arange(run.src_start, run.src_stop)
-        away = beyond(here, at - run.src_start + 1, at)  # to all before the run
-        for start, stop in _with(run, plan.runs[:i], plan.prefix_len):
-            away -= beyond(here, at - stop + 1, at) - beyond(here, at - start + 1, at)
-        found[run.dst_start : run.dst_stop] = away.clip(0)
+        found[run.dst_start : run.dst_stop] = _to_others(run, here, stays)
+        stays = [*stays, (run.src_start, run.src_stop)]
     known = ~np.isnan(found)
     if not known.any():
         return None
@@ -61,12 +68,42 @@ def outside(plan: ReusePlan, profiles: np.ndarray) -> np.ndarray | None:
     return found
 
 
-def _with(run: Run, before: Sequence[Run], prefix_len: int) -> list[tuple[int, int]]:
-    """Ranges of its source that stand before the run here as they stood before it there: runs of
-    the same source, and the prefix hit where the run goes on behind an edit of that text."""
-    goes_on = run.join is not Join.SEAM and abs(run.shift) <= NEAR
-    ranges = [(0, min(prefix_len, run.src_start))] if prefix_len and goes_on else []
-    return ranges + [
+def _to_others(run: Run, profiles: np.ndarray, stays: Sequence[tuple[int, int]]) -> np.ndarray:
+    """What the run's rows gave to text before it, but for the ranges of its source that stay."""
+    ranges = _joined(stays, before=run.src_start)
+    edges = [run.src_start, *(edge for pair in ranges for edge in pair)]
+    at = np.arange(run.src_start, run.src_stop)
+    rows = len(at)
+    distances = (at - np.array(edges)[:, None] + 1).ravel()
+    count = len(edges)
+    given = beyond(np.tile(profiles, (count, 1)), distances, np.tile(at, count)).reshape(
+        count, rows
+    )
+    away = given[0].copy()  # to all that is before ``edges[i]``
+    for i in range(1, count, 2):
+        away -= given[i + 1] - given[i]
+    return np.asarray(away.clip(0))
+
+
+def _joined(ranges: Sequence[tuple[int, int]], *, before: int) -> list[tuple[int, int]]:
+    """The ranges up to ``before``, in order, those that touch as one; the nearest ``RANGES``, the
+    first of which takes in all that is before it."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((start, min(stop, before)) for start, stop in ranges):
+        if start >= stop:
+            continue
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    if len(found) <= RANGES:
+        return found
+    return [(found[0][0], found[-RANGES][1]), *found[1 - RANGES :]]
+
+
+def _moved_with(run: Run, before: Sequence[Run]) -> list[tuple[int, int]]:
+    """Of a passage that moved and was edited, what stands before the run here as there."""
+    return [
         (one.src_start, one.src_stop)
         for one in before
         if one.source == run.source

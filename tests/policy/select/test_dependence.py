@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_sglang.plan import Join, ReusePlan, Run
-from kvshare_sglang.policy.select.dependence import EDGES, beyond, outside
+from kvshare_sglang.policy.select.dependence import EDGES, RANGES, beyond, outside
 
 
 def profiles_of(attention: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -105,6 +105,67 @@ def test_a_prefix_hit_is_there_where_the_run_goes_on_behind_an_edit(
     first = 0 if all_of_it else 64
     exact = weights[at, first : run.src_start].sum(1)
     about(found[run.dst_start : run.dst_stop], exact)
+
+
+def given_by(weights: np.ndarray, *runs: Run, tokens: int) -> np.ndarray:
+    """Profiles of the runs' rows in the prompt, from attention in their one source."""
+    of_source = profiles_of(weights, np.arange(len(weights)))
+    profiles = np.full((tokens, len(EDGES)), np.nan)
+    for run in runs:
+        profiles[run.dst_start : run.dst_stop] = of_source[run.src_start : run.src_stop]
+    return profiles
+
+
+def test_what_goes_on_is_the_text_before_it_whatever_segments_hold_it() -> None:
+    """A passage moved; behind an edit of it its text goes on in another segment of the path, and
+    behind that, with text between that is no run, as in the cache."""
+    weights = attention(np.random.default_rng(4), 300)
+    moved = Run(1, 64, 10, 32)
+    behind = Run(2, 104, 50, 60, join=Join.EDIT)
+    later = Run(3, 200, 146, 50, join=Join.ON)
+    runs = (moved, behind, later)
+    found = outside(plan(*runs, prompt_len=200), given_by(weights, *runs, tokens=200))
+    assert found is not None
+    for run in (behind, later):
+        at = np.arange(run.src_start, run.src_stop)
+        exact = weights[at, :64].sum(1) + weights[at, 96:104].sum(1)
+        about(found[run.dst_start : run.dst_stop], exact)
+
+
+def test_behind_all_that_was_before_it_nothing_is_outside() -> None:
+    weights = attention(np.random.default_rng(5), 300)
+    run = Run(1, 100, 100, 60, join=Join.SAME)
+    found = outside(plan(run, prompt_len=200), given_by(weights, run, tokens=200))
+    assert found is not None
+    assert (found == 0).all()
+
+
+def test_a_passage_that_moved_is_no_part_of_the_prefix_hit() -> None:
+    """Behind it its text goes on after an edit: the prefix is as foreign to that as to itself."""
+    weights = attention(np.random.default_rng(6), 300)
+    moved, behind = Run(1, 130, 120, 50), Run(1, 190, 182, 60, join=Join.EDIT)
+    of_prompt = plan(moved, behind, prompt_len=250, prefix_len=100)
+    found = outside(of_prompt, given_by(weights, moved, behind, tokens=250))
+    assert found is not None
+    at = np.arange(behind.src_start, behind.src_stop)
+    exact = weights[at, :130].sum(1) + weights[at, 180:190].sum(1)
+    about(found[behind.dst_start : behind.dst_stop], exact)
+
+
+def test_of_very_many_runs_the_nearest_are_told_apart() -> None:
+    """Those further back count as one with what is between them."""
+    weights = attention(np.random.default_rng(7), 400)
+    runs = [Run(1, 20 + 12 * i, 20 + 12 * i, 8, join=Join.EDIT) for i in range(30)]
+    found = outside(
+        plan(*runs, prompt_len=400, prefix_len=16), given_by(weights, *runs, tokens=400)
+    )
+    assert found is not None
+    for number in (5, 29):
+        run = runs[number]
+        at = np.arange(run.src_start, run.src_stop)
+        gaps = range(max(number - RANGES + 1, 0), number + 1)
+        exact = sum(weights[at, 12 * i + 16 : 12 * i + 20].sum(1) for i in gaps)
+        assert abs(found[run.dst_start : run.dst_stop].mean() - exact.mean()) < 0.05
 
 
 def test_without_any_profile_nothing_is_said() -> None:
