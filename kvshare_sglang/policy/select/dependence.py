@@ -3,8 +3,8 @@ computed. Pure.
 
 A row that looked at its own passage alone is right wherever the passage goes; one that looked at
 what stood before the passage is not. That is known when the source is computed, so a prompt that
-copies it need not compute anything to find the rows that copies get wrong. Attention to other text
-as the measure of what a copy loses: Cache-Craft (arXiv 2502.15734), there of whole chunks.
+copies it need not compute anything to find the rows that copies get wrong. Attention between chunks
+as a measure of what a cached one loses: Cache-Craft (arXiv 2502.15734).
 
 A *profile* [EDGES] is what a row gave to the keys that are at least so far behind it, mean over
 heads, without the first token, to which attention goes that has nowhere to go.
