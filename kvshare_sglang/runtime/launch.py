@@ -372,6 +372,8 @@ def build_cache(ctx: Any) -> "FuzzyRadixCache":
         state = runner.attn_backend.kvshare
         state.recorded = trace_graphs.record(runner, probe_layer(layers, config.probe_at))
         state.profiles = profiles.of_server(runner, config)
+    elif config.depends_at:
+        logger.warning("KVShare: --kvshare-depends-at is of trace, which chooses nothing here")
     logger.info("KVShare is on: %s", config)
     text, is_warning = calibration.told(config, layers=layers, model=server_args.model_path)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
