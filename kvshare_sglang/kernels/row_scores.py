@@ -31,24 +31,30 @@ def attention_mass(
     ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row sees keys up to its own.
     Mean over heads too, or the weight of the head that gives most. fp32 [kv]; bounded memory.
     """
-    m, kv_heads = len(q), keys.shape[1]
-    group = q.shape[1] // kv_heads
+    m = len(q)
     mass = torch.zeros(len(keys), device=q.device)
     by_head = keys.permute(1, 2, 0).to(q.dtype)  # [kv_heads, dim, kv]
-    at = torch.arange(len(keys), device=q.device)
     size = max(1, _AT_ONCE // (q.shape[1] * len(keys)))
     for first in range(0, m, size):
-        # Scaled before the product, which may be in fp16; heads that share keys are stacked as
-        # rows, so that no key is repeated in memory.
-        rows = q[first : first + size] * scaling
-        num = len(rows)
-        rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
-        weights = torch.bmm(rows, by_head).float().view(kv_heads, group, num, -1)
-        hidden = at[None] > positions[first : first + size, None]
-        weights = weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        part = slice(first, first + size)
+        weights = _weights(q[part], positions[part], by_head, scaling=scaling)
         over = weights.amax((0, 1)) if strongest_head else weights.mean((0, 1))
         mass += over.sum(0)
     return mass / m
+
+
+def _weights(
+    q: torch.Tensor, positions: torch.Tensor, by_head: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """Attention of rows ``q`` [n, q_heads, dim] to the first keys, ``by_head`` [kv_heads, dim, kv]:
+    fp32 [kv_heads, q_heads / kv_heads, n, kv]."""
+    num, (kv_heads, _, kv) = len(q), by_head.shape
+    # Scaled before the product, which may be in fp16; heads that share keys are stacked as rows, so
+    # that no key is repeated in memory.
+    rows = (q * scaling).reshape(num, kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
+    weights = torch.bmm(rows, by_head).float().view(kv_heads, -1, num, kv)
+    hidden = torch.arange(kv, device=q.device)[None] > positions[:, None]
+    return weights.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
 
 
 def attention_profile(
@@ -65,20 +71,15 @@ def attention_profile(
     ``keys`` [kv, kv_heads, dim] are at positions 0 to kv - 1; a row, of which positions ascend,
     sees keys up to its own. O(m * kv * heads), in bounded memory.
     """
-    kv_heads = keys.shape[1]
-    group = q.shape[1] // kv_heads
     by_head = keys.permute(1, 2, 0).to(q.dtype)
-    at = torch.arange(len(keys), device=q.device)
     out = torch.empty((len(q), len(edges)), device=q.device)
     size = max(1, min(_AT_ONCE // (q.shape[1] * len(keys)), _ROWS))
     for first in range(0, len(q), size):
-        rows, here = q[first : first + size] * scaling, positions[first : first + size, None]
-        num, seen = len(rows), int(here[-1]) + 1  # of keys behind the last row none is looked at
-        rows = rows.reshape(num, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
-        weights = torch.bmm(rows, by_head[..., :seen]).float().view(kv_heads * group, num, -1)
-        weights = weights.masked_fill_(at[None, :seen] > here, float("-inf")).softmax(dim=-1)
-        mean = weights.mean(0)
+        part = slice(first, first + size)
+        here = positions[part]
+        seen = by_head[..., : int(here[-1]) + 1]  # of keys behind the last row none is looked at
+        mean = _weights(q[part], here, seen, scaling=scaling).mean((0, 1))
         mean[:, 0] = 0.0
-        last = here - edges[None]
-        out[first : first + size] = mean.cumsum(-1).gather(1, last.clamp_min(0)) * (last >= 0)
+        last = here[:, None] - edges[None]
+        out[part] = mean.cumsum(-1).gather(1, last.clamp_min(0)) * (last >= 0)
     return out

@@ -23,6 +23,7 @@ from kvshare_sglang.bench.calibrate.choice import (
     is_better,
     judge,
     means,
+    others,
     show,
 )
 from kvshare_sglang.bench.calibrate.measure import Candidate, Row, candidates, measure
@@ -72,15 +73,13 @@ def run(args: argparse.Namespace) -> int:
     check_many(rows, args)
     chosen = choose(rows)
     mine: list[Row] = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
-    if not enough(mine):
-        # The same prompts, as many as there is time for, with more rows.
-        among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
-        more = collect(model, asked, among, deadline=later)
-        mine = [row | wide for row, wide in zip(mine, more, strict=False)]
-        check_many(mine, args)
+    mine = with_budgets(model, asked, mine, chosen, deadline=later)
+    check_many(mine, args)
     best = judge(mine)
     depends = of_sources(model, asked, chosen, rows, deadline=until)
-    best = best._replace(means=means(rows) | best.means)
+    best = best._replace(
+        means=means(rows) | best.means | ({} if depends is None else depends.means)
+    )
     name = args.model if args.model == models.FETCHED else folder.name
     if (folder.parent.name, folder.parent.parent.name[:8]) == ("snapshots", "models--"):
         name = folder.parent.parent.name.removeprefix("models--")  # of Hugging Face's cache
@@ -94,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
         },
         check={"trace": best.means[best.chosen]._asdict(), "copies": best.means[None]._asdict()},
         candidates=[
-            {**arm._asdict(), **mean._asdict()}
-            for arm, mean in (best.means | (depends.means if depends else {})).items()
-            if arm
+            {**arm._asdict(), **mean._asdict()} for arm, mean in best.means.items() if arm
         ],
         env=common.environment(device=args.device, dtype=args.dtype),
     )  # fmt: skip
@@ -121,28 +118,27 @@ def of_sources(
     num = min(map(len, found.values()), default=0)  # all are judged by the same prompts
     if num < FEWEST:
         return None
-
-    def off(depth: float) -> float:
-        arm = chosen._replace(depends_at=depth)
-        return float(np.mean([np.sqrt(max(row[arm].kl, 0)) for row in found[depth][:num]]))
-
-    depth = min(depths, key=off)
-    mine = found[depth]
+    depth = min(depths, key=lambda depth: others(found[depth][:num]))
+    mine, knowing = found[depth], chosen._replace(depends_at=depth)
     if not is_better(mine, plain):
         return None
-    if not enough(mine):
-        among = [
-            chosen._replace(depends_at=depth, budget=budget)
-            for budget in BUDGETS
-            if budget > chosen.budget
-        ]
-        more = collect(model, asked, among, deadline=deadline)
-        mine = [row | wide for row, wide in zip(mine, more, strict=False)]
+    mine = with_budgets(model, asked, mine, knowing, deadline=deadline)
     if len(mine) < FEWEST:
         return None
     best = judge(mine)
     best = best._replace(means={arm: mean for arm, mean in best.means.items() if arm})
     return best if best.holds else None
+
+
+def with_budgets(
+    model: Model, asked: list[Prompt], mine: list[Row], chosen: Candidate, *, deadline: float
+) -> list[Row]:
+    """The same prompts, as many as there is time for, with more rows, if these are not enough."""
+    if enough(mine):
+        return mine
+    among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
+    more = collect(model, asked, among, deadline=deadline)
+    return [row | wide for row, wide in zip(mine, more, strict=False)]
 
 
 def collect(

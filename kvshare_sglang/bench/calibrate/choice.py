@@ -62,7 +62,12 @@ def is_better(mine: Sequence[Row], theirs: Sequence[Row]) -> bool:
 
 def enough(rows: Sequence[Row]) -> bool:
     """Whether one of their budgets is."""
-    return min(float(off.mean()) for off in _off(rows).values()) <= OTHERS
+    return others(rows) <= OTHERS
+
+
+def others(rows: Sequence[Row]) -> float:
+    """The mean of sqrt(KL / 2) of the best of their candidates."""
+    return min(float(off.mean()) for off in _off(rows).values())
 
 
 def _off(rows: Sequence[Row]) -> dict[Candidate, np.ndarray]:
@@ -92,7 +97,7 @@ def means(rows: Sequence[Row]) -> dict[Candidate | None, Measured]:
 def show(best: Best, prompts: int, *, layers: int, depends: Best | None) -> str:
     rows = [
         {"arm": "copies alone" if arm is None else _name(arm, layers), **mean._asdict()}
-        for arm, mean in (best.means | (depends.means if depends else {})).items()
+        for arm, mean in best.means.items()
     ]
     table = common.columns(
         rows, arm="{arm}", KL="{kl:.4f}", of_the_first_token="{kl_first:.4f}",

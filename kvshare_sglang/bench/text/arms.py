@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked
 from kvshare_sglang.bench.quality.outcomes import follow, in_two_chunks, shares
 from kvshare_sglang.bench.text.chat import (
@@ -89,8 +90,9 @@ def reused(
     ids = texts.ids(one.prompt)
     lab = Lab(model, config or KVShareConfig())
     depths = {arm.options["depends_at"] for arm in arms.values() if "depends_at" in arm.options}
-    if depths:  # what is cached is profiled once
-        (depends_at,) = depths
+    if len(depths) > 1:  # what is cached is profiled once
+        raise ScriptError(f"--arm: one depth of sources at a time, got {sorted(depths)}")
+    for depends_at in depths:
         lab.config = dataclasses.replace(lab.config, depends_at=depends_at)
     cached(lab, texts, one)
     lab.config = config or KVShareConfig()
