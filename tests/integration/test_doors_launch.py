@@ -308,7 +308,8 @@ def test_the_rust_front_end_takes_options_by_generate_and_says_the_rest_in_the_l
         def ask(option: Any, *codes: int) -> bool:
             """Whether the request copied something."""
             prompt = [*texts.passage(9), *document, *texts.passage(9)]
-            said = {"max_new_tokens": 3, "custom_params": {"kvshare": option}}
+            said = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True}
+            said["custom_params"] = {"kvshare": option}
             before = it.log.read_text().count("#copied-token")
             reply = it.post("/generate", {"input_ids": prompt, "sampling_params": said})
             assert reply.status_code in (200, *codes), reply.text
