@@ -1,6 +1,7 @@
-"""Imports only go down: ``LAYERS`` and ``RUNTIME_ORDER``. Also: no file names this machine."""
+"""Imports only go down: ``LAYERS`` and ``RUNTIME_ORDER``. Names are used; none is a machine's."""
 
 import ast
+import collections
 import re
 import subprocess
 import sys
@@ -253,6 +254,28 @@ def test_no_file_edits_the_search_path_of_modules():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if edit.search(line)
     ]
+    assert found == []
+
+
+def test_each_name_of_a_module_is_used_somewhere():
+    """A table of cases that no test reads is a test that cannot fail."""
+    by_name = ("test_", "Test", "pytest_", "break_", "check_", "_", "pytestmark")  # put together
+    folders = (PACKAGE, "scripts", "tests", "examples")
+    files = [ROOT / "setup.py", *(p for f in folders for p in sorted((ROOT / f).rglob("*.py")))]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    words = collections.Counter(w for text in texts.values() for w in re.findall(r"\w+", text))
+    found = []
+    for path, text in texts.items():
+        for node in ast.parse(text).body:
+            names: list[str] = []
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                names = [] if node.decorator_list else [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [one.id for one in targets if isinstance(one, ast.Name)]
+            for name in names:
+                if words[name] == 1 and not name.startswith(by_name):
+                    found.append(f"{path.relative_to(ROOT)}: {name}")
     assert found == []
 
 

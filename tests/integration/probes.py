@@ -362,10 +362,6 @@ def pass_time(child: Any, seconds: float) -> None:
     it.expire()
 
 
-def learned_ttl(child: Any, context: int) -> float:
-    return child.cache.pins.learned.ttl(context)
-
-
 def layer_rows(child: Any) -> list[list[int]]:
     return child.layer_rows
 

@@ -222,6 +222,7 @@ def test_engines_take_kvshare_as_keywords_and_by_their_server_args(
     script.write_text(
         """
 import sys
+import odd
 import sglang
 from sglang.srt.server_args import ServerArgs
 from kvshare_sglang.plugin import server_args
@@ -271,6 +272,8 @@ if __name__ == "__main__":
         later = engine.async_generate(input_ids=[9, 9] + a, sampling_params=params)
         answer = engine.loop.run_until_complete(later)
         print("COPIED", answer["meta_info"]["kvshare"][0]["copied_tokens"])
+        if how is keywords:
+            print("TRIED", odd.through_engine(engine, a[:50]))
         engine.shutdown()
     engine = sglang.Engine(**common)
     answer = engine.generate(input_ids=[7, 8, 9] + a, sampling_params=params)
@@ -278,9 +281,10 @@ if __name__ == "__main__":
     engine.shutdown()
 """
     )
-    done = run(sys.executable, str(script), str(model))
+    done = run(sys.executable, str(script), str(model), path=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()
+    assert any(line.startswith("TRIED") for line in printed)
     assert "NO KEYWORD" in done.stdout
     assert "BESIDE Engine was given kvshare, kvshare_budget beside server_args" in done.stdout
     assert "REFUSED --kvshare-budget must be float in [0, 1], got 7.0" in printed

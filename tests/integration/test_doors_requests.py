@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import json
-import math
 import os
 import random
 import re
@@ -14,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import front_ends
+import grpc
+import odd
 import pytest
 import requests
 from conftest import Texts
-from doors import DOORS, NATIVE, VERTEX, Door, events, told
+from doors import DOORS, NATIVE, VERTEX, Door, chat, events, told
 from lab import computed
 from server import Server, forked, script, serve, unmeasured
 
 from kvshare_sglang.bench.processes import free_port
-from kvshare_sglang.errors import ConfigError
-from kvshare_sglang.policy import ttl
-from kvshare_sglang.policy.options import parse_options
 
 CODE = "def main(argv):\n    return sum(len(a) for a in argv if a.startswith('x'))\n" * 9
 
@@ -81,6 +79,7 @@ def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 WITH_OPTIONS = [door for door in DOORS if door.options]
 every_door = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.path)
+every_server = pytest.mark.parametrize("name", ["server", "workers"])
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
@@ -265,51 +264,24 @@ def test_an_example_answers_and_tells_what_it_reused(server: Server, name: str) 
     assert sum(one["copied"] for one in later) > 64, done.said
 
 
-def odd_options(rng: random.Random, depth: int = 3) -> Any:
-    """Something that JSON can say."""
-    leaves = (None, True, False, 0, 1, -1, 0.5, 1e308, -1e-9, 2**63, 10**30, math.nan, math.inf)
-    leaves += ("", "exact", "auto", "Exact", "\0", "é𝄞", "x" * 3000)
-    roll = rng.random()
-    if depth == 0 or roll < 0.4:
-        return rng.choice(leaves)
-    if roll < 0.6:
-        return [odd_options(rng, depth - 1) for _ in range(rng.randrange(4))]
-    keys = rng.sample(["mode", "budget", "ttl", "", "kvshare", "0", "a" * 200], rng.randrange(4))
-    return {key: odd_options(rng, depth - 1) for key in keys}
-
-
-def odd_numbers() -> Iterator[dict[str, Any]]:
-    """Options with one key, at its limits, past them, and of other kinds."""
-    for name, most in (("budget", 1), ("ttl", ttl.LONGEST)):
-        for value in (0, most, 1e-9, -1e-9, most + 1, math.nan, math.inf, True, "1", [1], 10**30):
-            yield {name: value}
-
-
-def refusal(option: Any) -> str | None:
-    """What every door must say of it; None for what is served."""
-    try:
-        parse_options({"kvshare": option})
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
-def test_no_option_hurts_the_server(server: Server) -> None:
+@every_server
+def test_no_option_hurts_the_server(name: str, request: pytest.FixtureRequest) -> None:
     """Odd values through every door: what is bad is refused in words, all else is served."""
+    server: Server = request.getfixturevalue(name)
     rng, start = random.Random(7), server.log.stat().st_size
     deep: Any = "exact"
     for _ in range(300):
         deep = [deep]
-    odd = [odd_options(rng) for _ in range(60)] + [*odd_numbers()]
+    tried = [odd.options(rng) for _ in range(60)] + [*odd.numbers()]
     verdicts = collections.Counter[bool]()
-    for i, option in enumerate([*odd, deep]):
+    for i, option in enumerate([*tried, deep]):
         door = WITH_OPTIONS[i % len(WITH_OPTIONS)]
         # requests refuses nan and inf; clients that write them are served or told off.
         body = json.dumps(door.asking(f"text {i}", option))
         reply = requests.post(
             server.url + door.path, body, headers={"Content-Type": "application/json"}, timeout=60
         )
-        said = refusal(option)
+        said = odd.refusal(option)
         verdicts[said is None] += 1
         assert reply.status_code == (200 if said is None else 400), (option, reply.text)
         if said is not None:  # some doors round large numbers before they come to us
@@ -331,6 +303,52 @@ def test_no_option_hurts_the_server(server: Server) -> None:
             assert len(reply.content) < 2000
     assert len(server.generate([5], new=3)["output_ids"]) == 3
     assert b"Traceback" not in server.log.read_bytes()[start:]
+
+
+@every_server
+def test_no_shape_of_a_request_ends_the_server(
+    name: str, request: pytest.FixtureRequest, texts: Texts
+) -> None:
+    """Each over text that moved, so that it would reuse: served, or refused in words."""
+    server: Server = request.getfixturevalue(name)
+    moved = texts.passage(200)
+    server.generate(moved)
+    for wrong, words in odd.FIELDS:
+        body: dict[str, Any] = {"input_ids": [*texts.passage(5), *moved, 7]}
+        body["sampling_params"] = {"temperature": 0, "max_new_tokens": 2}
+        for asked in (wrong, {**wrong, "stream": True}):
+            try:
+                said = server.post("/generate", {**body, **asked}).text
+            except requests.RequestException:  # some faults end a stream of SGLang's, here too
+                assert words is None, wrong
+            else:
+                assert words is None or words in said, (wrong, said)
+            assert len(server.generate([5], new=3)["output_ids"]) == 3, wrong
+    for wrong, words in odd.PARAMETERS:
+        params = {"max_new_tokens": 2, **wrong}  # drawn: top_k counts
+        body = {"instances": [{"input_ids": [5, 6]}], "parameters": {"sampling_params": params}}
+        reply = server.post(VERTEX, body)
+        assert reply.status_code == 400, (wrong, reply.text)
+        assert words in reply.text, (wrong, reply.text)
+    score = {
+        "query": [5, 6, 7],
+        "items": [[7]],
+        "label_token_ids": [5],
+        "embed_override_token_id": 6,
+    }
+    for path, one in (
+        ("/v1/completions", {"prompt": [10**9]}),
+        ("/v1/completions", {"prompt": "some", "logprobs": 10**6}),
+        ("/v1/completions", {"prompt": "some", "logit_bias": {"99999999": 1}}),
+        ("/v1/completions", {"prompt": "some", "logit_bias": {"5": 1e300}, "top_k": 5}),
+        ("/v1/completions", {"prompt": "some", "top_k": 2**31}),
+        ("/v1/chat/completions", {**chat("some"), "top_k": 2**31, "stream": True}),
+        ("/v1/score", {**score, "query_embed_overrides": [[3.0] * 64]}),
+        ("/v1/score", {**score, "query_embed_overrides": [[3.0] * 128], "items": [[7], [8]]}),
+        ("/v1/chat/completions", {**chat("some"), "logprobs": True, "top_logprobs": 10**6}),
+    ):
+        server.post(path, {"model": "x", "max_tokens": 2, **one})
+        assert len(server.generate([5], new=3)["output_ids"]) == 3, one
 
 
 def test_batches_and_samples_are_judged_before_any_is_sent(server: Server) -> None:
@@ -531,14 +549,17 @@ def test_native_grpc_is_a_door_as_http_is(
         (error,) = refused
         assert error["code"] == 400
         assert error["message"].endswith("got 'exakt'")
-    odd = random.Random(stream)
-    for option in [*[odd_options(odd) for _ in range(20)], *odd_numbers()]:
-        answers, said = ask(door.asking("text", option, stream=stream)), refusal(option)
+    rng = random.Random(stream)
+    for option in [*[odd.options(rng) for _ in range(20)], *odd.numbers()]:
+        answers, said = ask(door.asking("text", option, stream=stream)), odd.refusal(option)
         if said is None:
             assert seen(answers)["declined"] in ("no_match", "exact_requested"), option
         else:
             (error,) = answers
             assert (error["code"], error["message"]) == (400, said), option
+    for wrong, _ in odd.PARAMETERS:
+        with contextlib.suppress(grpc.RpcError):  # SGLang's own check of the body
+            ask({**door.body("text", stream=stream), **wrong})
     assert len(server.generate([5], new=3)["output_ids"]) == 3
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import doors
 import numpy as np
 import pytest
 import requests
@@ -277,103 +276,6 @@ def test_a_prompt_of_no_tokens_is_a_400_and_hurts_no_one(server: Server) -> None
     # One among good ones: SGLang answers a batch as a whole, and lives on.
     server.post("/generate", {"text": ["some text", ""], "sampling_params": sampling})
     assert len(server.generate([5], new=3)["output_ids"]) == 3
-
-
-ODD = (
-    ({"input_ids": [10**9]}, "input_ids must be in [0, "),
-    ({"input_ids": [5, -5]}, "the vocabulary, got -5"),
-    ({"return_logprob": True, "logprob_start_len": -1000}, "logprob_start_len must be -1 or more"),
-    ({"return_logprob": True, "logprob_start_len": [-5]}, "logprob_start_len must be -1 or more"),
-    ({"return_logprob": True, "logprob_start_len": [1]}, "logprob_start_len must be -1 or more"),
-    ({"return_logprob": True, "top_logprobs_num": 10**6}, "top_logprobs_num must be in [0, "),
-    ({"return_logprob": True, "top_logprobs_num": -2}, None),
-    ({"return_logprob": True, "top_logprobs_num": []}, "top_logprobs_num must be a whole number"),
-    ({"top_logprobs_num": [1]}, "top_logprobs_num must be a whole number, got [1]"),
-    ({"return_logprob": True, "token_ids_logprob": [10**9]}, "vocabulary"),
-    ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides must be"),
-    ({"positional_embed_overrides": [1]}, "positional_embed_overrides must be"),
-    ({"positional_embed_overrides": "x"}, "positional_embed_overrides must be"),
-    ({"positional_embed_overrides": []}, "positional_embed_overrides must be"),
-    ({"positional_embed_overrides": [None]}, "positional_embed_overrides must be"),
-    ({"return_hidden_states": []}, "return_hidden_states must be true, false or"),
-    ({"session_params": {"id": []}}, "session_params must be an object with texts for id and rid"),
-    ({"sampling_params": {"stop_regex": "(?<=a+)b"}}, None),
-    ({"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [10**9]}}, "stop_token_ids must"),
-    ({"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [-5]}}, "the vocabulary, got -5"),
-    ({"token_indices_to_pool": [9999]}, None),
-    ({"token_indices_to_pool": [3]}, None),
-    ({"token_indices_to_pool": [[3]]}, "token_indices_to_pool must be a list of whole numbers"),
-    ({"return_logprob": True, "token_ids_logprob": [5, 6]}, None),
-    ({"return_hidden_states": True}, None),
-    ({"session_params": {"id": "none"}}, None),
-    ({"lora_path": "none"}, None),
-    ({"input_embeds": [[0.0, 1.0]]}, None),
-    ({"image_data": "none"}, None),
-    ({"bootstrap_room": 3}, None),
-    ({"rid": ["a", "b"]}, None),
-    ({"custom_logit_processor": "none"}, None),
-    ({"sampling_params": {"max_new_tokens": 0}}, None),
-    ({"sampling_params": {"max_new_tokens": 10**9}}, None),
-    ({"sampling_params": {"n": 0}}, None),
-    ({"sampling_params": {"stop": ["e", "", "t"], "max_new_tokens": 20}}, None),
-    ({"sampling_params": {"json_schema": "{}"}}, None),
-    ({"sampling_params": {"logit_bias": {"99999999": 1}}}, None),
-)
-
-
-# What each door but ``/generate``, at which SGLang 0.5.23 asks for types, hands on as it is.
-ODD_PARAMETERS = (
-    ({"top_k": 2**31}, "top_k must be a whole number up to 2147483647, got 2147483648"),
-    ({"top_k": 1.5}, "top_k must be a whole number"),
-    ({"logit_bias": {"5": "x"}}, "logit_bias of token 5 must be a number in"),
-    ({"logit_bias": {"5": 1e39}, "top_k": 5}, "logit_bias of token 5 must be a number in"),
-    ({"logit_bias": ""}, "logit_bias must be an object"),
-    ({"stream_interval": "x"}, "stream_interval must be a number, got 'x'"),
-    ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number"),
-    ({"beam_width": 1.5}, "beam_width must be a whole number"),
-    ({"skip_special_tokens": 1}, "skip_special_tokens must be true or false"),
-    ({"repetition_penalty": 1e-40, "top_k": 5}, "repetition_penalty must be a number of at least"),
-    ({"temperature": 1e39, "top_k": 5}, "temperature must be 0 or a number in"),
-    ({"is_normalized": True, "temperature": 0}, "temperature must be 0 or a number in"),
-    ({"is_normalized": True, "stop_token_ids": 5}, "stop_token_ids must be a list of whole"),
-    ({"json_schema": {"type": "object"}}, "json_schema must be a text, got {'type': 'object'}"),
-)
-
-
-def test_no_shape_of_a_request_ends_the_server(server: Server, texts: Texts) -> None:
-    """Each over text that moved, so that it would reuse: served, or refused in words."""
-    moved = texts.passage(200)
-    server.generate(moved)
-    for odd, words in ODD:
-        body: dict[str, Any] = {"input_ids": [*texts.passage(5), *moved, 7]}
-        body["sampling_params"] = {"temperature": 0, "max_new_tokens": 2}
-        for asked in (odd, {**odd, "stream": True}):
-            try:
-                said = server.post("/generate", {**body, **asked}).text
-            except requests.RequestException:  # some faults end a stream of SGLang's, here too
-                assert words is None, odd
-            else:
-                assert words is None or words in said, (odd, said)
-            assert len(server.generate([5], new=3)["output_ids"]) == 3, odd
-    score = {
-        "query": [5, 6, 7],
-        "items": [[7]],
-        "label_token_ids": [5],
-        "embed_override_token_id": 6,
-    }
-    for path, one in (
-        ("/v1/completions", {"prompt": [10**9]}),
-        ("/v1/completions", {"prompt": "some", "logprobs": 10**6}),
-        ("/v1/completions", {"prompt": "some", "logit_bias": {"99999999": 1}}),
-        ("/v1/completions", {"prompt": "some", "logit_bias": {"5": 1e300}, "top_k": 5}),
-        ("/v1/completions", {"prompt": "some", "top_k": 2**31}),
-        ("/v1/chat/completions", {**doors.chat("some"), "top_k": 2**31, "stream": True}),
-        ("/v1/score", {**score, "query_embed_overrides": [[3.0] * 64]}),
-        ("/v1/score", {**score, "query_embed_overrides": [[3.0] * 128], "items": [[7], [8]]}),
-        ("/v1/chat/completions", {**doors.chat("some"), "logprobs": True, "top_logprobs": 10**6}),
-    ):
-        server.post(path, {"model": "x", "max_tokens": 2, **one})
-        assert len(server.generate([5], new=3)["output_ids"]) == 3, one
 
 
 def test_a_word_of_one_tenant_takes_nothing_from_another(server: Server, texts: Texts) -> None:
