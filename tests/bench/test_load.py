@@ -9,6 +9,7 @@ import json
 import math
 import re
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -326,12 +327,15 @@ def test_configurations_take_turns_about_and_records_are_kept(tmp_path, monkeypa
         tokens = {**dict.fromkeys(KINDS, 0), "fresh": 10}
         return [Outcome(i, t.at_s, 0.0, wait, 4.0, tokens, 2) for i, t in enumerate(timed)]
 
+    told_rows = iter([None, 7, 9, None])  # as asked: plain, kvshare, kvshare, plain
+    monkeypatch.setattr(targets, "overtaken_rows", lambda url: next(told_rows))
     monkeypatch.setattr(aiperf, "drive", drive)
     timed = [Timed(0, "a", None, 2), Timed(1, "b", None, 2)]
     model = argparse.Namespace(path=tmp_path)
-    runs, loads = module.measure(args, There(), model, timed)
+    runs, loads, overtaken = module.measure(args, There(), model, timed)
+    assert overtaken == {"kvshare": 9}
     assert asked == ["plain", "kvshare", "kvshare", "plain"]
-    told = {"requests": 2, "left_out": 0, "lasts_s": 1.0, "mean_rate": 1.0}
+    told = {"requests": 2, "left_out": 0, "lasts_s": 1.0, "mean_rate": 1.0, "overtaken": overtaken}
     assert module.finish(args, runs, told, loads, "m") == 0
     result = json.loads((tmp_path / "out" / "load.json").read_text())
     assert [one["name"] for one in result["configurations"]] == ["plain", "kvshare"]
@@ -343,3 +347,20 @@ def test_configurations_take_turns_about_and_records_are_kept(tmp_path, monkeypa
     }
     lost = [[one._replace(error="gone") if one.number else one for one in runs["plain"][0]]]
     assert module.finish(args, {"plain": lost}, told, loads, "m") == 1
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [
+        ('sglang:kvshare_overtaken_rows_max{tp_rank="0"} 21345.0\n', 21345),
+        ("sglang:kvshare_overtaken_rows_max 0.0\n", 0),
+        (
+            "# HELP sglang:kvshare_overtaken_rows_max The most rows\nsglang:num_queue_reqs 3.0\n",
+            None,
+        ),
+    ],
+)
+def test_the_most_rows_that_overtook_are_read_where_a_server_tells(monkeypatch, page, rows):
+    answer = httpx.Response(200, text=page)
+    monkeypatch.setattr(targets.httpx, "get", lambda url, **rest: answer)
+    assert targets.overtaken_rows("http://127.0.0.1:1") == rows

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.bench_serving:
             return familiar(args, there, model, requests, told)
-        runs, loads = measure(args, there, model, requests)
-    return finish(args, runs, told, loads, model.path.name)
+        runs, loads, overtaken = measure(args, there, model, requests)
+    return finish(args, runs, told | {"overtaken": overtaken}, loads, model.path.name)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def spec(args: argparse.Namespace, one: Configuration, model: Path) -> ServerSpe
     return ServerSpec(
         one.name, model, args.device, threads=args.threads, chunk=args.chunk,
         max_total_tokens=args.max_total_tokens, overlap=True,
-        args=("--enable-cache-report", *most, *args.server_arg, *one.flags),
+        args=("--enable-cache-report", "--enable-metrics", *most, *args.server_arg, *one.flags),
     )  # fmt: skip
 
 
@@ -175,10 +175,12 @@ def at_once(
 
 def measure(
     args: argparse.Namespace, there: Targets, model: models.Model, timed: list[Timed]
-) -> tuple[dict[str, list[list[Outcome]]], list[float]]:
-    """The runs of each configuration, and the machine's load before each run. The order of the
-    configurations turns about from repeat to repeat."""
+) -> tuple[dict[str, list[list[Outcome]]], list[float], dict[str, int]]:
+    """The runs of each configuration, the machine's load before each run, and the most rows that
+    overtook a waiting request, where a server tells. The order of the configurations turns about
+    from repeat to repeat."""
     runs: dict[str, list[list[Outcome]]] = {one.name: [] for one in args.configurations}
+    overtaken: dict[str, int] = {}
     loads = []
     for repeat in range(args.repeats):
         for one in args.configurations[:: -1 if repeat % 2 else 1]:
@@ -189,11 +191,13 @@ def measure(
                     timeout_s=args.timeout or timed[-1].at_s + EXTRA_S,
                     title=f"{one.name}, run {repeat + 1} of {args.repeats}",
                 )  # fmt: skip
+                if (most := targets.overtaken_rows(url)) is not None:
+                    overtaken[one.name] = max(most, overtaken.get(one.name, 0))
             if not any(outcome.ok for outcome in found):
                 raise ScriptError(f"'{one.name}' answered nothing: {found[0].error}")
             runs[one.name].append(found)
             keep(args.out / "records.jsonl", runs)
-    return runs, loads
+    return runs, loads, overtaken
 
 
 def keep(path: Path, runs: dict[str, list[list[Outcome]]]) -> None:
@@ -218,7 +222,9 @@ def finish(
     table = summary.show(list(runs), rows)
     load = f"{min(loads):.1f} to {max(loads):.1f} on {common.cores()} cores"
     flags = {one.name: one.url or " ".join(one.flags) or "-" for one in args.configurations}
-    text = f"{table}\n\nload of the machine before the runs (1 min): {load}"
+    passed = ", ".join(f"{name} {rows:,}" for name, rows in told["overtaken"].items())
+    text = f"{table}\n\nmost rows that overtook a waiting request: {passed or 'not told'}"
+    text += f"\nload of the machine before the runs (1 min): {load}"
     page = args.out / "load.html"
     env = common.environment()
     report.write(

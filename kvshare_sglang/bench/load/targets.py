@@ -12,6 +12,7 @@ import httpx
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import ServerSpec, serve
 
+_OVERTAKEN = re.compile(r"^sglang:kvshare_overtaken_rows_max(?:\{.*\})? (\S+)$", re.M)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
@@ -96,3 +97,14 @@ def make_ready(url: str, name: str) -> None:
             client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
     except httpx.HTTPError as error:
         raise ScriptError(f"'{name}' at {url} could not be made ready: {error}") from None
+
+
+def overtaken_rows(url: str) -> int | None:
+    """The most rows of later requests that went before a waiting one, since the server started;
+    None where its ``/metrics`` does not say: another order, another server, or a gateway."""
+    try:
+        page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False)
+    except httpx.HTTPError:
+        return None
+    found = _OVERTAKEN.findall(page.text)
+    return max((int(float(one)) for one in found), default=None)
