@@ -8,6 +8,7 @@ import pytest
 
 from kvshare_sglang.bench import __main__ as bench
 from kvshare_sglang.bench import simulate
+from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.sim.serving import Job, StepCosts
 
 
@@ -91,7 +92,7 @@ def test_of_what_is_found_nothing_runs_again_where_reuse_is_free():
     for counted in (False, True):
         rows = {}
         for reuse in ("on", "free"):
-            cache = simulate.cache_of(reuse, 10_000, counted=counted)
+            cache = simulate.cache_of(reuse, 10_000, KVShareConfig(), counted=counted)
             held = Job(0, 0.0, 1200, 1, prompt=np.concatenate([first, moved]),
                        documents=((1, 600), (2, 600)))  # fmt: skip
             cache.take(held)
@@ -102,8 +103,12 @@ def test_of_what_is_found_nothing_runs_again_where_reuse_is_free():
         assert 40 <= rows["free"] < 60  # hashes find all but a few tokens at a border
 
 
-def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, capsys):
+def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, capsys, monkeypatch):
     """The records are those of the simulation itself, a quarter slower."""
+    made, cache_of = [], simulate.cache_of
+    monkeypatch.setattr(
+        simulate, "cache_of", lambda *args, **kw: made.append(args) or cache_of(*args, **kw)
+    )
     requests, times = tmp_path / "requests.jsonl", tmp_path / "arrivals.jsonl"
     lines = [{"prompt": f"word {i} " * 40} for i in range(12)]
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -119,6 +124,8 @@ def test_a_simulation_is_held_to_the_records_of_a_real_run(tmp_path, costs, caps
     words = ["simulate", "--requests", str(requests), "--arrivals", str(times), "--reuse", "off"]
     words += ["--costs", str(costs), "--model", str(model), "--json", str(tmp_path / "out.json")]
     assert bench.main(words) == 0
+    ((_, _, config),) = made  # as a server of a model that was never measured: with care
+    assert config.budget == 2 * KVShareConfig().budget
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     real = {"configuration": "plain", "error": None, "ttft_s": row["ttft_mean_s"] / 0.8}
     records = tmp_path / "records.jsonl"

@@ -23,6 +23,7 @@ from kvshare_sglang.bench.load.trace import Timed
 from kvshare_sglang.bench.server import add_server_arguments, serve
 from kvshare_sglang.bench.simulate import calibrate, policies, synthetic
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.caches import DocumentCache, TextCache
 from kvshare_sglang.sim.serving import Cache, Job, Limits, Result, StepCosts, simulate
 
@@ -165,7 +166,8 @@ def simulated(
 ) -> Result:  # fmt: skip
     size = args.max_total_tokens
     counted = args.synthetic and not args.text
-    caches = [cache_of(reuse, size, counted=counted) for _ in range(workers)]
+    config = KVShareConfig() if args.synthetic else served(args)
+    caches = [cache_of(reuse, size, config, counted=counted) for _ in range(workers)]
     limits = Limits(args.chunk, args.max_running or 8, size)
     with common.Progress(len(jobs), unit=" requests") as bar:
         bar.say(f"{workers} x {order}, {route}, reuse {reuse}"[:34])
@@ -175,13 +177,20 @@ def simulated(
         )  # fmt: skip
 
 
-def cache_of(reuse: str, size: int, *, counted: bool) -> Cache:
+def served(args: argparse.Namespace) -> KVShareConfig:
+    """The options that a server of ``--model`` takes where requests ask for reuse."""
+    model = str(models.open_model(args.model).path)
+    on_cpu = args.device == "cpu"
+    return calibration.settled(KVShareConfig(), given=(), model=model, on_cpu=on_cpu)
+
+
+def cache_of(reuse: str, size: int, config: KVShareConfig, *, counted: bool) -> Cache:
     """What a worker holds, of so many tokens. With reuse for *free* no row of what is found runs
     again, however deep: beside stretches too short to be copied no choice of rows saves more."""
     if counted:
         budget = {"budget": 0.0} if reuse == "free" else {}
         return DocumentCache(capacity=size, reuse=reuse != "off", **budget)
-    config = FREE if reuse == "free" else None
+    config = FREE if reuse == "free" else config
     return TextCache(capacity=size, reuse=reuse != "off", config=config)
 
 
@@ -277,8 +286,8 @@ def compare_real(args: argparse.Namespace) -> int:
     prompts, _ = load.fitting(args, model)
     timed = load.timed(args, prompts, rate=args.rate)
     rows, all_costs = [], {}
-    same = ("--kvshare-budget", str(KVShareConfig().budget))  # as what is simulated
-    for name, flags in (("plain", ()), ("kvshare", ("--kvshare", *same))):
+    ours = ("--kvshare", "--kvshare-default", "auto")  # also of a model that was never measured
+    for name, flags in (("plain", ()), ("kvshare", ours)):
         one = Configuration(name, flags)
         with serve(load.spec(args, one, model.path)) as (server,):
             found = measured(args, server, model, reuse=bool(flags))
