@@ -113,16 +113,28 @@ def with_header(sampling_params: Any, asked: str | dict[str, float]) -> Any:
     return {**params, "custom_params": {**custom, "kvshare": asked}}
 
 
+def asked_of(headers: Iterable[tuple[str, str]]) -> str | None:
+    """What ``X-KVShare`` says among headers (names in small letters), None without. Raises
+    ConfigError for one that ``parse_header`` does not take, and for several."""
+    said = _once(headers, HEADER, "X-KVShare")
+    if said is not None:
+        parse_header(said)
+    return said
+
+
 def salt_of(headers: Iterable[tuple[str, str]]) -> str | None:
     """The salt that ``X-KVShare-Salt`` names among headers (names in small letters), None without.
+    Raises ConfigError for one that ``parse_salt`` does not take, and for several."""
+    said = _once(headers, SALT_HEADER, "X-KVShare-Salt")
+    return None if said is None else parse_salt(said)
 
-    Raises ConfigError for one that ``parse_salt`` does not take, and for several: which of them a
-    gateway set and which a client cannot be told.
-    """
-    said = [text for name, text in headers if name == SALT_HEADER]
+
+def _once(headers: Iterable[tuple[str, str]], name: str, shown: str) -> str | None:
+    """Of several it cannot be told which a gateway set and which a client."""
+    said = [text for one, text in headers if one == name]
     if len(said) > 1:
-        raise ConfigError("the header X-KVShare-Salt", len(said), "there once")
-    return parse_salt(said[0]) if said else None
+        raise ConfigError(f"the header {shown}", len(said), "there once")
+    return said[0] if said else None
 
 
 def parse_salt(text: str) -> str:

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from kvshare_sglang.errors import ConfigError
-from kvshare_sglang.policy.options import HEADER, SALT_HEADER, salt_of
+from kvshare_sglang.policy.options import HEADER, SALT_HEADER, asked_of, salt_of
 from kvshare_sglang.router.brain import Brain, Decision
 from kvshare_sglang.router.chats import CHAT, MESSAGES, RESPONSES
 from kvshare_sglang.router.prompts import COMPLETIONS, GENERATE, OPTION_PATHS, PATHS, Reading
@@ -136,8 +136,8 @@ class Proxy:
         if raw is None:
             message = f"a body of more than {MOST_BODY} bytes"
             return JSONResponse({"error": message}, status_code=413)
-        asked = request.headers.get(HEADER)
         try:
+            asked = asked_of(request.headers.items())
             salt = salt_of(request.headers.items())
             reading = await _aside(raw, lambda: self._picked(raw, asked, salt))
         except orjson.JSONDecodeError as error:
@@ -196,6 +196,7 @@ class Proxy:
             return
         headers = [(_text(name), _text(value)) for name, value in _passed_on(scope["headers"])]
         try:
+            asked_of(headers)
             headers, body = await _salted(scope, headers, body)
         except ConfigError as error:
             await _error(send, 400, str(error))

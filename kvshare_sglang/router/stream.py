@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 SLICE = 4096  # tokens of a snapshot that are taken in at a time, then requests have their turn
 ASK_AGAIN_S = 1.2  # a worker answers once a second
+FIRST_S = 20.0  # a snapshot is one message: 40 MB may take this long, and no beat passes it
 MOST_UNREAD = 4096  # messages; a worker forgets a router that lets more wait
 
 
@@ -59,10 +60,12 @@ async def _follow(
     """Until nothing is heard. Then a new socket asks again: in this one what was said meanwhile
     would wait, and the worker be asked many times once it is back."""
     asked = alive = clock()
+    patience = FIRST_S
     await _say(sock, wire.SNAPSHOT)
-    while await sock.poll(int(1000 * SILENT_S)):
+    while await sock.poll(int(1000 * patience)):
         message = wire.decode(await sock.recv())
         if isinstance(message, wire.Snapshot):
+            patience = SILENT_S
             mirror = index.begin(worker, message)
             for part in _slices(message.segments):
                 mirror.apply(part)

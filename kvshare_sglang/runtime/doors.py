@@ -167,9 +167,7 @@ class HeaderCheck:
             _records.set({})
             headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
             try:
-                for name, text in headers:
-                    if name == options.HEADER:
-                        options.parse_header(text)
+                options.asked_of(headers)
                 options.salt_of(headers)
             except ConfigError as error:
                 await _answer_400(str(error), send)

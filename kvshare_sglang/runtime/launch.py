@@ -146,11 +146,27 @@ def hook_from_cli_args(original: Callable[..., Any], cls: type, args: argparse.N
 def check_config_file(path: str | None) -> None:
     """Raise StartError where a file of options asks for kvshare and SGLang has not read it:
     it reads ``--config FILE`` of a server, no other spelling and in no benchmark."""
-    if path is not None and Path(path).is_file() and "kvshare" in Path(path).read_text():
+    if path is not None and Path(path).is_file() and _asks_for_us(Path(path).read_text()):
         raise StartError(
             f"SGLang does not read {path} here, and it asks for kvshare: give --config {path} to a "
             "server, with a space and no '=', or --kvshare on the command line"
         )
+
+
+def _asks_for_us(text: str) -> bool:
+    """Whether a file of options switches kvshare on, or might: one that is no YAML."""
+    import yaml
+
+    try:
+        said = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return "kvshare" in text
+    return isinstance(said, dict) and any(
+        (name == "kvshare" and value is not False)
+        or name.startswith("kvshare_")
+        or (name in ("radix_cache_backend", "schedule_policy") and value == "kvshare")
+        for name, value in ((str(key).replace("-", "_"), value) for key, value in said.items())
+    )
 
 
 def config_of_a_benchmark(argv: Sequence[str]) -> str | None:

@@ -310,7 +310,7 @@ def mend_waiting(child: Any) -> dict[str, Any]:
     child.mend()
     queue = child.cache.queue
     off, queue.off = queue.off, False
-    queue._in_a_row = 0
+    queue._failed_rounds = 0
     return {"off": off, "faults": child.cache.report.schedule_faults}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import front_ends
 import grpc
+import httpx
 import odd
 import pytest
 import requests
@@ -204,6 +205,11 @@ def test_a_bad_header_is_a_400_that_names_it(server: Server, door: Door, stream:
             "the header X-KVShare must be auto, exact, or a budget in [0, 1] such as 0.3 or "
             f"budget=0.3, got {bad!r}"
         )
+    for name, values in (("X-KVShare", ("auto", "exact")), ("X-KVShare-Salt", ("a", "b"))):
+        twice = [(name, value) for value in values]
+        reply = httpx.post(server.url + door.path, json=body, headers=twice, timeout=60)
+        assert reply.status_code == 400, (name, reply.text)
+        assert reply.json()["error"]["message"] == f"the header {name} must be there once, got 2"
 
 
 @every_door

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 
 from kvshare_sglang.errors import ConfigError
 from kvshare_sglang.policy.options import (
+    HEADER,
     MODES,
+    SALT_HEADER,
     RequestOptions,
+    asked_of,
     check,
     parse_header,
     parse_options,
+    salt_of,
     with_header,
 )
 
@@ -208,6 +212,14 @@ def test_any_other_header_is_refused_by_value_and_what_is_allowed(text):
         parse_header(text)
     assert caught.value.value == text.strip()
     assert len(str(caught.value)) < 300
+
+
+def test_a_header_that_is_there_twice_is_refused_whatever_it_says():
+    for read, name in ((asked_of, HEADER), (salt_of, SALT_HEADER)):
+        assert read([("other", "a")]) is None
+        assert read([(name, "exact")]) == "exact"
+        with pytest.raises(ConfigError, match="must be there once, got 2"):
+            read([(name, "exact"), ("other", "a"), (name, "exact")])
 
 
 @given(st.text())

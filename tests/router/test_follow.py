@@ -169,6 +169,27 @@ def test_a_worker_that_comes_back_is_asked_once(tmp_path, monkeypatch):
     following(tmp_path, monkeypatch, story)
 
 
+def test_a_snapshot_that_takes_long_to_come_is_waited_for(tmp_path, monkeypatch):
+    """It is one message, and no beat passes it."""
+
+    class Late(Worker):
+        async def say(self, message):
+            if isinstance(message, wire.Snapshot):
+                await asyncio.sleep(1.0)  # more than thrice SILENT_S
+            await super().say(message)
+
+    async def story(worker, held, endpoint):
+        await worker.stop()
+        await held(None)
+        again = Late(endpoint, run=2)
+        again.segments = [insert(1), insert(2)]
+        await held(100)
+        assert again.asked <= 2  # one of those asked in vain before may have waited for it
+        await again.stop()
+
+    following(tmp_path, monkeypatch, story)
+
+
 def test_a_configuration_that_is_none_of_ours_is_no_reason_to_stop(tmp_path, monkeypatch):
     async def story(worker, held, endpoint):
         worker.segments = [insert(1), insert(2)]

@@ -395,6 +395,8 @@ def test_what_would_be_every_tenants_behind_the_gateway_is_refused():
         for salts in ([b""], [b"a b"], [b"x" * 257], [b"a", b"edge"]):
             many = [(b"x-kvshare-salt", salt) for salt in salts]
             cases += [(GENERATE, good, many), ("/pick", good, many)]
+        twice = [(b"x-kvshare", b"auto"), (b"x-kvshare", b"exact")]
+        cases += [(GENERATE, good, twice), ("/pick", good, twice), (MESSAGES, good, twice)]
         cases += [("/pick", b"[1]", bad)]
         async with running(gateway) as (client, url, _):
             for path, body, headers in cases:

@@ -266,9 +266,14 @@ def test_a_file_of_options_that_is_not_read_is_an_error_if_it_asks_for_us(tmp_pa
     file.write_text("tp-size: 1\n")
     for path in (None, str(file), str(tmp_path / "gone.yaml")):
         launch.check_config_file(path)
-    file.write_text("kvshare: true\n")
-    with pytest.raises(KVShareError, match=f"give --config {file} to a server"):
+    for text in ("model-path: /models/kvshare/m\n", "kvshare: false\n", "- kvshare\n", ""):
+        file.write_text(text)
         launch.check_config_file(str(file))
+    asking = ("kvshare-budget: 0.2\n", "radix_cache_backend: kvshare\n", "kvshare: [\n")
+    for text in (*asking, "schedule-policy: kvshare\n", "kvshare: true\n"):
+        file.write_text(text)
+        with pytest.raises(KVShareError, match=f"give --config {file} to a server"):
+            launch.check_config_file(str(file))
     with pytest.raises(SystemExit, match="error: SGLang does not read"):
         launch.hook_from_cli_args(SimpleNamespace, ServerArgs, SimpleNamespace(config=str(file)))
 

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(policies.ORDERS)}, or MODULE:FUNCTION")  # fmt: skip
     add("--reuse", nargs="+", choices=("on", "off", "free"), default=["off", "on"],
         help="with the plug-in, without; free: as if nothing that is found ran again")  # fmt: skip
-    add("--bound", type=int, default=16384, help="rows by which order kvshare may overtake")
+    add("--bound", type=int, default=KVShareConfig().schedule_bound,
+        help="rows by which order kvshare may overtake")  # fmt: skip
     add("--model", default=models.FETCHED, help="directory, shape file, a shape here, or smollm2")
     load.add_size_arguments(parser)
     add("--costs", type=Path, metavar="FILE", help="step costs that --calibrate wrote")

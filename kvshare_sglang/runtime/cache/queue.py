@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOOKUPS = 16384  # tokens of waiting prompts after which no other is looked up in a round
 ROOM = 16384  # rows of a batch where SGLang has no chunks, its --max-prefill-tokens
-PERSISTENT = 8  # rounds in a row that fail before the order stays SGLang's
+PERSISTENT = 8  # rounds that fail before the order stays SGLang's: with each, waits begin anew
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -74,7 +74,7 @@ class WaitingQueue:
         self._cache = cache
         self._bound = cache.config.schedule_bound
         self.off = False
-        self._round, self._failed_in, self._in_a_row = 0, -1, 0
+        self._round, self._failed_in, self._failed_rounds = 0, -1, 0
         self._reset()
         cache.fuzzy.listener = self._tree_changed
 
@@ -101,12 +101,12 @@ class WaitingQueue:
                 "counted only"
             )
         if self._failed_in != self._round:
-            self._in_a_row = self._in_a_row + 1 if self._failed_in == self._round - 1 else 1
+            self._failed_rounds += 1
             self._failed_in = self._round
-        if self._in_a_row >= PERSISTENT:
+        if self._failed_rounds >= PERSISTENT:
             self.off = True
             logger.error(
-                "KVShare could not order the queue %d rounds in a row: from now on the order is "
+                "KVShare could not order the queue in %d rounds: from now on the order is "
                 "first come, first served",
                 PERSISTENT,
             )
