@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from kvshare_sglang.bench.route import indexing, show
+from kvshare_sglang.bench.route.faults import Shot, busiest, told
 from kvshare_sglang.bench.route.relay import Relay
 from kvshare_sglang.bench.route.replay import ratio
 
@@ -86,21 +87,41 @@ def test_the_index_is_measured_and_the_best_worker_is_named(monkeypatch):
     assert "100%" in indexing.show({"sizes": [one, few]})
 
 
+def test_a_fault_is_told_by_who_was_inside_the_worker_that_it_befell():
+    shots = [
+        Shot(0.0, 0.5, "b", True, 1),
+        Shot(0.5, 1.5, "b", True, 1),
+        Shot(1.0, 9.0, "b", True, 1),  # inside
+        Shot(1.5, 3.0, "a", True, 2),  # under way, served by the other one
+        Shot(1.8, 4.0, None, False, 1),  # lost
+        Shot(3.0, 3.5, "a", True, 1),
+    ]
+    victim = busiest(["a", "b"], shots[:2])
+    assert victim == 1
+    assert busiest(["a", "b"], []) == 0
+    found = told(shots, 2.0, ["a", "b"], victim)
+    assert (found["requests"], found["lost"], found["again"], found["longest_s"]) == (6, 1, 1, 8)
+    assert (found["under_way"], found["inside"], found["before_p50_s"]) == (3, 2, 0.75)
+    assert (found["after"], found["victim_served_after"], found["waited_2_s"]) == (1, 0, 2)
+
+
 def test_a_result_says_what_was_reused_added_and_lost():
     arm = {"requests": 4, "exact_share": 0.1, "spread": 0.5, "p50_s": 0.2, "failed": 0}
     arms = {"cache_aware": {**arm, "reused_share": 0.2}, "router": {**arm, "reused_share": 0.3}}
     assert round(ratio(arms), 6) == 1.5
     added = {"total_ms": 2.0, "tokens": 100, "tokenise_ms": 1.0, "choose_ms": 0.5}
     added["router_cpu_ms"] = 3.0
-    fault = {"requests": 9, "lost": 1, "again": 2, "longest_s": 3.0}
+    fault = {"requests": 9, "lost": 1, "again": 2, "longest_s": 3.0, "inside": 4}
+    fault["before_p50_s"] = 0.5
     faults = {"router": {"stream cut": {**fault, "recovered_s": 1.5}, "kill -9 router": fault}}
     text = show({"arms": arms, "ratio": 1.5, "added": added, "faults": faults})
     assert "30.0%" in text
     assert "times cache_aware: 1.50" in text
     *_, cut, killed = (line.split() for line in text.splitlines())
-    assert cut == "stream cut router 9 1 2 3.0 s 1.5 s".split()
-    assert killed == "kill -9 router router 9 1 2 3.0 s -".split()
+    assert cut == "stream cut router 9 1 2 4 0.5 s 3.0 s 1.5 s".split()
+    assert killed == "kill -9 router router 9 1 2 4 0.5 s 3.0 s -".split()
     same = {
+        "burst": 4,
         "found": 0.6,
         "at once": 0.5,
         "at once, rows": 0.25,

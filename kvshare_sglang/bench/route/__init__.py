@@ -127,14 +127,16 @@ def show(result: dict[str, Any]) -> str:
                 requests="{requests}",
                 lost="{lost}",
                 asked_again="{again}",
+                inside="{inside}",
+                before_p50="{before_p50_s:.1f} s",
                 longest="{longest_s:.1f} s",
                 index_again="{recovered}",
             )
         )
     if "two_routers" in result:
         parts.append(
-            "two routers, {requests} prompts, text found for {found:.1%}; the same worker:"
-            " {at once:.1%} at once, {after a beat:.1%} after a beat; the same rows:"
+            "two routers, {requests} bursts of {burst}, text found for {found:.1%}; the same"
+            " worker: {at once:.1%} at once, {after a beat:.1%} after a beat; the same rows:"
             " {at once, rows:.1%}, {after a beat, rows:.1%}".format(**result["two_routers"])
         )
     return "\n\n".join(parts)

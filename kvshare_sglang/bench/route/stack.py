@@ -68,7 +68,7 @@ class Stack:
 
     def __enter__(self) -> "Stack":
         try:
-            self.wait(self._is_ready, self.arm)
+            self.wait(self.is_ready, self.arm)
         except BaseException:
             self.close()
             raise
@@ -96,7 +96,7 @@ class Stack:
             if process is not None:
                 gateway.stop(process)
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the gateway knows both workers, and the router holds what they hold."""
         ready = httpx.get(f"{self.gateway_url}/workers", timeout=5).json()
         known = [one for one in ready["workers"] if one.get("is_healthy")]
