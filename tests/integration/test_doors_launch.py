@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import signal
 import site
 import socket
@@ -13,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import odd
 import pytest
+import requests
 from conftest import Texts
 from lab import lab, request
 from server import SGLANG, SPEC, environment, forked, main, serve, unmeasured
@@ -329,12 +332,23 @@ def test_the_rust_front_end_takes_options_by_generate_and_says_the_rest_in_the_l
         assert not ask("exakt")
         why = "reuses nothing: custom_params.kvshare.mode must be one of auto, exact, got 'exakt'"
         assert why in it.log.read_text()
-        for odd in ({"a": 1}, {"budget": "x"}, {"budget": -1}, {"mode": "x" * 999}, 7, 10**30):
-            assert not ask(odd), odd
-        for odd in ({"ttl": "x"}, {"ttl": -1}, {"ttl": 3601}):
-            assert not ask(odd), odd
-        for odd in ([["exact"]], {"mode": {}}, {"budget": [1]}):  # it refuses some itself
-            assert not ask(odd, 400), odd
+        for bad in ({"a": 1}, {"budget": "x"}, {"budget": -1}, {"mode": "x" * 999}, 7, 10**30):
+            assert not ask(bad), bad
+        for bad in ({"ttl": "x"}, {"ttl": -1}, {"ttl": 3601}):
+            assert not ask(bad), bad
+        rng = random.Random(5)
+        drawn = [odd.options(rng) for _ in range(40)]
+        bad = [one for one in drawn if odd.refusal(one) is not None and "nan" not in str(one)]
+        for option in ([["exact"]], {"mode": {}}, {"budget": [1]}, *bad):
+            if "inf" not in str(option):  # which JSON cannot say
+                assert not ask(option, 400), option  # it refuses some itself
+        parameters = [({"sampling_params": wrong}, said) for wrong, said in odd.PARAMETERS]
+        for wrong, _ in (*odd.FIELDS, *parameters):
+            body = {"input_ids": [*texts.passage(9), *document], "sampling_params": {}} | wrong
+            body["sampling_params"] = {"max_new_tokens": 2} | body["sampling_params"]
+            with contextlib.suppress(requests.RequestException):
+                it.post("/generate", body)
+            assert len(it.generate([5], new=3)["output_ids"]) == 3, wrong
         assert "Traceback" not in it.log.read_text().split("KVShare is on", 1)[1]
 
 
