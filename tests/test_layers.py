@@ -36,7 +36,7 @@ LAYERS = {
     SIM: {"torch", "numpy", "transformers", "simpy", PURE, POLICY, KERNELS, *FLOOR},
     RUNTIME: {
         *("sglang", "torch", "numpy", "prometheus_client", "pydantic", "huggingface_hub"),
-        *("msgspec", "zmq", WIRE),
+        *("msgspec", "zmq", "yaml", WIRE),  # SGLang reads its own files of options by yaml
         *(PURE, POLICY, KERNELS, *FLOOR),
     },
     # A process of its own, without SGLang and without torch.

@@ -84,7 +84,9 @@ class StepCosts(NamedTuple):
     in, tokens out). Here the overheads of any number of requests pass side by side; a real server
     tokenises one after the other, which shows only under load. ``late``: an answer is read after
     the step that follows, if one does: where steps run on the scheduler's own thread, as on a CPU,
-    SGLang's overlap has launched that step, and so run it, by then."""
+    SGLang's overlap has launched that step, and so run it, by then. ``pads``: attention of a
+    piece of a prompt that copies nothing costs as much as of all up to its end, as SGLang's does on
+    a CPU."""
 
     step: float = 0.004
     row: float = 0.0004
@@ -95,6 +97,13 @@ class StepCosts(NamedTuple):
     decode_request: float = 0.001
     overhead: float = 0.01
     late: bool = False
+    pads: bool = False
+
+    def pairs_of(self, job: Job, piece: int, left: int) -> float:
+        """Of ``piece`` rows of a job that is let in, ``left`` of which are still to come."""
+        if self.pads and job.work is not None and not job.work.copied:
+            return (job.tokens - left) ** 2 / 2
+        return piece * job.attends
 
     def prefill(self, rows: int, copied: int, requests: int, pairs: float = 0.0) -> float:
         each = self.row * rows + self.pair * pairs + self.copy * copied + self.request * requests
@@ -206,7 +215,7 @@ class Worker:
         if self.cut is not None:
             job, rows = self.cut
             memory -= job.tokens + job.new_tokens
-            pairs = min(rows, room) * job.attends
+            pairs = self.costs.pairs_of(job, min(rows, room), max(rows - room, 0))
             room, requests = room - min(rows, room), 1
             self.cut = (job, rows - self.limits.chunk) if rows > self.limits.chunk else None
             if self.cut is None:
@@ -223,7 +232,8 @@ class Worker:
                 job.work = work = self.cache.take(job)
                 let_in.append(job)
                 requests, copied = requests + 1, copied + work.copied
-                pairs += min(work.rows, room) * job.attends
+                piece = min(work.rows, room)
+                pairs += self.costs.pairs_of(job, piece, work.rows - piece)
                 if work.rows > room:
                     self.cut, room = (job, work.rows - room), 0
                 else:

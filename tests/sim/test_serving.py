@@ -123,6 +123,22 @@ def test_a_row_pays_for_what_it_attends_to_whatever_the_chunks():
         assert result.busy_s[0] == pytest.approx(sum(range(1, 201)), rel=0.01)
 
 
+def test_where_attention_pads_each_chunk_pays_for_all_up_to_its_end():
+    """What reused has attention of ours, which does not pad."""
+    costs = StepCosts(step=0, row=0, pair=1, copy=0, request=0, overhead=0, pads=True)
+    for chunk, ends in ((1000, [200]), (64, [64, 128, 192, 200])):
+        result = serve(jobs([200], [0]), limits=Limits(chunk=chunk), costs=costs)
+        assert result.busy_s[0] == sum(end**2 / 2 for end in ends)
+    moved = [text(1, 400), np.concatenate([text(2, 20), text(1, 400)])]
+    both = []
+    for pads in (True, False):
+        these = [Job(i, 1e6 * i, len(one), 1, prompt=one) for i, one in enumerate(moved)]
+        done = serve(these, reuse=True, costs=costs._replace(pads=pads)).jobs
+        assert done[1].work.copied > 100
+        both.append(done[1].first_s - done[1].due_s)
+    assert both[0] == both[1]
+
+
 def test_those_who_decode_share_a_step_and_let_prefill_go_first():
     these = jobs([10, 10, 10, 10], [0, 0.1, 0.1, 1.9], new_tokens=3)
     these[0].new_tokens = 1

@@ -235,17 +235,17 @@ def measured(
         server, vocab=model.vocab_size, chunk=args.chunk, most=most, reuse=reuse,
         repeats=args.samples,
     )  # fmt: skip
-    late = args.device == "cpu"
+    late = pads = args.device == "cpu"
     decode = calibrate.measure_decode(server, vocab=model.vocab_size, batch=most, late=late)
     costs, left = calibrate.fit(samples, decode)
     return {
-        "costs": costs._replace(late=late)._asdict(), "error": left, "decode_s": decode,
+        "costs": costs._replace(late=late, pads=pads)._asdict(), "error": left, "decode_s": decode,
         "samples": [one._asdict() for one in samples],
     }  # fmt: skip
 
 
 def costs_text(value: dict[str, Any]) -> str:
-    costs = {name: cost for name, cost in value["costs"].items() if name != "late"}
+    costs = {name: cost for name, cost in value["costs"].items() if not isinstance(cost, bool)}
     told = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in costs.items())
     read = ", read a step late" if value["costs"]["late"] else ""
     return f"milliseconds: {told}{read}; median error {value['error']:.1%}"
