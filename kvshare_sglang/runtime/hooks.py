@@ -107,6 +107,12 @@ WRAPPED = (
         "refuse what ends the server, through whatever front end it came",
     ),
     HookPoint(
+        f"{_SRT}.managers.scheduler.Scheduler._add_request_to_queue",
+        "AROUND",
+        "kvshare_sglang.runtime.scheduler:hook_add_request_to_queue",
+        "the same of what is known of a request later than its length",
+    ),
+    HookPoint(
         f"{_SRT}.managers.schedule_policy.PrefillAdder.add_one_req",
         "AROUND",
         "kvshare_sglang.runtime.scheduler:hook_add_one_req",
@@ -327,6 +333,7 @@ USED = (
     Used(_ADDER, "rem_input_tokens", "written: rows are charged", True),
     Used(_ADDER, "rem_total_tokens", "read: how many finished turns are given back"),
     Used(f"{_SRT}.managers.schedule_batch.ScheduleBatch", "prepare_for_extend", "called: a twin"),
+    Used(f"{_SRT}.managers.schedule_batch.Req", "set_finish_with_abort", "called: to refuse"),
     Used(f"{_SRT}.managers.scheduler.Scheduler", "is_fully_idle", "called: may a twin run"),
     Used(
         f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",

@@ -75,6 +75,18 @@ def _unserved(req: "Req") -> str | None:
     return None
 
 
+def hook_add_request_to_queue(
+    original: Callable[..., Any], scheduler: Any, req: "Req", *args: Any, **kw: Any
+) -> Any:
+    """AROUND ``Scheduler._add_request_to_queue``, where it is known from which position on
+    log-probabilities were asked: SGLang refuses one behind the prompt, and ends in the batch of one
+    before it. Its front ends in Python never send that (``doors.py``), the one in Rust does."""
+    if (start := req.logprob_start_len) < -1:
+        req.logprob_start_len = -1
+        req.set_finish_with_abort(str(ConfigError("logprob_start_len", start, "-1 or more")))
+    return original(scheduler, req, *args, **kw)
+
+
 def hook_calc_priority(
     original: Callable[..., Any], policy: Any, waiting_queue: list["Req"], *args: Any, **kw: Any
 ) -> None:
