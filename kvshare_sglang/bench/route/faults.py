@@ -26,8 +26,8 @@ from kvshare_sglang.bench.route.replay import body, client
 from kvshare_sglang.bench.route.stack import Stack
 from kvshare_sglang.bench.server import Server, wait_ready
 
-NUM, RATE = 96, 2.0  # requests, and how many a second
-NEW = 8  # tokens of each answer
+NUM, RATE = 144, 3.0  # requests, and how many a second
+NEW = 48  # tokens of each answer: some are always under way
 PATIENCE_S = 60.0
 FROZEN_S = 30.0
 LAG_S = 5.0
