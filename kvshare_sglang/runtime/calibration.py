@@ -18,7 +18,7 @@ from kvshare_sglang.errors import StartError
 from kvshare_sglang.policy.select.attention_trace import probe_layer
 
 FORM = "kvshare calibration 1"
-RECIPE = 3  # raise it when traces choose otherwise, so that older measurements no longer hold
+RECIPE = 4  # raise it when traces choose otherwise, so that older measurements no longer hold
 FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files

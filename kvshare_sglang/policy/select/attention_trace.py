@@ -27,6 +27,9 @@ from kvshare_sglang.policy.select.dependence import LEAST
 # One share of the row budget per backward step. The first step finds most rows, and what it
 # misses the later ones miss too, so it gets half.
 SHARES = (0.5, 0.25, 0.25)
+# Where it is known which rows are likely to be off, those it rests on are among them, and what
+# further steps would cost buys more rows instead.
+KNOWING = (1.0,)
 # New text of so many rows in front of the question is not run twice, see ``Trace.carried``.
 CARRIED_FROM = 64
 # Rows after each edit, and the share of all rows that may go there: the rest of a statement whose
@@ -58,7 +61,7 @@ class AttentionTrace(NamedTuple):
         budget: float,
         start: int | None = None,
         most_open: int | None = None,
-        shares: Sequence[float] = SHARES,
+        shares: Sequence[float] | None = None,
         prior: np.ndarray | None = None,
     ) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them
@@ -67,7 +70,8 @@ class AttentionTrace(NamedTuple):
         ``start``: the rows before it have KV by now, by default those of the prefix hit. Where a
         prompt came in chunks, those that were copied and the new text computed over copies may run
         once more, and where a prefix hit has open rows, ``most_open`` of these, by default what the
-        budget buys of them. ``prior`` [prompt_len]: see ``Trace``.
+        budget buys of them. ``prior`` [prompt_len]: see ``Trace``. ``shares``: by default one step
+        with a prior, three without.
         """
         start = plan.prefix_len if start is None else start
         required = self.required(plan, start)
@@ -91,7 +95,7 @@ class AttentionTrace(NamedTuple):
             count=count + repaired,
             at_first=after,
             shared=(shared.mask(plan.prompt_len), repaired),
-            shares=shares,
+            shares=shares or (SHARES if prior is None else KNOWING),
             stretch=self.stretch,
             prior=prior,
             asks_once=not plan.runs and start == plan.prefix_len,

@@ -281,7 +281,7 @@ def test_what_is_carried_on_is_new_text_that_neither_asks_nor_was_found(wish, se
 @given(wishes(), st.floats(0.01, 10), st.integers(0, 2**32 - 1))
 def test_a_prior_that_is_the_same_for_all_rows_changes_nothing(wish, same, seed):
     prior = np.full(wish.plan.prompt_len, same)
-    plain, known = trace_of(wish), trace_of(wish, prior=prior)
+    plain, known = trace_of(wish, shares=(1.0,)), trace_of(wish, prior=prior)
     finished(plain, np.random.default_rng(seed))
     finished(known, np.random.default_rng(seed))
     assert plain.chosen == known.chosen
@@ -292,10 +292,11 @@ def test_of_rows_that_get_the_same_attention_those_go_that_rest_on_other_text(wi
     """And rows that rest on nothing else only where no others are left."""
     rng = np.random.default_rng(seed)
     prior = rng.permutation(wish.plan.prompt_len) * rng.integers(0, 2, wish.plan.prompt_len) * 1.0
-    trace = trace_of(wish, prior=prior, shares=(1.0,))
+    trace = trace_of(wish, prior=prior)
     at_first, free = trace.chosen, trace.candidates.copy()
     if not trace.done:
         trace.feed(np.ones(trace.length))
+    assert trace.done  # such a trace takes one step
     taken = (trace.chosen - at_first).positions
     left = np.flatnonzero(free & ~trace.chosen.mask(trace.length))
     shared = wish.plan.blend.open.mask(trace.length) if wish.plan.blend else free & False
