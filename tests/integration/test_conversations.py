@@ -1,9 +1,10 @@
 """What was blended once is a prefix from then on: conversations cost what they cost without us, and
 nobody reads a row that another request changes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -426,29 +427,53 @@ def test_a_request_that_outlives_its_weights_gives_back_what_it_owns(
         assert_clean(it)
 
 
+MODES = st.sampled_from([None, None, "exact", {"budget": 1}])
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("turn"), st.integers(0, 2), st.integers(1, 90)),
         st.tuples(st.just("edit"), st.integers(0, 2), st.integers(0, 300)),
-        st.tuples(st.just("again"), st.integers(0, 2), st.sampled_from([None, "exact"])),
+        st.tuples(st.just("again"), st.integers(0, 2), MODES),
         st.tuples(st.just("many"), st.integers(0, 2), st.integers(2, 4)),
         st.tuples(st.just("abort"), st.integers(0, 2), st.integers(1, 6)),
+        # Turns of all three at the same time, the second of them aborted after so many rounds.
+        st.tuples(st.just("crowd"), st.tuples(MODES, MODES, MODES), st.integers(0, 8)),
         st.tuples(st.just("flush")),
         st.tuples(st.just("weights")),
     ),
     min_size=4,
     max_size=14,
 )
+# How many are tried; a night of them finds more.
+histories = settings(
+    max_examples=int(os.environ.get("KVSHARE_HISTORIES", 10)),
+    suppress_health_check=list(HealthCheck),
+    deadline=None,
+)
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
+class Weights(NamedTuple):
+    """A model, and a server without us that answers as it does."""
+
+    path: Path
+    plain: Lab
+
+
+@pytest.fixture(scope="module")
+def weights(llama: Path, plain_lab: Lab, models: Path) -> Iterator[tuple[Weights, Weights]]:
+    """Those that servers start with, and others of the same shape."""
+    other = make_model(models, "llama", seed=1)
+    with lab(other) as plain:
+        yield Weights(llama, plain_lab), Weights(other, plain)
+
+
+@histories
 @given(history=STEPS)
 def test_any_history_costs_at_most_stock_and_repair(
-    talk: Lab, plain_lab: Lab, llama: Path, history: list[tuple[Any, ...]]
+    talk: Lab, weights: tuple[Weights, Weights], history: list[tuple[Any, ...]]
 ) -> None:
-    """Turns, edits, repeats, batches, aborts, flushes and new weights in three conversations: rows,
-    slots, and exact answers."""
-    live(talk, plain_lab, llama, history, fits=True)
+    """Turns, edits, repeats, batches, crowds, aborts, flushes and other weights in three
+    conversations: rows, slots, and exact answers."""
+    live(talk, weights, history, fits=True)
 
 
 @pytest.fixture(scope="module")
@@ -459,40 +484,42 @@ def crowded(llama: Path) -> Iterator[Lab]:
         yield it
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
+@histories
 @given(history=STEPS)
 def test_any_history_in_a_pool_that_evicts_stays_exact_and_clean(
-    crowded: Lab, plain_lab: Lab, llama: Path, history: list[tuple[Any, ...]]
+    crowded: Lab, weights: tuple[Weights, Weights], history: list[tuple[Any, ...]]
 ) -> None:
-    live(crowded, plain_lab, llama, history, fits=False)
+    live(crowded, weights, history, fits=False)
 
 
 def live(
-    talk: Lab, plain_lab: Lab, llama: Path, history: list[tuple[Any, ...]], *, fits: bool
+    talk: Lab, weights: tuple[Weights, Weights], history: list[tuple[Any, ...]], *, fits: bool
 ) -> None:
     """``fits``: nothing is evicted, so that rows and slots are what they are in ``Stock``."""
     texts = Texts(11)
-    talk.flush()
+    now, later = weights
+    talk.play([("call", "probes:update_weights", str(now.path))])  # another history left others
     stock = Stock(talk.page)
     talks = [texts.passage(160 + 90 * i) for i in range(3)]
     said = [list(text) for text in talks]
     aborted, twice = False, 0
 
-    def check(answer: dict[str, Any], prompt: list[int], would: int, mode: str | None) -> None:
+    def check(answer: dict[str, Any], prompt: list[int], would: int, mode: Any) -> None:
         adds_up(answer, prompt)
-        if mode == "exact":
-            assert answer["output"] == plain_lab.one(prompt, new=4)["output"]
+        if mode is not None:
+            assert answer["output"] == now.plain.one(prompt, new=4)["output"]
         elif fits:  # with what is left of an aborted request it costs less, if anything
             rows = computed(answer["kvshare"])
             assert rows <= allowed(would) + edge(talk), (answer["kvshare"], would)
 
     for kind, *rest in history:
-        i = rest[0] if rest else 0
+        i = rest[0] if rest and kind != "crowd" else 0
         if kind in ("flush", "weights"):
             if kind == "flush":
                 talk.flush()
             else:
-                talk.play([("call", "probes:update_weights", str(llama))])
+                now, later = later, now
+                talk.play([("call", "probes:update_weights", str(now.path))])
             stock, aborted, twice = Stock(talk.page), False, 0
             continue
         if kind == "turn":
@@ -507,6 +534,19 @@ def live(
             for answer in talk.play([batch]).values():
                 check(answer, prompt, would, None)
                 stock.served(prompt, answer["output"])
+        elif kind == "crowd":
+            modes, rounds = rest
+            said = [text + texts.passage(20) for text in said]
+            would_each = [stock.rows(text) for text in said]
+            batch = [
+                request(f"c{j}", text, new=50 if j == 1 else 4, kvshare=mode)
+                for j, (text, mode) in enumerate(zip(said, modes, strict=True))
+            ]
+            answers = talk.play([batch, ("polls", rounds), ("abort", "c1")])
+            aborted = True
+            for j in (0, 2):
+                check(answers[f"c{j}"], said[j], would_each[j], modes[j])
+                stock.served(said[j], answers[f"c{j}"]["output"])
         elif kind == "abort":
             talk.play([request("gone", prompt, new=50), ("polls", rest[1]), ("abort", "gone")])
             aborted = True  # what SGLang keeps of it depends on when it came
@@ -517,7 +557,7 @@ def live(
             stock.served(prompt, answer["output"])
             if kind == "turn":
                 said[i] = said[i] + answer["output"]
-            if mode == "exact":  # and what reused beside it
+            if mode is not None:  # and what reused beside it
                 twice += len(prompt) + len(answer["output"])
         if fits and not aborted:
             assert talk.ask("probes:check")["resident"] <= stock.slots + twice
