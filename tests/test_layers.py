@@ -50,7 +50,7 @@ LAYERS = {
     # Over all rooms: nothing imports it.
     f"{PACKAGE}.bench": {
         *("torch", "sglang", "transformers", "tokenizers", "numpy", "rapidfuzz"),
-        *("httpx", "tqdm", "matplotlib", "psutil"),
+        *("httpx", "tqdm", "matplotlib", "psutil", "prometheus_client"),
         *("gguf", "safetensors"),  # to convert a model with real weights
         *("lab", "gpu_oracles"),  # of the tests: a visit to a GPU machine runs them
         *(PURE, POLICY, KERNELS, SIM, RUNTIME, ROUTER, WIRE, *FLOOR),

@@ -6,7 +6,6 @@ the memory. Each arm is a server of its own; the same programs come at the same 
 
 import argparse
 import itertools
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_sglang.bench import common, models
-from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.common import Progress, ScriptError, metric
 from kvshare_sglang.bench.conversation.rows import rows_of
 from kvshare_sglang.bench.server import Server, ServerSpec, add_server_arguments, serve
 
@@ -30,8 +29,6 @@ ARMS: dict[str, tuple[str, ...]] = {
 SHARED = 300  # tokens that all programs begin with: instructions and tools
 SPREAD = 0.8  # of the logarithm of a tool's time
 SAMPLE_S = 0.5
-_PINNED = re.compile(r"^sglang:kvshare_pinned_tokens(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
-_PINS = re.compile(r'^sglang:kvshare_pins_total\{.*event="(\w+)".*\} (\S+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -171,8 +168,8 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
         ended = False
         while not ended:
             ended = done.wait(SAMPLE_S)
-            found = _PINNED.search(server.client.get("/metrics").text)
-            pinned.append(float(found[1]) if found else 0.0)
+            found = metric(server.client.get("/metrics").text, "sglang:kvshare_pinned_tokens")
+            pinned.append(sum(tokens for _, tokens in found))
 
     with Progress(len(programs), unit=" programs") as bar:
         bar.say(server.spec.name)
@@ -201,7 +198,8 @@ def played(server: Server, programs: Sequence[Program], args: argparse.Namespace
 def pins(server: Server) -> dict[str, int]:
     """How many pins came to what, since the server started."""
     page = server.client.get("/metrics").raise_for_status().text
-    return {event: int(float(count)) for event, count in _PINS.findall(page)}
+    found = metric(page, "sglang:kvshare_pins_total")
+    return {labels["event"]: int(count) for labels, count in found}
 
 
 def summary(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 _ABOVE = Path(__file__).resolve().parents[2]
@@ -192,6 +193,17 @@ def read_result(path: Path, *needed: str) -> dict[str, Any]:
     if lacking := [name for name in needed if name not in result]:
         raise ScriptError(f"--result {path} lacks {', '.join(lacking)}")
     return result
+
+
+def metric(page: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """A metric of a server's ``/metrics`` page, by its full name: labels and value of each of its
+    samples. Raises ValueError where the page is none."""
+    return [
+        (sample.labels, sample.value)
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -358,6 +358,7 @@ def test_configurations_take_turns_about_and_records_are_kept(tmp_path, monkeypa
             "# HELP sglang:kvshare_overtaken_rows_max The most rows\nsglang:num_queue_reqs 3.0\n",
             None,
         ),
+        ("<html><body>no such page</body></html>\n", None),
     ],
 )
 def test_the_most_rows_that_overtook_are_read_where_a_server_tells(monkeypatch, page, rows):

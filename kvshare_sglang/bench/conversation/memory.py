@@ -1,13 +1,12 @@
 """Slots of the KV pool that a server holds over many turns: as many as stock, and all come back."""
 
 import random
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from kvshare_sglang.bench.common import Progress, ScriptError
+from kvshare_sglang.bench.common import Progress, ScriptError, metric
 from kvshare_sglang.bench.conversation.histories import Text, Tokens
 from kvshare_sglang.bench.server import Server
 
@@ -80,10 +79,10 @@ def held(server: Server) -> Held:
 
 
 def _gauge(page: str, name: str) -> int:
-    found = re.search(rf"^sglang:{name}\{{[^}}]*\}} (\S+)$", page, re.MULTILINE)
-    if found is None:
+    found = metric(page, f"sglang:{name}")
+    if not found:
         raise ScriptError(f"the server's /metrics page has no sglang:{name}")
-    return int(float(found[1]))
+    return int(found[0][1])
 
 
 def _ask(server: Server, step: Step) -> None:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import httpx
 
-from kvshare_sglang.bench.common import ScriptError
+from kvshare_sglang.bench.common import ScriptError, metric
 from kvshare_sglang.bench.server import ServerSpec, serve
 
-_OVERTAKEN = re.compile(r"^sglang:kvshare_overtaken_rows_max(?:\{.*\})? (\S+)$", re.M)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
@@ -103,8 +102,8 @@ def overtaken_rows(url: str) -> int | None:
     """The most rows of later requests that went before a waiting one, since the server started;
     None where its ``/metrics`` does not say: another order, another server, or a gateway."""
     try:
-        page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False)
-    except httpx.HTTPError:
+        page = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+        found = metric(page, "sglang:kvshare_overtaken_rows_max")
+    except (httpx.HTTPError, ValueError):
         return None
-    found = _OVERTAKEN.findall(page.text)
-    return max((int(float(one)) for one in found), default=None)
+    return max((int(rows) for _, rows in found), default=None)
