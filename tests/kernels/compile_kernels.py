@@ -16,7 +16,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvshare_sglang.kernels.gpu import copy, mass, rows
+from kvshare_sglang.kernels.gpu import copy, mass, profile, rows
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 # An 8B model: 32 heads on 8 of 128. Strides and addresses are multiples of 16.
@@ -28,6 +28,10 @@ ATTEND = dict.fromkeys(("q", "k_buf", "v_buf"), "*bf16") | {
     **dict.fromkeys(("num_rows", "num_tiles"), "i32"),
     **dict.fromkeys(("table_stride", "q_stride", "k_stride", "v_stride"), "i32"),
 }
+GIVEN = {
+    name: kind for name, kind in ATTEND.items() if name not in ("v_buf", "v_scale", "v_stride")
+}
+GIVEN |= {"edges": "*i32"}
 COPY = dict.fromkeys(("k_table", "v_table"), "*u64") | {
     **dict.fromkeys(("k_like", "v_like"), "*bf16"),
     **dict.fromkeys(("src", "dst", "old", "new"), "*i64"),
@@ -88,6 +92,10 @@ def kernels_of(arch, dtype, dim):
     how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
     launch = {"num_warps": shape.warps, "num_stages": shape.stages}
     yield "attend", compiled(rows._attend, of_kind(ATTEND, dtype), how, arch, **launch)
+    shape = profile.shape_of(dim, dtype)
+    how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "EDGES": 19, "EDGES_P2": 32}
+    launch = {"num_warps": shape.warps, "num_stages": shape.stages}
+    yield "profile", compiled(profile._given, of_kind(GIVEN, dtype), how, arch, **launch)
     block_m, block_n = mass.blocks_of(dim, dtype)
     how = {"HEADS": 32, "GROUP": 4, "GROUP_P2": 4, "DIM": dim}
     how |= {"BLOCK_M": block_m, "BLOCK_N": block_n}

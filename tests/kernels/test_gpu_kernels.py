@@ -8,7 +8,7 @@ from tolerances import TOL, assert_close
 pytest.importorskip("triton")
 
 from kvshare_sglang.kernels import reference
-from kvshare_sglang.kernels.gpu import copy, mass, rows
+from kvshare_sglang.kernels.gpu import copy, mass, profile, rows
 from kvshare_sglang.kernels.gpu.rows import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,3 +252,41 @@ def test_attention_mass_is_the_sum_of_softmax_weights(
     want = reference.attention_mass(q, at, keys, **how)
     assert got.dtype == torch.float32
     assert far(got, want) <= TOL[dtype]["atol"]
+
+
+# ---- profiles ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (7, 1, 32), (6, 2, 16)])
+@pytest.mark.parametrize("side_by_side", [True, False], ids=["a prompt's end", "lone rows"])
+@pytest.mark.parametrize("programs", [1, 10_000])
+def test_a_profile_is_what_each_row_gives_to_keys_so_far_behind_it(
+    dtype, heads, kv_heads, dim, side_by_side, programs
+):
+    """Distances that end inside a step of keys, between two, and beyond the prompt."""
+    gen = seeded(dim + heads)
+    lengths, counts = (1, 150, 37, 700), (1, 40, 37, 50)
+    paged = Paged(lengths, kv_heads=kv_heads, dim=dim, dtype=dtype, seed=dim)
+    at = [
+        torch.arange(length - count, length) if side_by_side else some(length, count, gen)
+        for length, count in zip(lengths, counts, strict=True)
+    ]
+    q = torch.randn(sum(counts), heads, dim, generator=gen).to(dtype)
+    edges = torch.tensor([0, 1, 2, 4, 8, 16, 33, 64, 128, 256, 512, 1024])
+    shape = Shape(32, 32, 4, 1)
+    plan = rows.plan(
+        [(len(one), int(one[-1]) + 1) for one in at],
+        torch.cat(at).to(DEVICE),
+        paged.owners.to(DEVICE),
+        group=heads // kv_heads, kv_heads=kv_heads, shape=shape, programs=programs,
+    )  # fmt: skip
+    there = (x.to(DEVICE) for x in (q, paged.k, paged.table, edges.int()))
+    got = profile.run(plan, *there, scaling=0.3, shape=shape).cpu()
+    base = 0
+    for slots, one in zip(paged.slots, at, strict=True):
+        mine = q[base : base + len(one)].float()
+        want = reference.attention_profile(mine, one, paged.k[slots].float(), edges, scaling=0.3)
+        assert far(got[base : base + len(one)], want) <= TOL[dtype]["atol"]
+        base += len(one)
+    assert base == len(got)

@@ -69,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     among = candidates(model, args.probe_at)
     until = started + 60 * args.minutes
     later = until - 60 * args.minutes * THEIRS
-    rows = collect(model, asked, among, deadline=later - 60 * args.minutes * MORE)
+    first = later - 60 * args.minutes * MORE
+    rows = collect(model, asked, among, deadline=first, latest=until)
     check_many(rows, args)
     chosen = choose(rows)
     mine: list[Row] = [{arm: row[arm] for arm in (None, chosen)} for row in rows]
-    mine = with_budgets(model, asked, mine, chosen, deadline=later)
+    mine = with_budgets(model, asked, mine, chosen, deadline=later, latest=until)
     check_many(mine, args)
     best = judge(mine)
     depends = of_sources(model, asked, chosen, rows, deadline=until)
@@ -114,7 +115,8 @@ def of_sources(
     spans = np.linspace(time.monotonic(), deadline, len(depths) + 2)[1:]
     found = {}
     for depth, until in zip(depths, spans, strict=False):
-        found[depth] = collect(model, asked, [chosen._replace(depends_at=depth)], deadline=until)
+        arm = chosen._replace(depends_at=depth)
+        found[depth] = collect(model, asked, [arm], deadline=until, latest=deadline)
     num = min(map(len, found.values()), default=0)  # all are judged by the same prompts
     if num < FEWEST:
         return None
@@ -122,7 +124,7 @@ def of_sources(
     mine, knowing = found[depth], chosen._replace(depends_at=depth)
     if not is_better(mine, plain):
         return None
-    mine = with_budgets(model, asked, mine, knowing, deadline=deadline)
+    mine = with_budgets(model, asked, mine, knowing, deadline=deadline, latest=deadline)
     if len(mine) < FEWEST:
         return None
     best = judge(mine)
@@ -131,20 +133,22 @@ def of_sources(
 
 
 def with_budgets(
-    model: Model, asked: list[Prompt], mine: list[Row], chosen: Candidate, *, deadline: float
-) -> list[Row]:
+    model: Model, asked: list[Prompt], mine: list[Row], chosen: Candidate, *, deadline: float,
+    latest: float,
+) -> list[Row]:  # fmt: skip
     """The same prompts, as many as there is time for, with more rows, if these are not enough."""
     if enough(mine):
         return mine
     among = [chosen._replace(budget=budget) for budget in BUDGETS if budget > chosen.budget]
-    more = collect(model, asked, among, deadline=deadline)
+    more = collect(model, asked, among, deadline=deadline, latest=latest)
     return [row | wide for row, wide in zip(mine, more, strict=False)]
 
 
 def collect(
-    model: Model, asked: list[Prompt], among: list[Candidate], *, deadline: float
+    model: Model, asked: list[Prompt], among: list[Candidate], *, deadline: float, latest: float
 ) -> list[Row]:
-    """Measure prompts till they are used up or, after one at least, the time is over."""
+    """Measure prompts till they are used up or, after one at least, the time is over: at
+    ``deadline`` where there are enough of them, at ``latest`` in any case."""
     rows = []
     with common.Progress(len(asked), unit=" prompts") as bar:
         for one in asked:
@@ -152,7 +156,7 @@ def collect(
             if row := measure(model, one, among):
                 rows.append(row)
             bar.update()
-            if time.monotonic() > deadline:
+            if time.monotonic() > (deadline if len(rows) >= FEWEST else latest):
                 break
     return rows
 
@@ -161,8 +165,8 @@ def check_many(rows: list[Row], args: argparse.Namespace) -> None:
     """Raise ScriptError where too few prompts are through to say anything."""
     if len(rows) < FEWEST:
         raise ScriptError(
-            f"{len(rows)} prompts were through after --minutes {args.minutes:g}, at least"
-            f" {FEWEST} are needed: give it more"
+            f"only {len(rows)} prompts were through within --minutes {args.minutes:g}, at least"
+            f" {FEWEST} are needed for each step: give it more"
         )
 
 

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     args.json = args.json or args.out / "demo.json"
     result: dict[str, Any] = {}
     common.warn_if_busy()
-    told = args.story and tell_story(args, result)
+    scenes = tell_story(args, result) if args.story else []
+    told = bool(scenes)
     model, trained = pick_model(args)
     print(about_model(model, trained=trained), flush=True)
     env = common.environment()
@@ -56,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         kinds = measure_all(plain, shared, corpus, args)
     print(f"\n{show_table(kinds)}\n{LEGEND}")
     declined = {t.declined for kind in kinds[:3] for t in kind.timings if t.declined}
+    missed = story.missed(scenes)
+    if missed:
+        print(f"kvshare copied nothing in acts of the story that it should: {', '.join(missed)}")
     if declined:
         print(f"kvshare declined prompts that it should reuse: {', '.join(sorted(declined))}")
     weights = "trained reader" if trained else "random weights"
@@ -75,16 +79,16 @@ def run(args: argparse.Namespace) -> int:
         common.write_result(args, result, model=model.path.name)
     charts = f"{args.out / 'story.png'}, {args.out / 'demo.png'}" if told else args.out / "demo.png"
     print(f"\npictures: {charts}   numbers: {args.json}")
-    return 1 if declined else 0
+    return 1 if declined or missed else 0
 
 
-def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> bool:
-    """Play it on the chat model and add it to ``result``. Without the model False, and why."""
+def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> list[story.Scene]:
+    """Play it on the chat model and add it to ``result``. Without the model nothing, and why."""
     try:
         model = models.open_model(models.FETCHED)
     except ModelError as error:
         print(f"no chat model here: {error}; the trained reader answers instead", file=sys.stderr)
-        return False
+        return []
     machine = common.environment()
     name = "SmolLM2-135M-Instruct"
     print(f"A chat model with real weights, {name}, is asked about documents.", flush=True)
@@ -102,7 +106,7 @@ def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> bool:
     )
     story.draw(scenes, args.out / "story.png", subtitle=f"{name} (real weights), {where}, one "
                f"question each; load before: {machine['load_1min_at_start']}")  # fmt: skip
-    return True
+    return scenes
 
 
 def show_table(kinds: list[Scenario]) -> str:

@@ -186,6 +186,15 @@ def what_became(scene: Scene) -> str:
     )
 
 
+def missed(scenes: Sequence[Scene]) -> list[str]:
+    """The acts that should have copied and did not, by title, and why."""
+    return [
+        f"{scene.act.title} ({record.get('declined') or 'nothing was found'})"
+        for scene in scenes[1:-1]
+        if not (record := scene.ours.kvshare or {}).get("copied_tokens")
+    ]
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())
 

@@ -24,6 +24,7 @@ from kvshare_sglang.bench.text.lines import begin, fill
 from kvshare_sglang.bench.text.prompts import ALONE, CASES, CHAT, SAMPLE, TASKS, asked, pool
 from kvshare_sglang.bench.texts import fitting
 from kvshare_sglang.config import KVShareConfig
+from kvshare_sglang.runtime import calibration
 from kvshare_sglang.sim.engine import Lab, Model
 
 # what makes a line of a folder besides its task and case
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draw", type=int, default=0, metavar="K", help="other prompts of the same kind")
     add("--arm", nargs="+", choices=arms.ARMS, default=names, help="besides full prefill")
     add("--budget", nargs="+", type=float, default=[], metavar="SHARE",
-        help="each arm at each of these, as 'trace 0.3' (default: an arm's own)")  # fmt: skip
+        help="each arm at each of these, as 'trace 0.3' (default: the model's)")  # fmt: skip
     add("--plot", type=Path, metavar="OUT.png", help="right answers and KL against FLOPs")
     add("--served", nargs="*", choices=served.ARMS, metavar="ARM",
         help=f"by the real server: of {', '.join(served.ARMS)} (default: ours)")  # fmt: skip
@@ -106,8 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked_for(args: argparse.Namespace) -> tuple[dict[str, arms.Arm], KVShareConfig]:
-    """The arms, and the options of those that name none: where a server's traces look. Budgets are
-    the arms' own: a server takes the model's."""
+    """The arms, and the options of those that name none: a server's for this model."""
     if not all(0 < budget <= 1 for budget in args.budget):
         raise ScriptError(f"--budget must be in (0, 1], got {', '.join(map(str, args.budget))}")
     return arms.chosen(args.arm, args.budget), KVShareConfig(**options.measured(args.model))
@@ -168,7 +168,8 @@ def folder(args: argparse.Namespace) -> Texts:
     args.model = options.model_directory(args.model)
     args.json = args.json or args.out / "summary.json"
     made = {name: getattr(args, name) for name in MAKE_A_LINE if hasattr(args, name)}
-    begin(args.out, {k: v.name if isinstance(v, Path) else v for k, v in made.items()})
+    made = {k: v.name if isinstance(v, Path) else v for k, v in made.items()}
+    begin(args.out, made | {"recipe": calibration.RECIPE, **options.measured(args.model)})
     return Texts(args.model)
 
 

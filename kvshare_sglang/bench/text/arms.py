@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.passages import Asked
 from kvshare_sglang.bench.quality.outcomes import follow, in_two_chunks, shares
 from kvshare_sglang.bench.text.chat import (
@@ -30,11 +29,11 @@ LAYER = 1  # at which a check compares, as --kvshare-check-layer
 
 
 class Arm(NamedTuple):
-    """A selector with what differs from the server's defaults."""
+    """A selector with what differs from the server's options; ``budget`` None: the model's."""
 
     selector: str
     options: dict[str, Any] = {}  # noqa: RUF012  (never changed)
-    budget: float = KVShareConfig().budget
+    budget: float | None = None
     every: int = 0  # refresh while decoding, as --kvshare-refresh-every
 
 
@@ -46,10 +45,7 @@ ARMS = {
     "cacheblend": Arm("cacheblend"),
     "prophetkv": Arm("prophetkv"),
     "trace": Arm("trace"),
-    "trace quarter": Arm("trace", {"probe_at": 0.25, "stretch": 0}),  # as it was before D84
-    "trace alone": Arm("trace", {"stretch": 0}),
-    "trace half depends": Arm("trace", {"depends_at": 0.5}),
-    "trace depends": Arm("trace", {"depends_at": 0.69}),
+    "trace unknowing": Arm("trace", {"depends_at": 0.0}),  # of what sources attended to
     "trace refresh": Arm("trace", every=1),
     "deviation": Arm("oracle"),  # true deviation over all layers
     "rerun": Arm("rerun"),  # full prefill in two chunks: the noise of another order of sums
@@ -89,13 +85,7 @@ def reused(
     options of an arm that has no others, by default the server's."""
     ids = texts.ids(one.prompt)
     lab = Lab(model, config or KVShareConfig())
-    depths = {arm.options["depends_at"] for arm in arms.values() if "depends_at" in arm.options}
-    if len(depths) > 1:  # what is cached is profiled once
-        raise ScriptError(f"--arm: one depth of sources at a time, got {sorted(depths)}")
-    for depends_at in depths:
-        lab.config = dataclasses.replace(lab.config, depends_at=depends_at)
     cached(lab, texts, one)
-    lab.config = config or KVShareConfig()
     true = truth(model, texts, ids, one)
     plan = reuse(lab, ids)
     return {"answers": one.answers, **compared(lab, texts, true, plan, arms, one=one, seed=seed)}
@@ -120,8 +110,9 @@ def compared(
             done, spent = Partial(first, kv, [], plan), (1.0, 1.0)
         else:
             lab.config = dataclasses.replace(config, **arm.options)
+            budget = config.budget if arm.budget is None else arm.budget
             done = lab.prefill(
-                ids, plan, arm.selector, budget=arm.budget, check_layer=LAYER, seed=seed,
+                ids, plan, arm.selector, budget=budget, check_layer=LAYER, seed=seed,
                 truth=true.kv, room=room,
             )  # fmt: skip
             spent = shares(lab, plan, done, arm.selector, layer=LAYER)

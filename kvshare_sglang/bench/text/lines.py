@@ -23,9 +23,8 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     before = json.loads(file.read_text())
     for name in before.keys() | settings.keys():
         if before.get(name) != settings.get(name):
-            flag = "--" + name.replace("_", "-")
             raise ScriptError(
-                f"{folder} holds lines of {flag} {before.get(name)}, asked for"
+                f"{folder} holds lines made with {name} {before.get(name)}, and now it is"
                 f" {settings.get(name)}: give another --out"
             )
 

@@ -20,8 +20,8 @@ NEEDED = {"kl", "computed"}  # to compare at the same FLOPs
 def split(name: str) -> tuple[str, float | None]:
     """An arm's selector, and the budget that its name tells.
 
-    >>> split("trace alone 0.3"), split("copies")
-    (('trace alone', 0.3), ('copies', None))
+    >>> split("trace refresh 0.3"), split("copies")
+    (('trace refresh', 0.3), ('copies', None))
     """
     selector, _, budget = name.rpartition(" ")
     try:

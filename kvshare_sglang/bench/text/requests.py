@@ -38,7 +38,8 @@ class Played:
         """Each request; the one before is in the cache by then, also where nobody measured it."""
         for ids in many:
             yield ids
-            self._lab.add(ids, self._kv)
+            # what its rows attended to is known only where it is computed for that
+            self._lab.add(ids, None if self._lab.config.depends_at else self._kv)
             self._kv = None
 
     def row(self, ids: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
