@@ -169,7 +169,8 @@ def folder(args: argparse.Namespace) -> Texts:
     args.json = args.json or args.out / "summary.json"
     made = {name: getattr(args, name) for name in MAKE_A_LINE if hasattr(args, name)}
     made = {k: v.name if isinstance(v, Path) else v for k, v in made.items()}
-    begin(args.out, made | {"recipe": calibration.RECIPE, **options.measured(args.model)})
+    how = {"recipe": calibration.RECIPE, "measured": options.measured(args.model)}
+    begin(args.out, made | how)
     return Texts(args.model)
 
 
