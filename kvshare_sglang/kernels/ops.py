@@ -46,6 +46,7 @@ class Attention(NamedTuple):
     kv_heads: int
     shape: Any
     programs: int
+    profile_shape: Any = None  # None where no kernel of profiles serves such heads
 
     def plan(
         self, rows: Sequence[tuple[int, int]], positions: torch.Tensor, owners: torch.Tensor
@@ -91,6 +92,24 @@ class Attention(NamedTuple):
 
         return kernel.run(plan, q, *buffers, shape=self.shape, **scales)
 
+    def profile(
+        self,
+        rows: Sequence[tuple[int, int]],
+        positions: torch.Tensor,
+        owners: torch.Tensor,
+        q: torch.Tensor,
+        *buffers: torch.Tensor,
+        scaling: float,
+    ) -> Any:
+        """What a batch's rows give to keys so far behind them, fp32 [rows, edges]; ``rows``,
+        ``positions`` and ``owners`` as for ``plan``, ``buffers`` as for ``gpu.profile.run``."""
+        from kvshare_sglang.kernels.gpu import profile as kernel
+        from kvshare_sglang.kernels.gpu import rows as tiles
+
+        shape = self.profile_shape
+        plan = tiles.plan(rows, positions, owners, **{**self._launch, "shape": shape})
+        return kernel.run(plan, q, *buffers, scaling=scaling, shape=shape)
+
     def warm_up(self, dtype: torch.dtype, *buffers: torch.Tensor, **scales: float) -> None:
         """Compile what batches will need, so that no request waits for it. Writes nowhere."""
         device = buffers[0].device
@@ -108,9 +127,11 @@ def attention(
     """None where no kernel of ours serves such heads: the host's backend does."""
     if not has_triton(device) or dim != v_dim or not _fits_tiles(dim):
         return None
+    from kvshare_sglang.kernels.gpu import profile
     from kvshare_sglang.kernels.gpu import rows as kernel
 
     programs = 1
+    profile_shape: Any = profile.shape_of(dim, dtype)
     if torch.device(device).type == "cpu":
         shape = kernel.Shape(64, 64, 4, 1)
     else:
@@ -119,7 +140,9 @@ def attention(
         programs = PROGRAMS_OF_MULTIPROCESSOR * card.multi_processor_count
     if heads // kv_heads > shape.block_m:  # a tile would not hold one row
         return None
-    return Attention(heads, kv_heads, shape, programs)
+    if heads // kv_heads > profile_shape.block_m:
+        profile_shape = None
+    return Attention(heads, kv_heads, shape, programs, profile_shape)
 
 
 # ---- ops on tensors, registered under ``torch.ops.kvshare`` ------------------------------------

@@ -221,6 +221,9 @@ def _profile(backend: Any, q: torch.Tensor, layer: "RadixAttention", fb: "Forwar
     if batch is not None and batch.observer is not None and batch.entry is None:
         return
     try:
+        if state.profiles.how is not None:
+            _profile_paged(backend, q, layer, fb)
+            return
         if batch is None or batch.rows is None:
             lengths = zip(fb.extend_prefix_lens_cpu, fb.extend_seq_lens_cpu, strict=True)
             places = [torch.arange(start, start + length) for start, length in lengths]
@@ -231,6 +234,25 @@ def _profile(backend: Any, q: torch.Tensor, layer: "RadixAttention", fb: "Forwar
         state.profiles.note(q, layer, fb.out_cache_loc, rows)
     except Exception:
         state.profiles.give_up()
+
+
+def _profile_paged(
+    backend: Any, q: torch.Tensor, layer: "RadixAttention", fb: "ForwardBatch"
+) -> None:
+    """As ``_profile``, by the kernel, which needs no row on the host."""
+    batch = backend.kvshare.batch
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # what it would be recorded with holds for one batch
+    if batch is None or batch.rows is None:
+        lengths = zip(fb.extend_seq_lens_cpu, fb.extend_prefix_lens_cpu, strict=True)
+        rows = [(length, start + length) for length, start in lengths]
+    else:
+        rows = [(one.num, one.stop) for one in batch.rows]
+    keys = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+    table = backend.req_to_token_pool.req_to_token
+    backend.kvshare.profiles.note_paged(
+        q, layer, fb.out_cache_loc, rows, fb.positions, fb.req_pool_indices, keys, table
+    )
 
 
 def keys_of(

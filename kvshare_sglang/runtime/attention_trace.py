@@ -87,8 +87,9 @@ class TraceStage:
             most_open = 0 if spare is None else len(spare) // page
             prior = None
             if kept is not None:
-                slots = table[fb.req_pool_indices[job.number], : job.plan.prompt_len]
-                prior = kept.prior(job.plan, slots)
+                # a slice, not a number, of what is on the device: see ``attention.keys_of``
+                owner = fb.req_pool_indices[job.number : job.number + 1]
+                prior = kept.prior(job.plan, table[owner, : job.plan.prompt_len][0])
             traces.append(
                 self.selector.trace(
                     job.plan,
@@ -112,6 +113,8 @@ class TraceStage:
         self, traces: list[Trace], fb: "ForwardBatch", runner: "ModelRunner", forward: Forward
     ) -> "_Chosen":
         """Take the traces to their ends. Raises NoSlots."""
+        for trace in traces:
+            trace.prior = profiles.on_host(trace.prior)
         rows = list(self.rows)
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
         layer = self._layer(runner)

@@ -14,6 +14,7 @@ from torch.nn.functional import max_pool1d
 
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.policy.select.attention_trace import Trace
+from kvshare_sglang.policy.select.dependence import LEAST
 from kvshare_sglang.runtime import attention, versions
 from kvshare_sglang.runtime.batch import (
     BatchedRequest,
@@ -41,7 +42,7 @@ def serves(
         return False
     total = sum(one.num for one in rows)
     for trace, job in zip(traces, jobs, strict=True):
-        if trace.prior is not None or trace.takes_shared or trace.first_candidate < job.chunk.start:
+        if trace.takes_shared or trace.first_candidate < job.chunk.start:
             return False
         if trace.rows and trace.rows.start < job.chunk.start:
             return False
@@ -67,7 +68,7 @@ class DeviceTrace:
         self._open, kept, rows, places, query = there
         self._num_open = trace.num_candidates
         self._left, self._shares = trace.left, list(trace.shares)
-        self._stretch = trace.stretch
+        self._stretch, self._prior = trace.stretch, trace.prior
         self._kept = [kept]
         self.ran = 0
         self.rows = DeviceRows(trace.rows.num, trace.length, rows)
@@ -85,9 +86,13 @@ class DeviceTrace:
         # Attention is never negative.
         order = torch.sort(mass.masked_fill(~self._open, -1.0), descending=True, stable=True)
         at = order.indices
-        if width := 2 * self._stretch:  # as ``spread``; like ones in the order of their own mass
-            mass = mass.masked_fill(~self._open, 0.0)
-            wide = max_pool1d(mass[None], width + 1, stride=1, padding=width // 2)[0]
+        width = 2 * self._stretch
+        if width or self._prior is not None:  # like ones in the order of their own mass
+            wide = mass.masked_fill(~self._open, 0.0)
+            if width:  # as ``spread``
+                wide = max_pool1d(wide[None], width + 1, stride=1, padding=width // 2)[0]
+            if self._prior is not None:  # as ``Trace.feed``
+                wide = self._prior * (wide + LEAST).sqrt()
             wide = wide.masked_fill(~self._open, -1.0)[at]
             at = at[torch.sort(wide, descending=True, stable=True).indices]
         at = at[:count].sort().values

@@ -262,9 +262,10 @@ def test_attention_mass_is_the_sum_of_softmax_weights(
 @pytest.mark.parametrize("side_by_side", [True, False], ids=["a prompt's end", "lone rows"])
 @pytest.mark.parametrize("programs", [1, 10_000])
 def test_a_profile_is_what_each_row_gives_to_keys_so_far_behind_it(
-    dtype, heads, kv_heads, dim, side_by_side, programs
+    dtype, heads, kv_heads, dim, side_by_side, programs, monkeypatch
 ):
-    """Distances that end inside a step of keys, between two, and beyond the prompt."""
+    """Distances that end inside a step of keys, between two, and beyond the prompt; in two parts
+    or more, and in more launches than one."""
     gen = seeded(dim + heads)
     lengths, counts = (1, 150, 37, 700), (1, 40, 37, 50)
     paged = Paged(lengths, kv_heads=kv_heads, dim=dim, dtype=dtype, seed=dim)
@@ -272,6 +273,8 @@ def test_a_profile_is_what_each_row_gives_to_keys_so_far_behind_it(
         torch.arange(length - count, length) if side_by_side else some(length, count, gen)
         for length, count in zip(lengths, counts, strict=True)
     ]
+    monkeypatch.setattr(rows, "KEYS_OF_SPLIT", 64)
+    monkeypatch.setattr(rows, "ROWS_AT_ONCE", 70)
     q = torch.randn(sum(counts), heads, dim, generator=gen).to(dtype)
     edges = torch.tensor([0, 1, 2, 4, 8, 16, 33, 64, 128, 256, 512, 1024])
     shape = Shape(32, 32, 4, 1)
@@ -281,6 +284,8 @@ def test_a_profile_is_what_each_row_gives_to_keys_so_far_behind_it(
         paged.owners.to(DEVICE),
         group=heads // kv_heads, kv_heads=kv_heads, shape=shape, programs=programs,
     )  # fmt: skip
+    assert len(plan.launches) > 1
+    assert {launch.splits > 2 for launch in plan.launches} >= {programs > 1}
     there = (x.to(DEVICE) for x in (q, paged.k, paged.table, edges.int()))
     got = profile.run(plan, *there, scaling=0.3, shape=shape).cpu()
     base = 0

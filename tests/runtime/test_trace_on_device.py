@@ -33,14 +33,19 @@ def noise(rng: np.random.Generator, length: int) -> np.ndarray:
     plans(),
     st.sampled_from([0.01, 0.05, 0.15, 0.5, 1.0]),
     st.sampled_from([0, 1, 6, 64]),
+    st.booleans(),
     st.integers(0, 1000),
 )
-def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, stretch, seed):
+def test_each_step_takes_the_rows_that_the_host_takes(plan, budget, stretch, knows, seed):
     rng = np.random.default_rng(seed)
     selector = AttentionTrace(16, stretch)
-    host = selector.trace(plan, budget=budget)
+    prior = noise(rng, plan.prompt_len).astype(np.float64) / 3 if knows else None
+    host = selector.trace(plan, budget=budget, prior=prior)
     must = selector.required(plan, 0)
-    device = DeviceTrace(host, must, "cpu")
+    there = selector.trace(
+        plan, budget=budget, prior=None if prior is None else torch.tensor(prior)
+    )
+    device = DeviceTrace(there, must, "cpu")
     most = host.most_chosen
     while not host.done:
         assert not device.done

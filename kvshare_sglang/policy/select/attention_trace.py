@@ -7,7 +7,7 @@ the rows of all steps run together, in order of position.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class AttentionTrace(NamedTuple):
         start: int | None = None,
         most_open: int | None = None,
         shares: Sequence[float] | None = None,
-        prior: np.ndarray | None = None,
+        prior: Any = None,
     ) -> "Trace":
         """A trace from the question back over as many rows as the budget buys. The first of them
         follow edits: nothing attends to rows that meant another thing there.
@@ -118,7 +118,7 @@ class Trace:
     the last of them, pay to the prompt there. At the end ``chosen`` holds ``count`` of the
     candidates (bool [prompt_len]): those ``at_first``, and of the rest ``shares[i]`` from step
     ``i``. ``shared``: of these candidates only so many may be chosen. ``stretch``: see ``spread``.
-    ``prior`` [prompt_len]: how much a row is likely to be off (``dependence.py``), which counts as
+    ``prior`` [length]: how much a row is likely to be off (``dependence.py``), which counts as
     much as the square root of the attention to it: a row that nobody looks at may be wrong, and one
     that is right may be looked at. ``asks_once``: the question's lower layers run once, see
     ``carried``. ``ran``: rows of all passes so far.
@@ -135,11 +135,11 @@ class Trace:
         shared: tuple[np.ndarray, int] | None = None,
         shares: Sequence[float] = SHARES,
         stretch: int = 0,
-        prior: np.ndarray | None = None,
+        prior: Any = None,
         asks_once: bool = False,
     ) -> None:
         self._candidates = candidates.copy()
-        self.prior = prior
+        self.prior: Any = prior  # on the device where the steps choose there
         self.stretch = stretch
         self._left = count
         self._shared, self._left_shared = shared or (np.zeros(len(candidates), bool), 0)

@@ -49,6 +49,20 @@ def outside(plan: ReusePlan, profiles: np.ndarray) -> np.ndarray | None:
     as the others do on average. None where nothing is known of any. O(rows + runs^2), the latter
     for a comparison of two runs."""
     found = np.full(plan.prompt_len, np.nan)
+    for run, limits in zip(plan.runs, limits_of(plan), strict=True):
+        here = profiles[run.dst_start : run.dst_stop]
+        found[run.dst_start : run.dst_stop] = _to_others(run, here, limits)
+    known = ~np.isnan(found)
+    if not known.any():
+        return None
+    found[~known] = found[known].mean()
+    return found
+
+
+def limits_of(plan: ReusePlan) -> list[list[int]]:
+    """By run of the plan, positions of its source: where it begins, and where each range before it
+    that stays begins and ends. At most 1 + 2 ``RANGES``. O(runs^2)."""
+    found = []
     stays = [(0, plan.prefix_len)] if plan.prefix_len else []  # of the text that goes on
     for i, run in enumerate(plan.runs):
         match run.join:
@@ -58,24 +72,18 @@ def outside(plan: ReusePlan, profiles: np.ndarray) -> np.ndarray | None:
                 stays = [(0, run.src_start)]
             case Join.ON:  # the same text stands between them
                 stays = [*stays, (max((stop for _, stop in stays), default=0), run.src_start)]
-        here = profiles[run.dst_start : run.dst_stop]
-        found[run.dst_start : run.dst_stop] = _to_others(run, here, stays)
+        ranges = _joined(stays, before=run.src_start)
+        found.append([run.src_start, *(edge for pair in ranges for edge in pair)])
         stays = [*stays, (run.src_start, run.src_stop)]
-    known = ~np.isnan(found)
-    if not known.any():
-        return None
-    found[~known] = found[known].mean()
     return found
 
 
-def _to_others(run: Run, profiles: np.ndarray, stays: Sequence[tuple[int, int]]) -> np.ndarray:
+def _to_others(run: Run, profiles: np.ndarray, limits: Sequence[int]) -> np.ndarray:
     """What the run's rows gave to text before it, but for the ranges of its source that stay."""
-    ranges = _joined(stays, before=run.src_start)
-    edges = [run.src_start, *(edge for pair in ranges for edge in pair)]
     at = np.arange(run.src_start, run.src_stop)
     rows = len(at)
-    distances = (at - np.array(edges)[:, None] + 1).ravel()
-    count = len(edges)
+    distances = (at - np.array(limits)[:, None] + 1).ravel()
+    count = len(limits)
     given = beyond(np.tile(profiles, (count, 1)), distances, np.tile(at, count)).reshape(
         count, rows
     )
