@@ -319,3 +319,19 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     visit, groups = visit_of(Path(sys.argv[1]), hang_s=600, seconds=600)
     visit.run(groups)
+
+
+def test_what_compiles_at_its_first_call_is_timed_as_often_as_anything(monkeypatch) -> None:
+    """The time that timing may take begins behind the warm-up."""
+    from kvshare_sglang.bench.gpu_visit import table
+
+    now, calls = [0.0], []
+
+    def run() -> None:
+        now[0] += 0.001 if calls else 10 * table.MOST_S
+        calls.append(now[0])
+
+    monkeypatch.setattr(table.time, "perf_counter", lambda: now[0])
+    box = table.box_of("cpu")
+    assert table.timed(box, run, repeats=5)["n"] == 5
+    assert len(calls) == 8

@@ -667,7 +667,7 @@ def keep_profiles(child: Any) -> None:
         row = req.kv.req_pool_idx if hasattr(req.kv, "req_pool_idx") else req.req_pool_idx
         known = len(req.origin_input_ids) + len(req.output_ids) - 1
         slots = child.scheduler.req_to_token_pool.req_to_token[row, :known]
-        child.profiles[req.rid] = child.runner.attn_backend.kvshare.profiles.of(slots).numpy()
+        child.profiles[req.rid] = child.runner.attn_backend.kvshare.profiles.of(slots).cpu().numpy()
         return read(req)
 
     child.read_kv = both

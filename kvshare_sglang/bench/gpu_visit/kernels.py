@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from kvshare_sglang.bench.gpu_visit.table import TOLERANCE, Box, Case, Kernel, far
-from kvshare_sglang.kernels import ops, partial_attn, reference
+from kvshare_sglang.kernels import ops, partial_attn, reference, row_scores
 from kvshare_sglang.kernels.ops import deviation, rotate_keys
 from kvshare_sglang.kernels.rope_shift import plan_shift
+from kvshare_sglang.policy.select.dependence import EDGES
 
 Checks = Iterator[tuple[str, torch.dtype, float]]  # name, type, largest error
 
@@ -117,6 +118,17 @@ class Paged:
         )
         return out
 
+    def profile(self, edges: torch.Tensor, scaling: float) -> torch.Tensor:
+        if self.how is None:
+            keys = self.k[self.slots.to(self.device)]
+            at = self.at.to(self.device)
+            return row_scores.attention_profile(self.q, at, keys, edges, scaling=scaling)
+        owner = torch.zeros(1, dtype=torch.int64, device=self.device)
+        rows, at = [(len(self.at), int(self.at[-1]) + 1)], self.at.to(self.device)
+        there = (self.q, self.k, self.table, edges.int().to(self.device))
+        out: torch.Tensor = self.how.profile(rows, at, owner, *there, scaling=scaling)
+        return out
+
 
 def attn_checks(box: Box) -> Checks:
     for dtype in TOLERANCE:
@@ -168,7 +180,8 @@ def mass_checks(box: Box) -> Checks:
         keys = torch.randn(40, box.kv_heads, box.dim).to(dtype)
         for strongest in (True, False):
             how: Any = {"scaling": 0.1, "strongest_head": strongest}
-            got = ops.attention_mass(*(x.to(box.device) for x in (q, at, keys)), **how)
+            there = (x.to(box.device) for x in (q, at, keys))
+            got = ops.attention_mass(*there, **how, backend=_backend(box))
             want = reference.attention_mass(q, at, keys, **how)
             yield f"{dtype} {'strongest' if strongest else 'mean'}", dtype, far(got, want)
 
@@ -180,10 +193,36 @@ def mass_case(box: Box, tokens: int) -> Case:
         box.rand(len(at), box.kv_heads * box.group, box.dim),
         box.rand(tokens, box.kv_heads, box.dim),
     )
+    how: Any = {"scaling": box.dim**-0.5, "strongest_head": True, "backend": _backend(box)}
     return Case(
-        lambda: ops.attention_mass(q, at, keys, scaling=box.dim**-0.5, strongest_head=True),
+        lambda: ops.attention_mass(q, at, keys, **how),
         moved=float(keys.numel() * keys.itemsize),
         flops=2.0 * q.shape[1] * box.dim * float((at + 1).sum()),
+    )
+
+
+def profile_checks(box: Box) -> Checks:
+    """What rows give to keys so far behind them, of distances that end anywhere in a step."""
+    edges = torch.tensor(EDGES)
+    for dtype in TOLERANCE:
+        for name, kv_len, at in (
+            ("scattered", 70, torch.tensor([0, 1, 2, 9, 10, 33, 40, 41, 42, 69])),
+            ("side by side", 300, torch.arange(250, 300)),
+        ):
+            paged = Paged(box, at, kv_len, dtype)
+            keys = paged.k.cpu()[paged.slots]
+            want = reference.attention_profile(paged.q.cpu(), at, keys, edges, scaling=0.1)
+            yield f"{dtype} {name}", dtype, far(paged.profile(edges, 0.1), want)
+
+
+def profile_case(box: Box, tokens: int) -> Case:
+    """A chunk of 2,048 rows at the end of a prompt, of which one layer is noted."""
+    at = torch.arange(max(0, tokens - 2048), tokens)
+    paged, edges = Paged(box, at, tokens, box.dtype), torch.tensor(EDGES, device=box.device)
+    return Case(
+        lambda: paged.profile(edges, box.dim**-0.5),
+        moved=float(tokens * box.kv_heads * box.dim * box.dtype.itemsize),
+        flops=2.0 * box.kv_heads * box.group * box.dim * float((at + 1).sum()),
     )
 
 
@@ -205,5 +244,6 @@ KERNELS = (
     Kernel("scattered rows", attn_checks, attn_case),
     Kernel("as many side by side", None, causal_case),
     Kernel("attention mass", mass_checks, mass_case),
+    Kernel("what rows attend to", profile_checks, profile_case),
     Kernel("deviation", deviation_checks, deviation_case),
 )

@@ -14,6 +14,7 @@ STEPS = (
     "partial",
     "choice",
     "exact",
+    "profiles",
     "life",
     "profile",
 )
@@ -82,7 +83,7 @@ def stages(
         [Stage("smoke", 200, backend) for backend in backends],
         [Stage("misses", 150, first)],
         *([Stage("ttft", 210, first, what=what)] for what in arms),
-        [*laws("partial", 150), *laws("choice", 150), *laws("exact", 150)],
+        [*laws("partial", 150), *laws("choice", 150), *laws("exact", 150), *laws("profiles", 150)],
         laws("life", 150),
         *([Stage("ttft", 90, backend, what="plain-trace-short")] for backend in backends[1:]),
         *([Stage("profile", 90, first, what=what)] for what in ("trace", "window")),

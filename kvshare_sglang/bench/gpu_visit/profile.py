@@ -44,10 +44,11 @@ def run(device: str, backend: str, select: str) -> dict[str, Any]:
         it.ask("gpu_probes:compare_passes")
         _prime(it, case.sources)
         it.one(prompt, new=1)
-        figures["replayed passes off"] = it.ask("gpu_probes:passes_off")
+        off = figures["replayed passes off"] = it.ask("gpu_probes:passes_off")
         it.ask("gpu_probes:compare_no_more")
         figures["host"] = [_of_host(it, case.sources, prompt), _of_misses(it, vocab)]
-    return {"ok": told["declined"] is None, "kvshare": told, "figures": figures}
+    replayed = select != "trace" or bool(off)  # a trace whose passes no graph served is another
+    return {"ok": told["declined"] is None and replayed, "kvshare": told, "figures": figures}
 
 
 def _of_host(it: Any, sources: list[Any], prompt: list[int]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ FACTOR = 2.0  # how much further from fp32 than plain bf16 anything may be
 # K and V of layer 0 depend on token and position alone, so that even copied ones are known.
 # A wrong token or position gives about 1.
 LAYER0 = 0.06
+PROFILED_AT = 0.5  # depth at which it is noted what rows attend to
+# Of attention that sums to 1, what bf16 may move; rows of another layer are off by .3 and more.
+PROFILE_OFF = 0.05
 
 
 class Case(NamedTuple):
@@ -242,6 +245,7 @@ def check_ways(checks: Checks, case: Case, it: Lab) -> None:
     checks.facts["prefill batches"] = dict(ways)
     checks.at_least("partial batches", ways["partial, eager"] + ways["partial, graph"], 1)
     checks.equal("our kernel attends", it.ask("gpu_probes:has_kernel"), case.kernel)
+    checks.equal("kernels that gave way to torch", it.ask("gpu_probes:gave_way"), [])
     if case.on_gpu:
         checks.at_least("partial batches in a graph", ways["partial, graph"], 1)
         checks.at_least("full batches in a graph", ways["full, graph"], 1)
@@ -463,7 +467,7 @@ def check_exact(case: Case, model: Path) -> Checks:
         check_ways(checks, case, ours)
     base = _rms_of(seen["alone"])
     checks.facts |= {"KV off": seen, "tokens below the best": gaps}
-    checks.facts["same bits as without kvshare"] = f"{same_bits} of {len(prompts)}"
+    checks.equal("KV with the same bits as without kvshare", same_bits, len(prompts))
     checks.at_most("KV: plain server's own distance from fp32", base, 0.2)
     for name in ("first", "again", "twin"):
         checks.at_most(f"KV: exact ({name}) over plain", max(seen[name]) / base, FACTOR)
@@ -471,6 +475,56 @@ def check_exact(case: Case, model: Path) -> Checks:
     checks.at_most("layer 0 of moved KV", max(moved), LAYER0)
     slack = max(_slack(_rms_of(offs), wanted), FACTOR * max(gaps["theirs"]))
     checks.at_most("tokens below the best", max(gaps["ours"]), slack)
+    return checks
+
+
+def check_profiles(case: Case, model: Path) -> Checks:
+    """What rows attend to is noted for each row of a prompt, in chunks and beside others, as the
+    definition has it of the same weights in fp32; a copy has its source's, and traces rank by it
+    on the device where our kernel attends."""
+    import numpy as np
+    import torch
+
+    from kvshare_sglang.policy.select.attention_trace import probe_layer
+    from kvshare_sglang.sim.engine import Model
+
+    checks, texts = Checks(), Texts(300 + case.page_size)
+    plain = Model(model, dtype=torch.float32, device=case.device)
+    layer = probe_layer(len(plain.layers), PROFILED_AT)
+    chunks = {} if case.page_size == 1 else {"chunked_prefill_size": 128}
+    how = {"kvshare_select": "trace", "kvshare_depends_at": PROFILED_AT, **chunks}
+    a, b = texts.passage(90), texts.passage(80)
+    prompts = {"source": texts.passage(14) + a + b, "other": texts.passage(70)}
+    moved = texts.passage(20) + b + a + texts.passage(30)
+    with server(case, model, kvshare=True, **how) as it:
+        it.ask("probes:keep_profiles")
+        many = [
+            request(rid, ids, new=3, kvshare="exact", keep="kv") for rid, ids in prompts.items()
+        ]
+        answers = it.play([many])
+        for rid, ids in prompts.items():
+            found = it.ask("probes:profiles", rid)
+            whole = np.array(ids + answers[rid]["output"][:-1], np.int32)
+            want = plain.profiled(whole, layer)[1][: len(ids)].astype(np.float64)
+            off = np.abs(found[: len(ids)] - want)
+            checks.at_most(f"{rid}: largest difference", float(off.max()), PROFILE_OFF)
+            checks.at_most(f"{rid}: mean difference", float(off.mean()), PROFILE_OFF / 10)
+            blank = float(np.isnan(found[len(ids) :]).all(1).mean())
+            checks.equal(f"{rid}: share of the answer's rows without", blank, 1.0)
+        of_source = it.ask("probes:profiles", "source")
+        told = it.play([request("moved", moved, new=1, keep="kv")])["moved"]["kvshare"]
+        checks.equal("declined", told["declined"], None)
+        checks.at_least("copied", told["copied_tokens"], 80)
+        found = it.ask("probes:profiles", "moved")
+        checks.equal("rows of the prompt without", int(np.isnan(found).any(1).sum()), 0)
+        as_source = (found[:, None] == of_source[None]).all(-1).any(1).sum()
+        checks.at_least("rows with what a source's row has", int(as_source), told["copied_tokens"])
+        checks.at_most("priors here from their definition", it.ask("gpu_probes:priors_off"), 1e-6)
+        there = Counter(it.ask("gpu_probes:prefill_ways"))["traces on the device"]
+        # in chunks a trace looks at rows of earlier ones, which is done on the host
+        checks.equal("traced on the device", there > 0, case.kernel and not chunks)
+        checks.equal("still noted", it.ask("gpu_probes:notes_profiles"), True)
+        assert_idle(checks, it, "at the end")
     return checks
 
 

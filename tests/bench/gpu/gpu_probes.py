@@ -114,6 +114,45 @@ def has_kernel(child: Any) -> bool:
     return attention.has_kernel(child.runner)
 
 
+def gave_way(child: Any) -> list[str]:
+    """What of our kernels could not be launched, and runs by torch for good."""
+    from kvshare_sglang.kernels import ops
+
+    found = [f"attention mass {kind}" for kind in ops._MASS_FAILED]
+    copier = getattr(child.runner, "kvshare_copier", None)
+    if copier is not None and copier[3] != "auto" and has_kernel(child):
+        found.append("copy")
+    return found
+
+
+def notes_profiles(child: Any) -> bool:
+    """Whether what rows attend to is still noted."""
+    kept = child.runner.attn_backend.kvshare.profiles
+    return kept is not None and kept.layer >= 0
+
+
+def priors_off(child: Any) -> float:
+    """How far what the device makes of profiles is from its definition, over a few plans."""
+    import numpy as np
+    import torch
+
+    from kvshare_sglang.plan import Join, ReusePlan, Run
+    from kvshare_sglang.policy.select.dependence import EDGES, outside
+    from kvshare_sglang.runtime.profiles import outside_on_device
+
+    rng, worst = np.random.default_rng(0), 0.0
+    for _ in range(5):
+        runs = (Run(1, 64, 10, 100), Run(1, 170, 112, 60, join=Join.EDIT), Run(2, 9, 180, 40))
+        plan = ReusePlan(260, 0, runs, runs)
+        profiles = np.sort(rng.random((260, len(EDGES))).astype(np.float32))[:, ::-1].copy()
+        profiles[rng.random(260) < 0.2] = np.nan
+        there = outside_on_device(plan, torch.from_numpy(profiles).to(child.runner.device))
+        want = outside(plan, profiles)
+        assert want is not None
+        worst = max(worst, float(np.abs(there.cpu().numpy() - want).max()))
+    return worst
+
+
 def prefill_ways(child: Any) -> dict[str, int]:
     """How many prefill batches ran full or partial, by graph or eagerly."""
     return dict(child.ways)

@@ -28,6 +28,6 @@ def test_kernels() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.backend}, page {case.page_size}")
-@pytest.mark.parametrize("law", ["check_partial", "check_choice", "check_exact", "check_life"])
+@pytest.mark.parametrize("law", ["partial", "choice", "exact", "profiles", "life"])
 def test_law(law: str, case: Case, model: Path) -> None:
-    assert getattr(gpu_oracles, law)(case, model).failed == []
+    assert getattr(gpu_oracles, f"check_{law}")(case, model).failed == []
