@@ -127,10 +127,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: plain(value) for name, value in vars(args).items()}
 
 
+def how_busy() -> str:
+    """A line that says whether times measured here mean anything: the load as this began."""
+    noisy = 0.5 * cores() < _LOAD
+    verdict = "busy, times will be noisy" if noisy else "quiet"
+    return f"machine: load {_LOAD:.1f} on {cores()} cores, {verdict}"
+
+
 def warn_if_busy() -> None:
     """Say so if other work runs on this machine: times measured beside it mean little."""
     if 0.5 * cores() < _LOAD:
-        print(f"note: load is {_LOAD:.1f} on {cores()} cores; times will be noisy", file=sys.stderr)
+        print(f"note: {how_busy()}", file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:

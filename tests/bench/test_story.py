@@ -8,6 +8,7 @@ from kvshare_sglang.bench import models, passages
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.demo import story
 from kvshare_sglang.bench.demo.story import Scene, Told, acts
+from kvshare_sglang.bench.server import cpu_of
 from kvshare_sglang.bench.smollm2 import ModelError
 from kvshare_sglang.bench.text import prompts
 
@@ -59,11 +60,11 @@ def test_a_server_without_kvshare_is_told():
 
 
 def test_processor_time_only_grows():
-    before = story.cpu_of(os.getpid())
+    before = cpu_of(os.getpid())
     sum(range(2_000_000))
-    assert story.cpu_of(os.getpid()) >= before
+    assert cpu_of(os.getpid()) >= before
     with pytest.raises(ScriptError, match="is gone"):
-        story.cpu_of(2**22 + 1)
+        cpu_of(2**22 + 1)
 
 
 def test_without_the_model_the_demo_says_why_and_goes_on(monkeypatch, capsys):

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ScriptError(f"--repeats must be at least 1, got {args.repeats}")
     args.json = args.json or args.out / "demo.json"
     result: dict[str, Any] = {}
-    common.warn_if_busy()
+    print(common.how_busy(), flush=True)
     scenes = tell_story(args, result) if args.story else []
     told = bool(scenes)
     model, trained = pick_model(args)
@@ -111,7 +111,7 @@ def tell_story(args: argparse.Namespace, result: dict[str, Any]) -> list[story.S
 
 def show_table(kinds: list[Scenario]) -> str:
     head = (
-        "scenario", "tokens", "TTFT plain", "TTFT kvshare", "faster",
+        "scenario", "tokens", "TTFT plain", "TTFT kvshare", "faster", "in CPU time",
         "prefix", "reused", "recomputed", "agree", "agree exact",
     )  # fmt: skip
     rows = [
@@ -121,6 +121,7 @@ def show_table(kinds: list[Scenario]) -> str:
             f"{kind.plain_s:.3f} s",
             f"{kind.kvshare_s:.3f} s",
             f"{kind.ratio:.2f}x",
+            f"{kind.cpu_ratio:.2f}x",
             *(f"{kind.share(part):.0%}" for part in ("prefix", "copied", "recomputed")),
             f"{kind.mean(lambda t: t.agreement):.0%}",
             f"{kind.exact_agreement:.0%}",
@@ -133,7 +134,8 @@ def show_table(kinds: list[Scenario]) -> str:
 LEGEND = f"""
 tokens      length of the prompt; both servers had cached the same earlier texts
 TTFT        time to the first streamed token, median over the repeats
-faster      median of the repeats' own ratios, each measured side by side
+faster      median of the repeats' own ratios, each measured side by side; in CPU time: of the
+            servers' processor time, which other work on the machine does not lengthen
 prefix      share of the prompt found as an exact prefix (SGLang's own cache; both servers)
 reused      share copied from other places of the cache by kvshare; 'recomputed' was found there
             too, but is computed again to repair it; the rest of the prompt is new text

@@ -30,6 +30,8 @@ class Timing(NamedTuple):
     agreement: float  # of the reusing answer with the plain server's, leading tokens
     exact_agreement: float | None  # of the answer in exact mode, where it was asked
     declined: str | None
+    plain_cpu_s: float
+    kvshare_cpu_s: float
 
 
 @dataclass
@@ -58,6 +60,11 @@ class Scenario:
     def ratio(self) -> float:
         """Of the pairs, so that what slows the machine for a while slows both sides."""
         return common.median([t.plain_s / t.kvshare_s for t in self.timings])
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same of processor time, which other work on the machine does not lengthen."""
+        return common.median([t.plain_cpu_s / max(t.kvshare_cpu_s, 1e-3) for t in self.timings])
 
     @property
     def exact_agreement(self) -> float:
@@ -134,7 +141,7 @@ def measure(plain: Server, shared: Server, case: Case, corpus: Corpus, *, turn: 
         list(pool.map(prime, (plain, shared)))
     answers: dict[str, Answer] = {}
     for server in (plain, shared) if turn % 2 == 0 else (shared, plain):
-        answers[server.spec.name] = server.ask(prompt, max_new_tokens=NEW_TOKENS)
+        answers[server.spec.name] = server.ask(prompt, max_new_tokens=NEW_TOKENS, cpu=True)
     alone, ours = answers["plain"], answers["kvshare"]
     exact = None
     if turn == 0:
@@ -153,6 +160,8 @@ def measure(plain: Server, shared: Server, case: Case, corpus: Corpus, *, turn: 
         agreement=agreement(ours.output_ids, alone.output_ids),
         exact_agreement=None if exact is None else agreement(exact, alone.output_ids),
         declined=info["declined"],
+        plain_cpu_s=alone.cpu_s,
+        kvshare_cpu_s=ours.cpu_s,
     )
 
 

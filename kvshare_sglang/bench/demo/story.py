@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from kvshare_sglang.bench import common, passages
 from kvshare_sglang.bench.common import ScriptError
 from kvshare_sglang.bench.server import Server
@@ -123,7 +121,7 @@ def ask(server: Server, act: Act) -> Told:
     }
     text, ttft, cpu = "", None, 0.0
     usage: dict[str, Any] = {}
-    before, started = cpu_of(server.process.pid), time.perf_counter()
+    before, started = server.cpu_s(), time.perf_counter()
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise ScriptError(f"{server.spec.name} answered {response.read().decode()[:500]}")
@@ -136,28 +134,12 @@ def ask(server: Server, act: Act) -> Told:
                 piece = choice["delta"].get("content") or ""
                 if piece and ttft is None:
                     ttft = time.perf_counter() - started
-                    cpu = cpu_of(server.process.pid) - before
+                    cpu = server.cpu_s() - before
                 text += piece
     if ttft is None:
         raise ScriptError(f"'{server.spec.name}' sent no token. Log:\n{server.log_tail()}")
     record = (usage.get("kvshare") or [None])[0]
     return Told(text.strip(), ttft, cpu, usage["prompt_tokens"], record)
-
-
-def cpu_of(pid: int) -> float:
-    """Seconds of processor time that a process and all below it have used."""
-    total = 0.0
-    try:
-        top = psutil.Process(pid)
-        for process in (top, *top.children(recursive=True)):
-            try:
-                times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
-    except psutil.NoSuchProcess as error:
-        raise ScriptError(f"the server with process id {pid} is gone") from error
-    return total
 
 
 def show(scenes: Sequence[Scene]) -> str:
@@ -205,7 +187,8 @@ def draw(scenes: Sequence[Scene], path: Path, *, subtitle: str) -> None:
 
     rows = []
     for scene in scenes:
-        record = scene.ours.kvshare or {}
+        record = scene.ours.kvshare
+        assert record is not None  # ``show`` says so of a server without
         shares = {
             "prefix": record["exact_tokens"] + record["blended_tokens"],
             "copied": record["copied_tokens"],
@@ -217,4 +200,5 @@ def draw(scenes: Sequence[Scene], path: Path, *, subtitle: str) -> None:
             scene.act.title, scene.plain.ttft_s, scene.ours.ttft_s,
             {part: count / total for part, count in shares.items()},
         ))  # fmt: skip
-    draw_pairs(rows, path, subtitle=subtitle)
+    ratios = [(scene.ratio, scene.cpu_ratio) for scene in scenes]
+    draw_pairs(rows, path, subtitle=subtitle, ratios=ratios)
