@@ -25,7 +25,7 @@ ATTEND = dict.fromkeys(("q", "k_buf", "v_buf"), "*bf16") | {
     **dict.fromkeys(("positions", "owners"), "*i64"),
     **dict.fromkeys(("tiles", "page_table"), "*i32"),
     **dict.fromkeys(("scale", "v_scale"), "fp32"),
-    **dict.fromkeys(("num_rows", "num_tiles"), "i32"),
+    **dict.fromkeys(("offset", "num_rows", "num_tiles"), "i32"),
     **dict.fromkeys(("table_stride", "q_stride", "k_stride", "v_stride"), "i32"),
 }
 GIVEN = {

@@ -13,13 +13,14 @@ from kvshare_sglang.kernels.gpu import LOG2_E
 from kvshare_sglang.kernels.gpu.rows import Plan, Shape, _scores
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["offset", "num_rows", "num_tiles"])
 def _given(
     q,  # [rows, q_heads, dim]
     k_buf,  # [slots, kv_heads, dim]
     parts,  # fp32 [splits, rows, q_heads, EDGES]
     lse,  # fp32 [splits, rows, q_heads], base 2
-    positions,  # [rows]
+    positions,  # [rows of the batch]
+    offset,  # where the launch's rows begin among them
     tiles,  # int32 [3, tiles]
     owners,  # [requests]
     page_table,  # int32 [any, longest]
@@ -49,6 +50,7 @@ def _given(
     r, g = m // GROUP, m % GROUP
     live = r < count
     row = (first + r).to(tl.int64)
+    positions += offset
     at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
     lo = tl.load(positions + first).to(tl.int32)
     hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
@@ -173,7 +175,8 @@ def run(
             key_buffer,
             parts,
             lse,
-            plan.positions[start:stop],
+            plan.positions,
+            start,
             tiles,
             plan.owners,
             page_table,

@@ -195,14 +195,15 @@ def _take_in(s, top, total, acc, x, v_base, slot, d, v_stride, inside, TAIL: tl.
     return best, total, acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["offset", "num_rows", "num_tiles"])
 def _attend(
     q,  # [rows, q_heads, dim]
     k_buf,  # [slots, kv_heads, dim]
     v_buf,  # [slots, kv_heads, dim]
     parts,  # fp32 [splits, rows, q_heads, dim]
     lse,  # fp32 [splits, rows, q_heads], base 2
-    positions,  # [rows]
+    positions,  # [rows of the batch]
+    offset,  # where the launch's rows begin among them
     tiles,  # int32 [3, tiles]
     owners,  # [requests]
     page_table,  # int32 [any, longest]
@@ -231,6 +232,7 @@ def _attend(
     r, g = m // GROUP, m % GROUP
     live = r < count  # also false for the rest of a tile that GROUP does not divide
     row = (first + r).to(tl.int64)
+    positions += offset
     at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
     lo = tl.load(positions + first).to(tl.int32)  # keys up to here are seen by all rows
     hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
@@ -336,7 +338,8 @@ def run(
             value_buffer,
             parts,
             lse,
-            plan.positions[start:stop],
+            plan.positions,
+            start,
             tiles,
             plan.owners,
             page_table,
