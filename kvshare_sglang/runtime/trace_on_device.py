@@ -68,7 +68,8 @@ class DeviceTrace:
         self._open, kept, rows, places, query = there
         self._num_open = trace.num_candidates
         self._left, self._shares = trace.left, list(trace.shares)
-        self._stretch, self._prior = trace.stretch, trace.prior
+        self._stretch = trace.stretch
+        self._prior = None if trace.prior is None else torch.as_tensor(trace.prior, device=device)
         self._kept = [kept]
         self.ran = 0
         self.rows = DeviceRows(trace.rows.num, trace.length, rows)
