@@ -35,6 +35,20 @@ def test_flips_are_counted_both_ways(rows):
     assert -1 <= low < -0.25 < high <= 1
 
 
+def test_what_an_arm_adds_to_the_margin_and_what_it_lost_though_it_was_clear(tmp_path):
+    def line(full, mine):
+        arms = {"full": full, "trace": mine}
+        return {"tokens": 9, "arms": {k: {"right": m > 0, "margin": m} for k, m in arms.items()}}
+
+    lines = [line(2.0, 1.0), line(0.6, -0.4), line(0.4, -0.6), line(-1.0, 0.0)]
+    (tmp_path / "codes3-splice.jsonl").write_text("".join(json.dumps(n) + "\n" for n in lines))
+    full, trace = report.summary(tmp_path)
+    assert (full["noise"], full["lost_clear"]) == (0.0, 0)
+    assert (trace["lost"], trace["lost_clear"]) == (2, 1)
+    assert trace["noise"] == pytest.approx(1.0)  # of -1, -1, -1 and +1
+    assert "1.00" in report.show([full, trace])
+
+
 def test_what_was_not_measured_is_none_and_still_shown(rows):
     full, copies = rows
     assert full["kl"] is None

@@ -12,6 +12,7 @@ MEANS = (
     "f1", "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
     "recomputed", "computed", "refreshed", "share", "first",
 )  # fmt: skip
+CLEAR = 0.5  # nats: a margin of full prefill that is no toss
 OURS, NOTHING = "trace", "copies"
 OF_WORDS = ("qa1", "qa2", "qa3")  # tasks whose answers are judged word by word too, by F1
 NEEDED = {"kl", "computed"}  # to compare at the same FLOPs
@@ -139,7 +140,19 @@ def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:
             apart = [a[key] - b[key] for a, b in pairs if key in a and key in b]
             row[f"{key}_minus_{other}"] = _mean(apart) if apart else None
             row[f"{key}_minus_{other}_ci95"] = _ci(np.array(apart, float)) if apart else None
-    return row
+    return row | _contest(lines, name)
+
+
+def _contest(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """An answer that rivals contest is right by its margin, in nats: the deviation that an arm adds
+    to that, and the right answers that it lost although full prefill's margin was ``CLEAR``."""
+    pairs = [(line["arms"]["full"], line["arms"][name]) for line in lines]
+    pairs = [(full, mine) for full, mine in pairs if "margin" in full and "margin" in mine]
+    if len(pairs) < 2 or "right" not in pairs[0][0]:
+        return {"noise": None, "lost_clear": None}
+    noise = np.std([mine["margin"] - full["margin"] for full, mine in pairs], ddof=1)
+    lost = [full["right"] and not mine["right"] and full["margin"] >= CLEAR for full, mine in pairs]
+    return {"noise": float(noise), "lost_clear": sum(map(bool, lost))}
 
 
 def _mean(values: Any) -> float:
@@ -153,7 +166,7 @@ def _ci(values: np.ndarray) -> list[float]:
 def show(rows: list[dict[str, Any]]) -> str:
     def text(row: dict[str, Any]) -> dict[str, Any]:
         ci = row["right_minus_full_ci95"]
-        shown = (*MEANS, "right", "right_minus_full")  # full prefill's are not measured
+        shown = (*MEANS, "right", "right_minus_full", "noise")  # full prefill's are not measured
         blank = {key: np.nan for key in shown if row[key] is None}
         return {**row, **blank, "ci": "{:+.2f} {:+.2f}".format(*ci) if ci else "-"}
 
@@ -172,7 +185,9 @@ def show(rows: list[dict[str, Any]]) -> str:
         F1="{f1:.3f}",
         KL="{kl:.4f}",
         most="{kl_most:.3f}",
+        lost_clear="{lost_clear}",
         margin="{margin:.2f}",
+        noise="{noise:.2f}",
         nll="{nll:.3f}",
         top1="{top1:.3f}",
         sure="{top1_sure:.3f}",
