@@ -445,7 +445,7 @@ STEPS = st.lists(
 )
 # How many are tried; a night of them finds more.
 histories = settings(
-    max_examples=int(os.environ.get("KVSHARE_HISTORIES", 10)),
+    max_examples=int(os.environ.get("KVSHARE_HISTORIES", 8)),
     suppress_health_check=list(HealthCheck),
     deadline=None,
 )

@@ -28,7 +28,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("choice", 1, "backend"),
         ("exact", 16, "auto"),
         ("profiles", 1, "auto"),
-        ("profiles", 16, "backend"),  # noted by torch
     ],
 )
 def test_law(law: str, page: int, attention: str, model: Path) -> None:
