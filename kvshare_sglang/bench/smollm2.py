@@ -96,12 +96,11 @@ def _make(out: Path, source: Source, fetch: Fetch) -> None:
         (made / STAMP).write_text(json.dumps(_stamp(source), indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)  # of another recipe
         os.replace(made, out)
-    except convert.ConvertError as error:
-        shutil.rmtree(draft, ignore_errors=True)
+    except (ModelError, convert.ConvertError) as error:
+        shutil.rmtree(draft, ignore_errors=True)  # nothing of it is of use to another run
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{source.requirement} cannot be converted: {error}") from error
-    except ModelError:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     finally:
         for part in (work, made):
             shutil.rmtree(part, ignore_errors=True)

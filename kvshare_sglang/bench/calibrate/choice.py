@@ -11,13 +11,8 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import probe_layer
 from kvshare_sglang.policy.shadow import FLOOR, Z, upper_bound
 
-BUDGETS = (
-    KVShareConfig().budget,
-    0.2,
-    0.25,
-    0.3,
-    0.5,
-)  # the default, and what models may need besides
+# The default, and what models may need besides.
+BUDGETS = (KVShareConfig().budget, 0.2, 0.25, 0.3, 0.5)
 OTHERS = 0.05  # of the tokens that are sampled, at most so many are others with a budget
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvshare_sglang.kernels.gpu import LOG2_E
-from kvshare_sglang.kernels.gpu.rows import Plan, Shape, _scores
+from kvshare_sglang.kernels.gpu.rows import Plan, Shape, _joined, _scores, _split_of, _tile_of
 
 
 @triton.jit(do_not_specialize=["offset", "num_rows", "num_tiles"])
@@ -40,40 +40,20 @@ def _given(
     EDGES_P2: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    tile = tl.program_id(1)
     split = tl.program_id(2)
-    first = tl.load(tiles + tile)
-    count = tl.load(tiles + num_tiles + tile)
-    owner = tl.load(owners + tl.load(tiles + 2 * num_tiles + tile)).to(tl.int64)
-
-    m = tl.arange(0, BLOCK_M)
-    r, g = m // GROUP, m % GROUP
-    live = r < count
-    row = (first + r).to(tl.int64)
-    positions += offset
-    at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
-    lo = tl.load(positions + first).to(tl.int32)
-    hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
-    hi = tl.where(count > 0, hi, 0)
-
     d = tl.arange(0, DIM)
     e = tl.arange(0, EDGES_P2)
-    head = kv_head * GROUP + g
-    x = tl.load(
-        q + row[:, None] * q_stride + head[:, None] * DIM + d[None, :],
-        mask=live[:, None],
-        other=0.0,
-    )
+    x, row, head, at, live, lo, hi, page = _tile_of(
+        q, positions, offset, tiles, owners, page_table, num_tiles, table_stride, q_stride,
+        kv_head, d, GROUP, DIM, BLOCK_M,
+    )  # fmt: skip
     known = e < EDGES
     edge = tl.load(edges + e, mask=known, other=0)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, EDGES_P2), tl.float32)
 
-    each = tl.cdiv(tl.cdiv(hi, BLOCK_N), tl.num_programs(2)) * BLOCK_N
-    start = split * each
-    stop = tl.minimum(start + each, hi)
-    page = page_table + owner * table_stride
+    start, stop = _split_of(hi, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     k_base = k_buf + kv_head * DIM
     for begin in range(start, stop, BLOCK_N):
@@ -121,20 +101,8 @@ def _mean(
     e = tl.arange(0, EDGES_P2)
     live = h < HEADS
     there = live[:, None] & (e < EDGES)[None, :]
-    top = tl.full((HEADS_P2,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS_P2,), tl.float32)
-    acc = tl.zeros((HEADS_P2, EDGES_P2), tl.float32)
-    for i in range(splits):
-        at = (i * num_rows + row) * HEADS + h
-        one = tl.load(lse + at, mask=live, other=0.0)
-        best = tl.maximum(top, one)
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        mine, others = tl.exp2(one - safe), tl.exp2(top - safe)
-        part = tl.load(parts + at[:, None] * EDGES + e[None, :], mask=there, other=0.0)
-        total = total * others + mine
-        acc = acc * others[:, None] + part * mine[:, None]
-        top = best
-    mean = tl.sum(acc / total[:, None], 0) / HEADS
+    whole = _joined(parts, lse, row, num_rows, splits, h, e, there, HEADS, EDGES)
+    mean = tl.sum(tl.where(live[:, None], whole, 0.0), 0) / HEADS
     tl.store(out + row * EDGES + e, mean.to(out.dtype.element_ty), mask=e < EDGES)
 
 

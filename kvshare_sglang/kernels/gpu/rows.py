@@ -172,6 +172,66 @@ def fixed_tiles(
 
 
 @triton.jit
+def _tile_of(
+    q, positions, offset, tiles, owners, page_table, num_tiles, table_stride, q_stride, kv_head, d,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The program's tile: queries [BLOCK_M, DIM], their rows, heads and positions, which of them
+    are live, the first one's position, the key behind the last one's, and the request's pages."""
+    tile = tl.program_id(1)
+    first = tl.load(tiles + tile)
+    count = tl.load(tiles + num_tiles + tile)
+    owner = tl.load(owners + tl.load(tiles + 2 * num_tiles + tile)).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    r, g = m // GROUP, m % GROUP
+    live = r < count  # also false for the rest of a tile that GROUP does not divide
+    row = (first + r).to(tl.int64)
+    positions += offset
+    at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
+    lo = tl.load(positions + first).to(tl.int32)  # keys up to here are seen by all rows
+    hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
+    hi = tl.where(count > 0, hi, 0)  # a tile of no rows sees no keys
+    head = kv_head * GROUP + g
+    x = tl.load(
+        q + row[:, None] * q_stride + head[:, None] * DIM + d[None, :],
+        mask=live[:, None],
+        other=0.0,
+    )
+    return x, row, head, at, live, lo, hi, page_table + owner * table_stride
+
+
+@triton.jit
+def _split_of(hi, BLOCK_N: tl.constexpr):
+    """Keys [start, stop) of the program's split of a tile, whole steps but for the last."""
+    each = tl.cdiv(tl.cdiv(hi, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    start = tl.program_id(2) * each
+    return start, tl.minimum(start + each, hi)
+
+
+@triton.jit
+def _joined(
+    parts, lse, row, num_rows, splits, h, c, there, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What the splits of a row gave, weighed by their log-sum-exp: fp32 [heads, columns], for heads
+    ``h`` and columns ``c`` of ``WIDTH``; ``there``: which of both there are."""
+    live = h < HEADS
+    top = tl.full(h.shape, float("-inf"), tl.float32)
+    total = tl.zeros(h.shape, tl.float32)
+    acc = tl.zeros((h.shape[0], c.shape[0]), tl.float32)
+    for i in range(splits):
+        at = (i * num_rows + row) * HEADS + h
+        one = tl.load(lse + at, mask=live, other=0.0)
+        best = tl.maximum(top, one)
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        mine, others = tl.exp2(one - safe), tl.exp2(top - safe)
+        part = tl.load(parts + at[:, None] * WIDTH + c[None, :], mask=there, other=0.0)
+        total = total * others + mine
+        acc = acc * others[:, None] + part * mine[:, None]
+        top = best
+    return acc / total[:, None]
+
+
+@triton.jit
 def _scores(x, k_base, slot, d, k_stride, scale):
     key = tl.load(k_base + slot[None, :] * k_stride + d[:, None])
     return tl.dot(x, key.to(x.dtype), input_precision="ieee") * scale
@@ -222,38 +282,18 @@ def _attend(
     BLOCK_N: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    tile = tl.program_id(1)
     split = tl.program_id(2)
-    first = tl.load(tiles + tile)
-    count = tl.load(tiles + num_tiles + tile)
-    owner = tl.load(owners + tl.load(tiles + 2 * num_tiles + tile)).to(tl.int64)
-
-    m = tl.arange(0, BLOCK_M)
-    r, g = m // GROUP, m % GROUP
-    live = r < count  # also false for the rest of a tile that GROUP does not divide
-    row = (first + r).to(tl.int64)
-    positions += offset
-    at = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
-    lo = tl.load(positions + first).to(tl.int32)  # keys up to here are seen by all rows
-    hi = tl.load(positions + first + tl.maximum(count, 1) - 1).to(tl.int32) + 1
-    hi = tl.where(count > 0, hi, 0)  # a tile of no rows sees no keys
-
     d = tl.arange(0, DIM)
-    head = kv_head * GROUP + g
-    x = tl.load(
-        q + row[:, None] * q_stride + head[:, None] * DIM + d[None, :],
-        mask=live[:, None],
-        other=0.0,
-    )
+    x, row, head, at, live, lo, hi, page = _tile_of(
+        q, positions, offset, tiles, owners, page_table, num_tiles, table_stride, q_stride,
+        kv_head, d, GROUP, DIM, BLOCK_M,
+    )  # fmt: skip
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
 
-    each = tl.cdiv(tl.cdiv(hi, BLOCK_N), tl.num_programs(2)) * BLOCK_N
-    start = split * each
-    stop = tl.minimum(start + each, hi)
+    start, stop = _split_of(hi, BLOCK_N)
     whole = tl.minimum((lo + 1) // BLOCK_N * BLOCK_N, stop)  # up to here no mask is needed
-    page = page_table + owner * table_stride
     n = tl.arange(0, BLOCK_N)
     k_base = k_buf + kv_head * DIM
     v_base = v_buf + kv_head * DIM
@@ -290,21 +330,9 @@ def _merge(
     h = tl.arange(0, HEADS_P2)
     d = tl.arange(0, DIM)
     live = h < HEADS
-    top = tl.full((HEADS_P2,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS_P2,), tl.float32)
-    acc = tl.zeros((HEADS_P2, DIM), tl.float32)
-    for i in range(splits):
-        at = (i * num_rows + row) * HEADS + h
-        one = tl.load(lse + at, mask=live, other=0.0)
-        best = tl.maximum(top, one)
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        mine, others = tl.exp2(one - safe), tl.exp2(top - safe)
-        part = tl.load(parts + at[:, None] * DIM + d[None, :], mask=live[:, None], other=0.0)
-        total = total * others + mine
-        acc = acc * others[:, None] + part * mine[:, None]
-        top = best
+    whole = _joined(parts, lse, row, num_rows, splits, h, d, live[:, None], HEADS, DIM)
     o = (row * HEADS + h)[:, None] * DIM + d[None, :]
-    tl.store(out + o, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(out + o, whole.to(out.dtype.element_ty), mask=live[:, None])
 
 
 def run(
