@@ -32,6 +32,11 @@ class KVShareConfig:
         0,
         1,
     )
+    doubt: float = _option(
+        0.0, "margin in nats over the next likeliest token, below which a greedy token of a request"
+        " that reused makes all of its prompt run before it is taken (0: none does; unless given,"
+        " on CPUs what bench calibrate found for the model)", 0, 1000,
+    )  # fmt: skip
     seam: int = _option(
         16,
         "last tokens of a prompt that always run; by window and dhd also tokens computed again at"

@@ -47,6 +47,7 @@ LONG = (
     "test_conversations.py",
     "test_check.py",
     "test_refresh.py",
+    "test_doubt.py",
     "test_driver.py",
 )
 

@@ -78,7 +78,7 @@ RUNTIME_ORDER = (
     ("charging",),
     ("scheduler", "trace_on_device"),
     ("attention_trace", "dhd"),
-    ("prefill", "decode"),
+    ("prefill", "decode", "doubt"),
     ("forward", "preflight"),
     ("launch",),
 )

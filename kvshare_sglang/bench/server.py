@@ -125,7 +125,7 @@ class Answer(NamedTuple):
         """What the plug-in says of this request. Raises ScriptError if it says nothing."""
         if not self.meta.get("kvshare"):
             raise ScriptError("the server said nothing of kvshare in meta_info: is it running?")
-        return dict(self.meta["kvshare"][0])
+        return dict(self.meta["kvshare"][-1])
 
 
 def cpu_of(pid: int) -> float:
@@ -214,28 +214,39 @@ class Server:
             raise ScriptError(f"'{self.spec.name}' sent no token. Log:\n{self.log_tail()}")
         return Answer(ttft, total, list(last["output_ids"]), last["meta_info"], used)
 
+    def complete(
+        self, ids: Sequence[int], *, max_new_tokens: int, kvshare: Any = None, likeliest: int
+    ) -> Answer:
+        """As ``ask``, told at its end: all that became of the request, and in its ``meta`` of each
+        token so many log-probabilities."""
+        body = _body(ids, max_new_tokens=max_new_tokens, kvshare=kvshare)
+        body |= {"return_logprob": True, "top_logprobs_num": likeliest}
+        started = time.perf_counter()
+        try:
+            response = self.client.post("/generate", json=body)
+        except httpx.HTTPError as error:
+            raise self._broke_off(error) from error
+        if response.status_code != 200:
+            raise ScriptError(f"{self.spec.name} answered {response.text[:500]}")
+        told, seconds = response.json(), time.perf_counter() - started
+        return Answer(seconds, seconds, list(told["output_ids"]), told["meta_info"])
+
+    def _broke_off(self, error: Exception) -> ScriptError:
+        return ScriptError(
+            f"'{self.spec.name}' broke off: {error!r}. The end of its log:\n{self.log_tail()}"
+        )
+
     def events(
         self, ids: Sequence[int], *, max_new_tokens: int, kvshare: Any = None, n: int = 1
     ) -> Iterator[tuple[float, dict[str, Any]]]:
         """What a streamed greedy answer of ``n`` samples brings, and how many seconds after it was
         asked for. Leaving off aborts the request. Raises ScriptError where it fails."""
-        sampling: dict[str, Any] = {
-            "temperature": 0,
-            "max_new_tokens": max_new_tokens,
-            "ignore_eos": True,
-        }
+        body = _body(ids, max_new_tokens=max_new_tokens, kvshare=kvshare) | {"stream": True}
         if n > 1:
-            sampling["n"] = n
-        if kvshare is not None:
-            sampling["custom_params"] = {"kvshare": kvshare}
-        body = json.dumps(
-            {"input_ids": [int(i) for i in ids], "sampling_params": sampling, "stream": True}
-        )
+            body["sampling_params"]["n"] = n
         started = time.perf_counter()
         try:
-            with self.client.stream(
-                "POST", "/generate", content=body, headers={"Content-Type": "application/json"}
-            ) as response:
+            with self.client.stream("POST", "/generate", json=body) as response:
                 if response.status_code != 200:
                     raise ScriptError(f"{self.spec.name} answered {response.read().decode()[:500]}")
                 for line in response.iter_lines():
@@ -247,9 +258,16 @@ class Server:
                         raise ScriptError(f"{self.spec.name} answered {event['error']}")
                     yield now - started, event
         except httpx.HTTPError as error:
-            raise ScriptError(
-                f"'{self.spec.name}' broke off: {error!r}. The end of its log:\n{self.log_tail()}"
-            ) from error
+            raise self._broke_off(error) from error
+
+
+def _body(ids: Sequence[int], *, max_new_tokens: int, kvshare: Any) -> dict[str, Any]:
+    sampling: dict[str, Any] = {
+        "temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True,
+    }  # fmt: skip
+    if kvshare is not None:
+        sampling["custom_params"] = {"kvshare": kvshare}
+    return {"input_ids": [int(i) for i in ids], "sampling_params": sampling}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from kvshare_sglang.policy.ttl import LONGEST
 
 HEADER = "x-kvshare"
 MODES = ("auto", "exact")
+KEYS = ("mode", "budget", "doubt", "ttl")
+MOST_DOUBT = 1000.0  # nats
 SALT_HEADER = "x-kvshare-salt"
 MOST_SALT = 256  # characters
 BORDER = "\0"  # behind a salt, before what else names a namespace; no header's salt has one
@@ -21,6 +23,7 @@ class RequestOptions(NamedTuple):
 
     mode: str = "auto"
     budget: float | None = None
+    doubt: float | None = None  # margin in nats below which a token makes all of the prompt run
     ttl: float | None = None  # seconds that what it leaves is kept for the turn that follows
 
 
@@ -50,15 +53,23 @@ def _parse(custom_params: object, default: str) -> RequestOptions:
     if isinstance(asked, str):
         asked = {"mode": asked}
     if not isinstance(asked, Mapping):
-        raise ConfigError("custom_params.kvshare", asked, 'a mode or {"mode", "budget", "ttl"}')
-    if unknown := sorted(map(str, set(asked) - {"mode", "budget", "ttl"})):
-        raise ConfigError("custom_params.kvshare", unknown, "made of the keys mode, budget and ttl")
+        keys = ", ".join(f'"{key}"' for key in KEYS)
+        raise ConfigError("custom_params.kvshare", asked, f"a mode or {{{keys}}}")
+    if unknown := sorted(map(str, set(asked) - set(KEYS))):
+        raise ConfigError(
+            "custom_params.kvshare",
+            unknown,
+            f"made of the keys {', '.join(KEYS[:-1])} and {KEYS[-1]}",
+        )
     budget = asked.get("budget")
     mode = asked.get("mode", default if budget is None else "auto")
     if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError("custom_params.kvshare.mode", mode, "one of " + ", ".join(MODES))
     return RequestOptions(
-        mode, _number("budget", budget, most=1), _number("ttl", asked.get("ttl"), most=LONGEST)
+        mode,
+        _number("budget", budget, most=1),
+        _number("doubt", asked.get("doubt"), most=MOST_DOUBT),
+        _number("ttl", asked.get("ttl"), most=LONGEST),
     )
 
 

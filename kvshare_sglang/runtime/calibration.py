@@ -23,6 +23,11 @@ FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
 
+# Where a token's margin is below so many times what reuse moves margins by, it is in doubt: of a
+# normal error that leaves one in forty flips that no one looked at.
+DOUBTED = 2.0
+TOSS = 0.1  # nats: a margin below that is one for full prefill too, whose batches differ by as much
+
 # Times the default budget: what requests that ask get of a model that holds no answers yet.
 UNMEASURED_BUDGET = 2
 
@@ -36,7 +41,8 @@ class Calibration(NamedTuple):
     ``kl`` to full prefill along its continuation, ``agree`` of first tokens. ``budget``: the least
     with which answers stay; ``holds``: whether they were good enough with it. ``depends``: where
     it is better that traces know what the sources attended to, the depth at which, and the budget
-    with which answers hold then."""
+    with which answers hold then. ``noise``: by how many nats reuse moves the margin between the two
+    likeliest tokens, of a trace without that and of one with it; 0 where that was not measured."""
 
     path: Path
     fingerprint: str
@@ -47,6 +53,7 @@ class Calibration(NamedTuple):
     prompts: int
     check: dict[str, dict[str, float]]
     depends: tuple[float, float] | None = None
+    noise: tuple[float, float] = (0.0, 0.0)
 
 
 def fingerprint(folder: Path) -> str:
@@ -137,6 +144,10 @@ def read(path: Path) -> Calibration:
         for name, value in shares.items():
             if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        noise = (found["check"]["trace"].get("noise", 0.0), (depends or {}).get("noise", 0.0))
+        for value in noise:
+            if isinstance(value, bool) or not 0 <= value <= 100:
+                raise ValueError(f"noise must be in [0, 100], got {value!r}")
         if not isinstance(holds, bool):
             raise ValueError(f"holds must be true or false, got {holds!r}")
     except KeyError as error:
@@ -144,8 +155,11 @@ def read(path: Path) -> Calibration:
     except (TypeError, ValueError) as error:
         raise StartError(f"calibration {path} is broken: {error}") from None
     budget = float(found["budget"])
+    moves = (float(noise[0]), float(noise[1]))
     both = None if depends is None else (float(depends["at"]), float(depends["budget"]))
-    return Calibration(path, mark, float(probe_at), stretch, budget, holds, prompts, check, both)
+    return Calibration(
+        path, mark, float(probe_at), stretch, budget, holds, prompts, check, both, moves
+    )
 
 
 def find(model: str, revision: str | None = None) -> Calibration | None:
@@ -210,8 +224,17 @@ def settled(
     elif found is None or not found.holds:
         care = min(1.0, UNMEASURED_BUDGET * config.budget)
         says |= {"default": "exact", "budget": max(care, says.get("budget", 0.0))}
+    if found is not None and on_cpu:
+        says["doubt"] = doubt_of(found.noise["depends_at" in says])
     mine = {name: value for name, value in says.items() if name not in given}
     return dataclasses.replace(config, **{**mine, "calibration": says["calibration"]})
+
+
+def doubt_of(noise: float) -> float:
+    """The margin, in nats, below which a token is in doubt; 0 where reuse adds no more to it than
+    what full prefill has itself."""
+    doubt = round(DOUBTED * noise, 2)
+    return doubt if doubt > TOSS else 0.0
 
 
 def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
@@ -220,6 +243,8 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
     here = f"{layer}, stretch {config.stretch}, budget {config.budget:g}"
     if config.depends_at and config.select == "trace":
         here += f", what sources attended to in layer {probe_layer(layers, config.depends_at)}"
+    if config.doubt:
+        here += f", tokens in doubt below {config.doubt:g} nats"
     who = "only requests that ask for it reuse" if config.default == "exact" else "all reuse"
     if config.calibration == OFF:
         return f"KVShare: answers were not looked at: {here}", False

@@ -135,9 +135,9 @@ async def _watched(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
             if isinstance(answer, list):  # all prompts, or all samples, at once
                 for index, one in enumerate(answer):
                     if column := one["meta_info"].get("kvshare"):
-                        seen[index] = column[0]
+                        seen[index] = column[-1]
             elif column := answer["meta_info"].get("kvshare"):
-                seen[answer.get("index", 0)] = column[0]
+                seen[answer.get("index", 0)] = column[-1]
             yield answer
 
 

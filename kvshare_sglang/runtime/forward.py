@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvshare_sglang.runtime import attention, decode, prefill, profiles, slices
+from kvshare_sglang.runtime import attention, decode, doubt, prefill, profiles, slices
 from kvshare_sglang.runtime.batch import BatchReuse
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 
@@ -37,6 +37,8 @@ def hook_init_new(
         fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))
     elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
         fb.kvshare = decode.watch(fb, batch, runner, cache)
+    if isinstance(cache, FuzzyRadixCache):
+        fb.kvshare_doubts = doubt.watch(fb, batch, cache)
     return fb
 
 
@@ -64,6 +66,9 @@ def hook_forward(
         out = reuse.stage.run(fb, runner, forward)
     else:
         out = forward(fb)
+    doubts: doubt.Doubts | None = getattr(fb, "kvshare_doubts", None)
+    if doubts is not None:
+        doubts.settle(fb, out, runner, forward)
     note: Callable[[Any], None] | None = getattr(fb, "kvshare_shadow", None)
     if note is not None:
         note(out.logits_output.next_token_logits)

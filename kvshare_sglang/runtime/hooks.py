@@ -283,6 +283,7 @@ ATTRIBUTES = (
     Attribute(f"{_SRT}.mem_cache.radix_cache.TreeNode", "kvshare", "NodeNote"),
     Attribute(_BATCH, "kvshare", "BatchReuse"),
     Attribute(_BATCH, "kvshare_shadow", "Callable"),
+    Attribute(_BATCH, "kvshare_doubts", "Doubts"),
     Attribute(_BACKEND, "kvshare", "BackendReuse"),
     Attribute(_ADDER, "kvshare", "int"),
     Attribute(f"{_SRT}.server_args.ServerArgs", "_kvshare", "KVShareConfig"),

@@ -33,6 +33,7 @@ class Report:
         self.declines: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()
         self.twins: Counter[str] = Counter()  # agree, differ, or why there was none
+        self.doubts: Counter[str] = Counter()
         self.waits = self.most_overtaken = self.schedule_faults = 0
         self.pins: Counter[str] = Counter()
         self._metrics = None if prometheus_labels is None else _Metrics(dict(prometheus_labels))
@@ -59,6 +60,20 @@ class Report:
         """Rows of decoding requests ran once more."""
         self.count(refreshed=rows)
         logger.info("KVShare refresh, #running-seq: %d, #row: %d", requests, rows)
+
+    def settled(self, *, requests: int, rows: int) -> None:
+        """So many requests ran in full after all, for a token that was in doubt."""
+        self.doubts["settled"] += requests
+        self.count(settled=rows)
+        logger.info("KVShare doubt, #running-seq: %d, #row: %d", requests, rows)
+        if self._metrics is not None:
+            self._metrics.doubts.labels(outcome="settled").inc(requests)
+
+    def doubt_stays(self) -> None:
+        """A token was in doubt, and there was no memory to run its prompt in full."""
+        self.doubts["no_room"] += 1
+        if self._metrics is not None:
+            self._metrics.doubts.labels(outcome="no_room").inc()
 
     def shadowed(self, twin: Twin, gate: Gate) -> None:
         """The exact twin of a request is known, and counted in the gate."""
@@ -188,6 +203,9 @@ class _Metrics:
             "selector_fallbacks",
             "Requests whose rows another selector chose than the one asked for.",
             *("asked", "ran", "reason"),
+        )
+        self.doubts = counter(
+            "doubts", "Requests that came to a token in doubt, by what became of it.", "outcome"
         )
         self.held = PromCounter(
             "sglang:kvshare_waits_for_twins",

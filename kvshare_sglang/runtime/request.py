@@ -35,6 +35,7 @@ class RequestReuse:
     ``plan`` is None for a request that takes the exact path, from the start or because memory got
     short before anything was copied. ``selector`` chooses the rows; where it is not the one
     ``asked`` for, ``fallback`` says why. ``budget``: share of the reused rows that may run again.
+    ``doubt``: margin in nats below which a greedy token makes all of them run (0: none does).
     ``src_slots`` holds the KV slots of ``plan.runs``, one after the other; they stay what they
     are while ``locked`` holds the tree nodes that own them. ``based_on``: what the lookup rested
     on. ``spare``: free slots for rows of the prefix hit that run again; ``private``: the rows that
@@ -49,6 +50,7 @@ class RequestReuse:
     asked: str = ""
     selector: Selector | None = None
     budget: float = 0.0
+    doubt: float = 0.0
     based_on: Any = None
     weights: int = 0  # how often they had been replaced when the request was planned
     fallback: Fallback | None = None
@@ -207,6 +209,11 @@ class RequestReuse:
             reason = Fallback(record["select_reason"])
             self.report.fell_back(asked=self.asked, ran=record["select"], reason=reason)
 
+    def settle_all(self, rows: int) -> None:
+        """A token was in doubt, and so many rows ran: nothing of the request is a copy any more."""
+        self.plan = self.watch = None
+        self.record["settled_tokens"] = rows
+
     def refreshed(self, rows: Rows) -> None:
         """Copied rows ran again while the request decodes."""
         self.closed |= rows
@@ -228,7 +235,8 @@ class OncePerAnswer(list[Any]):
     """A ``customized_info`` column that says one thing once, not one thing a token.
 
     SGLang sends ``column[sent:now]`` with each batch of tokens and joins the parts, so
-    ``meta_info["kvshare"]`` is ``[record]`` however long the answer is.
+    ``meta_info["kvshare"]`` is ``[record]`` however long the answer is. Where a later token was in
+    doubt the record follows once more, as it is then.
     """
 
     def __init__(self, state: RequestReuse, req: Any) -> None:
@@ -236,9 +244,14 @@ class OncePerAnswer(list[Any]):
         self.marks = state.marks
         # An answer of no tokens is sent as [0:0]; before a first token that would be too early.
         self._first_stop = min(1, req.sampling_params.max_new_tokens)
+        self._sent: bool | None = None  # whether as that of a request that was settled
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             first = not key.start and (key.stop is None or key.stop >= self._first_stop)
-            return list(self) if first else []
+            settled = "settled_tokens" in self[0]
+            if first or (settled and self._sent is False):
+                self._sent = settled
+                return list(self)
+            return []
         return super().__getitem__(key)

@@ -243,12 +243,17 @@ def _is_for_later(
 def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> RequestReuse:
     """The request copies nothing; a prefix hit that is not exact stays what it is."""
     assert state.plan is not None
-    instead = RequestReuse(cache.report, budget=state.budget, weights=state.weights)
+    instead = _instead_of(state, cache)
     if state.plan.blend:
         instead.plan = state.plan.nothing()
     # Without runs nothing of the plan is lost but a repair.
     instead.decline = reason if state.plan.runs or reason is Decline.FAULT else None
     return instead
+
+
+def _instead_of(state: RequestReuse, cache: FuzzyRadixCache) -> RequestReuse:
+    """What the request asked for, without a plan."""
+    return RequestReuse(cache.report, budget=state.budget, doubt=state.doubt, weights=state.weights)
 
 
 def _most_repaired(state: RequestReuse, page: int) -> int:
@@ -295,6 +300,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         state.plan = _only_hit(cache, req, prefix_len)  # None, or what it hit is not exact
         return state
     state.budget = cache.config.budget if options.budget is None else options.budget
+    state.doubt = cache.config.doubt if options.doubt is None else options.doubt
     started = time.perf_counter()
     try:
         _plan(cache, req, prefix_len, state)
@@ -381,7 +387,7 @@ def _for_chunks(cache: FuzzyRadixCache, req: "Req", state: RequestReuse) -> Requ
     if state.selector.sees is not Sees.SCORES:
         return state
     whole, structural = state.plan, cache.choosing.structural
-    instead = RequestReuse(cache.report, budget=state.budget, weights=state.weights)
+    instead = _instead_of(state, cache)
     _plan_with(cache, req, instead, structural, whole.runs)
     # Nothing is evicted in between: the sources of the new plan are some of those of the old.
     cache.let_go(req, state)

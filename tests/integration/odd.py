@@ -81,7 +81,9 @@ def options(rng: random.Random, depth: int = 3) -> Any:
         return rng.choice(leaves)
     if roll < 0.6:
         return [options(rng, depth - 1) for _ in range(rng.randrange(4))]
-    keys = rng.sample(["mode", "budget", "ttl", "", "kvshare", "0", "a" * 200], rng.randrange(4))
+    keys = rng.sample(
+        ["mode", "budget", "doubt", "ttl", "", "kvshare", "0", "a" * 200], rng.randrange(4)
+    )
     return {key: options(rng, depth - 1) for key in keys}
 
 

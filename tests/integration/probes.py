@@ -84,6 +84,7 @@ def counts(child: Any) -> dict[str, Any]:
         "tokens": dict(report.tokens),
         "declines": dict(report.declines),
         "fallbacks": dict(report.fallbacks),
+        "doubts": dict(report.doubts),
     }
 
 
@@ -454,6 +455,16 @@ def break_refresh(child: Any) -> None:
         raise RuntimeError("planted")
 
     decode.follow = broken
+
+
+def break_doubts(child: Any, what: str) -> None:
+    """Make every look at a margin raise, or every pass that settles one."""
+    from kvshare_sglang.runtime import doubt
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("planted")
+
+    setattr(doubt, {"the pass": "sub_batch", "the margin": "margins"}[what], broken)
 
 
 def break_watch(child: Any) -> None:

@@ -427,7 +427,7 @@ def test_a_request_that_outlives_its_weights_gives_back_what_it_owns(
         assert_clean(it)
 
 
-MODES = st.sampled_from([None, None, "exact", {"budget": 1}])
+MODES = st.sampled_from([None, None, "exact", {"budget": 1}, {"doubt": 1000}])
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("turn"), st.integers(0, 2), st.integers(1, 90)),

@@ -84,7 +84,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
                     rid,
                     prompt,
                     new=rng.randrange(1, 60),
-                    kvshare=rng.choice([None, None, None, "exact", {"budget": 0.5}]),
+                    kvshare=rng.choice([None, None, {"doubt": 0.1}, "exact", {"budget": 0.5}]),
                     extra_key=rng.choice([None, None, "tenant"]),
                 )
             )

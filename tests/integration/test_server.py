@@ -23,7 +23,7 @@ from lab import computed
 from server import ARGS, Server, forked, main, refuse, serve
 from starlette.applications import Starlette
 
-from kvshare_sglang.bench import passages
+from kvshare_sglang.bench import common, passages
 from kvshare_sglang.bench.text import chat, served
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.errors import UnsupportedError
@@ -172,6 +172,39 @@ def test_streaming_and_several_samples(server: Server, texts: Texts) -> None:
     # SGLang prefills a prompt of several samples once, with an answer of no tokens: it reuses, and
     # the samples share what it leaves.
     assert all(info(answer)["blended_tokens"] > 200 for answer in many)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_in_doubt_is_told_however_late_it_comes(
+    server: Server, texts: Texts, stream: bool
+) -> None:
+    """SGLang sends what an answer says of itself with its first tokens."""
+    a, late = texts.passage(400), 0
+    for doubt in (0.003, 0.01, 0.03, 0.1):
+        server.flush()
+        server.generate(a)
+        sampling = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True}
+        sampling["custom_params"] = {"kvshare": {"budget": 0, "doubt": doubt}}
+        body = {"input_ids": texts.passage(5) + a + texts.passage(12), "sampling_params": sampling}
+        reply = server.post("/generate", {**body, "stream": stream}, stream=stream)
+        if stream:
+            events = [line[6:] for line in reply.iter_lines() if line.startswith(b"data: ")]
+            meta = json.loads(events[-2])["meta_info"]
+        else:
+            meta = reply.json()["meta_info"]
+        records = meta["kvshare"]
+        assert records[0]["copied_tokens"] > 200
+        late += len(records) == 2
+        if len(records) == 2:
+            assert "settled_tokens" not in records[0]
+            assert records[1]["settled_tokens"] > 400
+            assert records[1]["settled_tokens"] <= 417 + 79
+            assert records[1] == {**records[0], "settled_tokens": records[1]["settled_tokens"]}
+    assert late or not stream, "no token was in doubt but the first"
+    page = requests.get(server.url + "/metrics", timeout=30).text
+    ((labels, settled),) = common.metric(page, "sglang:kvshare_doubts_total")
+    assert labels["outcome"] == "settled"
+    assert settled > 0
 
 
 def test_the_router_and_a_real_worker_agree_on_tokens(server: Server, model: Path) -> None:

@@ -41,6 +41,8 @@ AUTO, EXACT = RequestOptions(), RequestOptions("exact")
         ({"kvshare": {"budget": 0}}, RequestOptions(budget=0.0)),
         ({"kvshare": {"budget": 1}}, RequestOptions(budget=1.0)),
         ({"kvshare": {"mode": "auto", "budget": 0.3}}, RequestOptions(budget=0.3)),
+        ({"kvshare": {"doubt": 1}}, RequestOptions(doubt=1.0)),
+        ({"kvshare": {"budget": 0.1, "doubt": 0}}, RequestOptions(budget=0.1, doubt=0.0)),
         ({"kvshare": {"ttl": 0}}, RequestOptions(ttl=0.0)),
         ({"kvshare": {"mode": "exact", "ttl": 3600}}, RequestOptions("exact", ttl=3600.0)),
     ],
@@ -64,6 +66,9 @@ def test_what_a_request_may_ask_for_is_understood(custom_params, options):
         ({"budget": 10**400}, ".budget", "10", r"a number in \[0, 1\]"),
         ({"budget": True}, ".budget", "True", r"a number in \[0, 1\]"),
         ({"budget": "0.1"}, ".budget", "'0.1'", r"a number in \[0, 1\]"),
+        ({"doubt": -0.1}, ".doubt", "-0.1", r"a number in \[0, 1000\]"),
+        ({"doubt": 1001}, ".doubt", "1001", r"a number in \[0, 1000\]"),
+        ({"doubt": math.inf}, ".doubt", "inf", r"a number in \[0, 1000\]"),
         ({"ttl": -1}, ".ttl", "-1", r"a number in \[0, 3600\]"),
         ({"ttl": 3601}, ".ttl", "3601", r"a number in \[0, 3600\]"),
         ({"ttl": math.nan}, ".ttl", "nan", r"a number in \[0, 3600\]"),
@@ -72,9 +77,9 @@ def test_what_a_request_may_ask_for_is_understood(custom_params, options):
             {"budgte": 0.1, "a": 1},
             "",
             r"\['a', 'budgte'\]",
-            "made of the keys mode, budget and ttl",
+            "made of the keys mode, budget, doubt and ttl",
         ),
-        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode, budget and ttl"),
+        ({1: 0.1, "a": 1}, "", r"\['1', 'a'\]", "made of the keys mode, budget, doubt and ttl"),
         (True, "", "True", "a mode or"),
         (0.1, "", "0.1", "a mode or"),
         (["exact"], "", r"\['exact'\]", "a mode or"),
@@ -143,7 +148,7 @@ def test_no_object_makes_the_reader_fail_otherwise(odd):
         assert len(str(caught.value)) < 400
 
 
-KEYS = st.sampled_from(("mode", "budget", "ttl", "kvshare")) | st.text()
+KEYS = st.sampled_from(("mode", "budget", "doubt", "ttl", "kvshare")) | st.text()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(MODES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),

@@ -38,12 +38,14 @@ def candidates(model: Model, depths: Sequence[float]) -> list[Candidate]:
 
 class Measured(NamedTuple):
     """One prompt under one arm: KL to full prefill along its answer and of its first token, whether
-    the first token is the same (0 or 1), and the FLOPs as a share of full prefill's."""
+    the first token is the same (0 or 1), the FLOPs as a share of full prefill's, and by how many
+    nats the margin between full prefill's two likeliest tokens moves (root mean square)."""
 
     kl: float
     kl_first: float
     agree: float
     computed: float
+    noise: float = 0.0
 
 
 Row = dict[Candidate | None, Measured]  # by arm; None: copies alone
@@ -61,12 +63,19 @@ def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | N
     told = model.greedy(prompt.ids, first, kv, CONTINUED)
     true = follow(model, model.widened(kv, len(told), known=known), first, told, known)
 
+    likeliest = true.topk(2).indices
+
+    def margins(logprobs: torch.Tensor) -> torch.Tensor:
+        two = logprobs.gather(-1, likeliest)
+        return two[:, 0] - two[:, 1]
+
     def judged(done: Partial, selector: str) -> Measured:
         along = follow(model, done.kv, done.logits, told, known)
         kl = (true.exp() * (true - along)).sum(-1)
         _, computed = shares(lab, plan, done, selector, layer=LAYER)
         agrees = float(along[0].argmax() == true[0].argmax())
-        return Measured(float(kl.mean()), float(kl[0]), agrees, computed)
+        noise = float((margins(along) - margins(true)).square().mean().sqrt())
+        return Measured(float(kl.mean()), float(kl[0]), agrees, computed, noise)
 
     plan = lab.plan(prompt.ids)
     if not plan.copies:

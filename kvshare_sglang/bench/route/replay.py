@@ -45,7 +45,7 @@ def replay(stack: Stack, prompts: Sequence[str], args: argparse.Namespace) -> di
                 if reply.status_code != 200:
                     failed[0] += 1
                     return
-                record = reply.json()["meta_info"]["kvshare"][0]
+                record = reply.json()["meta_info"]["kvshare"][-1]
                 tokens.update({kind: record[f"{kind}_tokens"] for kind in KINDS})
                 served[reply.headers["x-smg-routed-worker-id"]] += 1
                 times.append(took)

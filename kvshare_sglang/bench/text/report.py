@@ -10,7 +10,7 @@ from kvshare_sglang.bench import common
 
 MEANS = (
     "f1", "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
-    "recomputed", "computed", "refreshed", "share", "first",
+    "recomputed", "computed", "refreshed", "share", "first", "doubted",
 )  # fmt: skip
 CLEAR = 0.5  # nats: a margin of full prefill that is no toss
 OURS, NOTHING = "trace", "copies"

@@ -4,7 +4,7 @@ from typing import Any
 
 from kvshare_sglang.bench.conversation.rows import counted
 from kvshare_sglang.bench.passages import Asked
-from kvshare_sglang.bench.server import Server
+from kvshare_sglang.bench.server import Answer, Server
 from kvshare_sglang.bench.text.chat import WRITTEN, Texts
 
 ARMS: dict[str, Any] = {"ours": "auto", "copies": {"budget": 0.0}} | {
@@ -22,10 +22,10 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
     ]
     found: dict[str, Any] = {}
 
-    def ask(option: Any) -> tuple[list[int], dict[str, int]]:
-        got = server.ask(ids, max_new_tokens=WRITTEN, kvshare=option)
+    def ask(option: Any) -> tuple[list[int], Answer]:
+        got = server.complete(ids, max_new_tokens=WRITTEN, kvshare=option, likeliest=2)
         told = got.output_ids
-        return told[: told.index(texts.stop) + 1] if texts.stop in told else told, counted(got)
+        return told[: told.index(texts.stop) + 1] if texts.stop in told else told, got
 
     written = {}
     for name in arms:
@@ -34,12 +34,16 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
             server.ask(texts.ids(prompt).tolist(), kvshare="exact")
         for turn in turns:
             server.ask(turn, kvshare=ARMS[name])
-        written[name], rows = ask(ARMS[name])
+        written[name], got = ask(ARMS[name])
+        rows, settled = counted(got), got.kvshare.get("settled_tokens", 0)
         reused = rows["copied"] + rows["recomputed"]
         found[name] = {
             **texts.said(written[name], one),
             "recomputed": rows["recomputed"] / reused if reused else 0.0,
-            "computed": (rows["recomputed"] + rows["fresh"]) / len(ids),  # of the rows
+            # of the rows, once more all those that a token in doubt made run
+            "computed": (rows["recomputed"] + rows["fresh"] + settled) / len(ids),
+            "doubted": settled > 0,
+            "margins": margins(got)[: len(written[name])],
         }
     full, _ = ask("exact")  # the plain branch holds no more of this prompt than without us
     for name in arms:
@@ -47,3 +51,9 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
         found[name]["first"] = written[name][0] == full[0]
     said = texts.said(full, one) | {"same": True, "first": True}
     return {"tokens": len(ids), "answers": one.answers, "arms": {"full": said, **found}}
+
+
+def margins(answer: Answer) -> list[float]:
+    """Of each token of a greedy answer, by how many nats it was ahead of the next likeliest."""
+    tops = answer.meta["output_top_logprobs"]
+    return [round(first[0] - second[0], 4) for first, second in tops]

@@ -14,6 +14,7 @@ Slots that the request owns are freed by SGLang on release.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 
@@ -104,10 +105,7 @@ class Retainer:
                     slots[protected : result.prefix_len], start_pos=protected
                 )
         if protected > exact_len:  # all of it is in the tree, and blended text behind it
-            node = req.last_node
-            while isinstance(node.key.extra_key, BranchKey):
-                node = node.parent
-            return node, exact_len
+            return _above(req.last_node), exact_len
         match = cache.match_prefix(MatchPrefixParams(key=key))
         if protected < exact_len:
             exact = versions.path_slots(cache, match)
@@ -122,19 +120,49 @@ class Retainer:
         """Set free slots aside for ``num`` rows of the prefix hit that may run again: others may
         read the old ones. Where memory does not have them, nothing is repaired: no request that is
         in prefill gives its sources back for it."""
+        if num:
+            state.spare = self._free_slots(req, num * self._cache.page_size)
+
+    def make_room(self, req: "Req", state: RequestReuse, rows: Rows) -> bool:
+        """Set free slots aside for all of ``rows`` that the tree owns; False where memory does not
+        have them."""
+        page = self._cache.page_size
+        shared = rows.clip(0, versions.kv_row(req).cache_protected_len) - state.private
+        have = 0 if state.spare is None else len(state.spare)
+        short = len(np.unique(shared.positions // page)) * page - have
+        if short <= 0:
+            return True
+        more = self._free_slots(req, short)
+        if more is not None:
+            state.spare = more if state.spare is None else torch.cat([state.spare, more])
+        return more is not None
+
+    def make_exact(self, req: "Req", state: RequestReuse, length: int) -> None:
+        """All rows behind its exact part ran, in slots of its own: the request goes on as one that
+        never reused. What it hit of a branch is left to the others."""
+        assert state.plan is not None
+        cache, row = self._cache, versions.kv_row(req)
+        exact_len = state.plan.exact_len
+        row.cache_protected_len = min(
+            row.cache_protected_len, exact_len // cache.page_size * cache.page_size
+        )
+        state.private = Rows()  # behind what is protected all are
+        self._give_back_spare(state)
+        slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx, :length]
+        versions.move_lock(cache, req, _above(req.last_node), slots.to(torch.int64, copy=True))
+        state.settle_all(length - exact_len)
+
+    def _free_slots(self, req: "Req", need: int) -> torch.Tensor | None:
+        """So many, evicting what nobody holds if it must; None where that is not enough."""
         cache = self._cache
         allocator = cache.token_to_kv_pool_allocator
-        need = num * cache.page_size
-        if not need:
-            return
         if allocator.available_size() < need:
             cache.inc_lock_ref(req.last_node)  # not evicted to make room for its repair
             short = need - allocator.available_size()
             if short <= cache.evictable_size():
                 cache.evict(EvictParams(num_tokens=short))
             cache.dec_lock_ref(req.last_node)
-        if allocator.available_size() >= need:
-            state.spare = allocator.alloc(need)
+        return allocator.alloc(need) if allocator.available_size() >= need else None
 
     def release(self, req: "Req", state: RequestReuse) -> None:
         """The row is freed: so are the slots that the request has beside it."""
@@ -150,3 +178,10 @@ class Retainer:
         if state.spare is not None and len(state.spare):
             self._cache.token_to_kv_pool_allocator.free(state.spare)
         state.spare = None
+
+
+def _above(node: "TreeNode") -> "TreeNode":
+    """The node at which the branch of a blended one hangs; a plain one itself."""
+    while isinstance(node.key.extra_key, BranchKey):
+        node = node.parent
+    return node

@@ -1,0 +1,146 @@
+"""Tokens in doubt: where full prefill might have said another one, the prompt runs in full.
+
+What reuse does to logits is noise: a greedy token whose margin over the next likeliest is larger is
+full prefill's own. Where the margin of a request that reused is smaller than ``--kvshare-doubt``,
+all rows behind its exact part run in one more pass, its answer so far included, before the token is
+taken. From then on the request is exact, and so is what it leaves.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kvshare_sglang.plan import Rows
+from kvshare_sglang.runtime import repair, versions
+from kvshare_sglang.runtime.attention_trace import Forward
+from kvshare_sglang.runtime.batch import Part, part_of_row, sub_batch
+from kvshare_sglang.runtime.cache.index_sync import as_tokens
+from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
+from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class _Asked(NamedTuple):
+    """A request that gets a token from a batch: its number there, and its tokens with a slot."""
+
+    number: int
+    length: int
+    req: "Req"
+    state: RequestReuse
+
+
+class Doubts:
+    """The requests of one batch whose next token may be in doubt."""
+
+    def __init__(self, asked: list[_Asked], cache: FuzzyRadixCache) -> None:
+        self._asked, self._cache = asked, cache
+
+    def settle(self, fb: "ForwardBatch", out: Any, runner: "ModelRunner", forward: Forward) -> None:
+        """``out`` is what ``fb`` gave: logits of requests in doubt become those of full prefill.
+        A fault leaves them as they are. Waits for the device."""
+        logits: torch.Tensor | None = out.logits_output.next_token_logits
+        # Some reuse nothing after all; that is known once the batch ran.
+        asked = [one for one in self._asked if one.state.plan and one.state.plan.inexact]
+        if logits is None or not asked:
+            return
+        try:
+            at = torch.tensor([one.number for one in asked], device=logits.device)
+            found = margins(logits[at]).tolist()
+            doubted = [
+                one for one, margin in zip(asked, found, strict=True) if margin < one.state.doubt
+            ]
+            if doubted:
+                self._settle(doubted, fb, logits, runner, forward)
+        except Exception:
+            logger.exception("KVShare could not settle tokens in doubt; they stay what they are")
+
+    def _settle(
+        self,
+        doubted: list[_Asked],
+        fb: "ForwardBatch",
+        logits: torch.Tensor,
+        runner: "ModelRunner",
+        forward: Forward,
+    ) -> None:
+        settled, parts = [], []
+        for one in doubted:
+            part = self._part(one, fb, runner)
+            if part is not None:
+                settled.append(one)
+                parts.append(part)
+        if not settled:
+            return
+        exact = forward(sub_batch(fb, parts, None)).logits_output.next_token_logits
+        at = torch.tensor([one.number for one in settled], device=logits.device)
+        logits[at] = exact.to(logits.dtype)
+        for one in settled:
+            self._cache.retainer.make_exact(one.req, one.state, one.length)
+        rows = sum(part.rows.num for part in parts)
+        self._cache.report.settled(requests=len(settled), rows=rows)
+
+    def _part(self, one: _Asked, fb: "ForwardBatch", runner: "ModelRunner") -> Part | None:
+        """All rows of a request behind its exact part, in slots of its own; None where memory does
+        not have as many."""
+        assert one.state.plan is not None
+        rows = Rows([(one.state.plan.exact_len, one.length)])
+        if not self._cache.retainer.make_room(one.req, one.state, rows):
+            self._cache.report.doubt_stays()
+            one.state.doubt = 0.0  # asked once: memory that is short stays so for a while
+            return None
+        table = runner.req_to_token_pool.req_to_token[versions.kv_row(one.req).req_pool_idx]
+        repair.own_slots(runner, one.req, one.state, table, rows)
+        known = _tokens(one.req)[: one.length]
+        tokens = np.concatenate([known, np.zeros(one.length - len(known), known.dtype)])
+        part = part_of_row(fb, one.number, rows, tokens=tokens, table=table)
+        if len(known) < one.length:  # with the overlap scheduler the device alone knows the newest
+            part.ids[-1] = fb.input_ids[_last_row(fb, one.number)]
+        return part
+
+
+def watch(fb: "ForwardBatch", batch: "ScheduleBatch", cache: FuzzyRadixCache) -> Doubts | None:
+    """Whose tokens of a batch may be in doubt: greedy ones (a drawn token is decided by no margin)
+    of requests that reuse and whose prompts are through with it. None where there are none."""
+    asked = []
+    for number, req in enumerate(batch.reqs):
+        state = reuse_of(req)
+        if state is None or state.plan is None or not state.doubt or not is_greedy(req):
+            continue
+        length = int(fb.seq_lens_cpu[number])
+        if length >= state.plan.prompt_len:
+            asked.append(_Asked(number, length, req, state))
+    return Doubts(asked, cache) if asked else None
+
+
+def margins(logits: torch.Tensor) -> torch.Tensor:
+    """By how many nats the likeliest token is ahead of the next: fp32 [n] of logits [n, vocab].
+
+    >>> margins(torch.tensor([[1.0, 4.0, 2.5]])).tolist()
+    [1.5]
+    """
+    top = logits.float().topk(2, dim=-1).values
+    return top[:, 0] - top[:, 1]
+
+
+def is_greedy(req: "Req") -> bool:
+    """SGLang makes ``top_k`` 1 of a temperature of 0."""
+    return bool(req.sampling_params.top_k == 1)
+
+
+def _tokens(req: "Req") -> np.ndarray:
+    """Prompt and answer, as far as the host knows them."""
+    return np.concatenate([as_tokens(req.origin_input_ids), as_tokens(req.output_ids)])
+
+
+def _last_row(fb: "ForwardBatch", number: int) -> int:
+    """Where among the batch's tokens the last one of a request is."""
+    if fb.forward_mode.is_decode():
+        return number
+    return sum(fb.extend_seq_lens_cpu[: number + 1]) - 1

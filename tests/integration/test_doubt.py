@@ -1,0 +1,179 @@
+"""Tokens in doubt: from the first of them on an answer is full prefill's, whatever was before."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Texts
+from lab import Lab, lab, request
+from test_check import moved
+from test_life import assert_clean
+
+TOL = {"atol": 2e-3, "rtol": 1e-3}
+EVERY = {"doubt": 1000}
+COPIES = {"kvshare_select": "trace", "kvshare_budget": 1e-6}  # so that answers would be others
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "overlap, page 16": {"disable_overlap_schedule": False, "page_size": 16},
+    "chunks, overlap": {"disable_overlap_schedule": False, "chunked_prefill_size": 96},
+    "mixed chunks, page 16": {
+        "enable_mixed_chunk": True, "page_size": 16, "chunked_prefill_size": 96,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def it(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
+    with lab(llama, kvshare=True, **COPIES, **SETTINGS[request.param]) as it:
+        yield it
+
+
+def exact(it: Lab, prompt: list[int], *, new: int) -> dict[str, Any]:
+    """What full prefill says, to someone who shares with nobody."""
+    return it.one(prompt, kvshare="exact", extra_key="alone", new=new, keep="kv")
+
+
+def assert_same(part: dict[str, Any], full: dict[str, Any]) -> None:
+    assert part["output"] == full["output"]
+    for mine, theirs in zip(part["kv"], full["kv"], strict=True):
+        torch.testing.assert_close(mine, theirs, **TOL)
+
+
+def test_a_first_token_in_doubt_makes_the_request_exact(it: Lab, texts: Texts) -> None:
+    """And what it leaves: who asks for full prefill finds it there."""
+    source, prompt = moved(texts, 150)
+    it.flush()
+    it.one(source, new=1)
+    full = exact(it, prompt, new=12)
+    part = it.one(prompt, kvshare=EVERY, new=12, keep="kv")
+    told = part["kvshare"]
+    assert told["copied_tokens"] > 200
+    assert told["copied_tokens"] < told["settled_tokens"] <= len(prompt)
+    assert_same(part, full)
+    torch.testing.assert_close(part["logits"], full["logits"], **TOL)
+    again = it.one(prompt, kvshare="exact", new=12, keep="kv")
+    assert again["kvshare"]["exact_tokens"] >= len(prompt) - 16
+    assert_same(again, full)
+    assert it.ask("probes:plain_keys_of_depth") <= {0}
+    assert_clean(it)
+
+
+def test_the_oracle_above_can_fail(it: Lab, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    it.flush()
+    it.one(source, new=1)
+    part, full = it.one(prompt, new=12, keep="kv"), exact(it, prompt, new=12)
+    assert "settled_tokens" not in part["kvshare"]
+    assert (part["logits"] - full["logits"]).abs().max() > 0.1
+
+
+def test_a_later_token_in_doubt_leaves_those_before_as_they_are(it: Lab, texts: Texts) -> None:
+    """Whatever the margin asked for: up to some token the answer is that of copies, from there on
+    what full prefill says to all before."""
+    source, prompt = moved(texts, 150)
+    settled_at = set()
+    for doubt in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8):
+        it.flush()
+        it.one(source, new=1)
+        copies = it.one(prompt, new=24)["output"]
+        it.flush()
+        it.one(source, new=1)
+        part = it.one(prompt, kvshare={"doubt": doubt}, new=24)
+        told, output = part["kvshare"], part["output"]
+        settled = told.get("settled_tokens")
+        if settled is None:
+            assert output == copies
+            continue
+        begins = told["exact_tokens"] + 20  # where what is copied begins: behind new text
+        at = settled + begins - len(prompt)
+        settled_at.add(at)
+        assert output[:at] == copies[:at]
+        assert output[at:] == exact(it, prompt + output[:at], new=24 - at)["output"]
+        assert_clean(it)
+    assert any(at > 0 for at in settled_at), settled_at
+
+
+def test_what_others_read_stays_as_it_is(it: Lab, texts: Texts) -> None:
+    """The same prompt for one that lives with reuse and, meanwhile, for one that doubts it: these
+    share slots until then."""
+    source, prompt = moved(texts, 150)
+    it.flush()
+    it.one(source, new=1)
+    alone, full = it.one(prompt, new=40), exact(it, prompt, new=12)
+    both = it.play([
+        request("lives", prompt, new=40),
+        ("polls", 6),
+        request("doubts", prompt, kvshare=EVERY, new=12, keep="kv"),
+        request("turn", prompt + texts.passage(40), new=4),
+    ])  # fmt: skip
+    assert both["lives"]["output"] == alone["output"]
+    assert both["doubts"]["kvshare"]["blended_tokens"] > 200
+    assert both["doubts"]["kvshare"]["settled_tokens"] > 200
+    assert_same(both["doubts"], full)
+    assert_clean(it)
+
+
+def test_many_at_once_and_the_next_turn(it: Lab, texts: Texts) -> None:
+    pairs = [moved(texts, length) for length in (90, 140, 110)]
+    it.flush()
+    it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
+    modes = (EVERY, EVERY, None, "exact")
+    sent = [(i, mode) for i in range(3) for mode in modes]
+    answers = it.play([[
+        request(f"{i}{n}", pairs[i][1], kvshare=mode, new=20, keep="kv")
+        for n, (i, mode) in enumerate(sent)
+    ]])  # fmt: skip
+    full = {i: exact(it, pairs[i][1], new=20) for i in range(3)}
+    for n, (i, mode) in enumerate(sent):
+        if mode is not None:
+            assert_same(answers[f"{i}{n}"], full[i])
+    turn = pairs[0][1] + full[0]["output"] + texts.passage(30)
+    asked = it.one(turn, new=4, keep="kv")
+    assert asked["kvshare"]["exact_tokens"] >= len(pairs[0][1])
+    assert_same(asked, exact(it, turn, new=4))
+    assert_clean(it)
+
+
+def test_a_drawn_token_is_never_in_doubt(it: Lab, texts: Texts) -> None:
+    source, prompt = moved(texts, 150)
+    it.flush()
+    it.one(source, new=1)
+    part = it.one(prompt, kvshare=EVERY, new=4, temperature=0.7)
+    assert part["kvshare"]["copied_tokens"] > 200
+    assert "settled_tokens" not in part["kvshare"]
+
+
+def test_where_memory_is_short_the_answer_goes_on(llama: Path, texts: Texts) -> None:
+    """What a request hit of a branch is others' too, and there is no room for its own."""
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, max_total_tokens=1100, **COPIES) as it:
+        it.one(source, new=1)
+        script = [
+            request("lives", prompt, new=60),
+            ("polls", 4),
+            request("full", texts.passage(560), new=60, extra_key="other"),
+            ("polls", 4),
+            request("doubts", prompt, kvshare=EVERY, new=20),
+        ]
+        answers = it.play(script)
+        assert answers["doubts"]["kvshare"]["blended_tokens"] > 200
+        assert answers["doubts"]["output"] == answers["lives"]["output"][:20]
+        assert it.ask("probes:counts")["doubts"] == {"no_room": 1}
+        assert_clean(it)
+
+
+@pytest.mark.parametrize("what", ["the pass", "the margin"])
+def test_a_fault_leaves_the_answer_that_there_was(llama: Path, texts: Texts, what: str) -> None:
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, kvshare_doubt=1000, **COPIES) as it:
+        it.one(source, new=1)
+        copies = it.one(prompt, kvshare={"doubt": 0}, new=12)
+        assert "settled_tokens" not in copies["kvshare"]
+        it.flush()
+        it.one(source, new=1)
+        it.ask("probes:break_doubts", what)
+        part = it.one(prompt, new=12)
+        assert part["output"] == copies["output"]
+        assert_clean(it)
