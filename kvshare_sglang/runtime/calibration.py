@@ -26,7 +26,7 @@ AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that 
 # Where a token's margin is below so many times what reuse moves margins by, it is in doubt: of a
 # normal error that leaves one in forty flips that no one looked at.
 DOUBTED = 2.0
-TOSS = 0.1  # nats: a margin below that is one for full prefill too, whose batches differ by as much
+TOSS = 0.2  # nats: less is a toss for full prefill too, whose bf16 logits are an eighth apart
 
 # Times the default budget: what requests that ask get of a model that holds no answers yet.
 UNMEASURED_BUDGET = 2

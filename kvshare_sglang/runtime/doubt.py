@@ -45,7 +45,7 @@ class Doubts:
 
     def settle(self, fb: "ForwardBatch", out: Any, runner: "ModelRunner", forward: Forward) -> None:
         """``out`` is what ``fb`` gave: logits of requests in doubt become those of full prefill.
-        A fault leaves them as they are. Waits for the device."""
+        A fault leaves them as they are, and the requests ask no more. Waits for the device."""
         logits: torch.Tensor | None = out.logits_output.next_token_logits
         # Some reuse nothing after all; that is known once the batch ran.
         asked = [one for one in self._asked if one.state.plan and one.state.plan.inexact]
@@ -61,6 +61,8 @@ class Doubts:
                 self._settle(doubted, fb, logits, runner, forward)
         except Exception:
             logger.exception("KVShare could not settle tokens in doubt; they stay what they are")
+            for one in asked:
+                self._stays(one, "fault")
 
     def _settle(
         self,
@@ -72,15 +74,21 @@ class Doubts:
     ) -> None:
         settled, parts = [], []
         for one in doubted:
+            if getattr(runner, "lora_manager", None) is not None:
+                self._stays(one, "lora")  # its segments are laid out for the batch
+                continue
             part = self._part(one, fb, runner)
             if part is not None:
                 settled.append(one)
                 parts.append(part)
         if not settled:
             return
-        exact = forward(sub_batch(fb, parts, None)).logits_output.next_token_logits
+        # Graphs write logits where those of the graph before are.
+        kept = logits.clone()
+        exact = forward(sub_batch(fb, parts, None)).logits_output.next_token_logits.clone()
         at = torch.tensor([one.number for one in settled], device=logits.device)
-        logits[at] = exact.to(logits.dtype)
+        kept[at] = exact.to(kept.dtype)
+        logits.copy_(kept)
         for one in settled:
             self._cache.retainer.make_exact(one.req, one.state, one.length)
         rows = sum(part.rows.num for part in parts)
@@ -92,8 +100,7 @@ class Doubts:
         assert one.state.plan is not None
         rows = Rows([(one.state.plan.exact_len, one.length)])
         if not self._cache.retainer.make_room(one.req, one.state, rows):
-            self._cache.report.doubt_stays()
-            one.state.doubt = 0.0  # asked once: memory that is short stays so for a while
+            self._stays(one, "no_room")
             return None
         table = runner.req_to_token_pool.req_to_token[versions.kv_row(one.req).req_pool_idx]
         repair.own_slots(runner, one.req, one.state, table, rows)
@@ -103,6 +110,11 @@ class Doubts:
         if len(known) < one.length:  # with the overlap scheduler the device alone knows the newest
             part.ids[-1] = fb.input_ids[_last_row(fb, one.number)]
         return part
+
+    def _stays(self, one: _Asked, why: str) -> None:
+        """The request goes on as it is: what is in the way now will be for its next tokens."""
+        one.state.doubt = 0.0
+        self._cache.report.doubt_stays(why)
 
 
 def watch(fb: "ForwardBatch", batch: "ScheduleBatch", cache: FuzzyRadixCache) -> Doubts | None:

@@ -37,7 +37,8 @@ def hook_init_new(
         fb.kvshare = slices.told_rows(fb, prefill.narrow(fb, batch, runner, cache))
     elif isinstance(cache, FuzzyRadixCache) and fb.forward_mode.is_decode():
         fb.kvshare = decode.watch(fb, batch, runner, cache)
-    if isinstance(cache, FuzzyRadixCache):
+    mode = fb.forward_mode
+    if isinstance(cache, FuzzyRadixCache) and (mode.is_extend() or mode.is_decode()):
         fb.kvshare_doubts = doubt.watch(fb, batch, cache)
     return fb
 

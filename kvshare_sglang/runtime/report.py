@@ -69,11 +69,11 @@ class Report:
         if self._metrics is not None:
             self._metrics.doubts.labels(outcome="settled").inc(requests)
 
-    def doubt_stays(self) -> None:
-        """A token was in doubt, and there was no memory to run its prompt in full."""
-        self.doubts["no_room"] += 1
+    def doubt_stays(self, why: str) -> None:
+        """A request had a token in doubt, or might have, and goes on as it is."""
+        self.doubts[why] += 1
         if self._metrics is not None:
-            self._metrics.doubts.labels(outcome="no_room").inc()
+            self._metrics.doubts.labels(outcome=why).inc()
 
     def shadowed(self, twin: Twin, gate: Gate) -> None:
         """The exact twin of a request is known, and counted in the gate."""

@@ -209,11 +209,6 @@ class RequestReuse:
             reason = Fallback(record["select_reason"])
             self.report.fell_back(asked=self.asked, ran=record["select"], reason=reason)
 
-    def settle_all(self, rows: int) -> None:
-        """A token was in doubt, and so many rows ran: nothing of the request is a copy any more."""
-        self.plan = self.watch = None
-        self.record["settled_tokens"] = rows
-
     def refreshed(self, rows: Rows) -> None:
         """Copied rows ran again while the request decodes."""
         self.closed |= rows
@@ -223,6 +218,22 @@ class RequestReuse:
 def told(record: dict[str, Any]) -> int:
     """Of how many prompt tokens a record says what was done with them."""
     return sum(record[f"{kind}_tokens"] for kind in KINDS)
+
+
+def settle_all(req: Any, state: RequestReuse, rows: int) -> None:
+    """A token was in doubt, and so many rows ran: nothing of the request is a copy any more. Told
+    by what its answer says, also where that is of the time before it was retracted."""
+    state.plan = state.watch = None
+    state.record["settled_tokens"] = rows
+    if shown := (req.customized_info or {}).get("kvshare"):
+        shown[0]["settled_tokens"] = rows
+
+
+def was_settled(req: Any) -> bool:
+    """Whether the request had a token in doubt, and its prompt ran in full: it is exact from then on,
+    also where it was retracted since."""
+    shown = (req.customized_info or {}).get("kvshare")
+    return bool(shown) and "settled_tokens" in shown[0]
 
 
 def reuse_of(req: Any) -> RequestReuse | None:

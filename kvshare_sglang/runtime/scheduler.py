@@ -19,7 +19,7 @@ from kvshare_sglang.runtime import charging, support, versions
 from kvshare_sglang.runtime.cache.index_sync import as_tokens
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Fallback
-from kvshare_sglang.runtime.request import OncePerAnswer, RequestReuse, Stage, told
+from kvshare_sglang.runtime.request import OncePerAnswer, RequestReuse, Stage, told, was_settled
 from kvshare_sglang.runtime.shadow import Shadow
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def accepts_blended(config: KVShareConfig, shadow: Shadow, req: "Req") -> bool:
     try:
         options = parse_options(req.sampling_params.custom_params, default=shadow.default)
     except ConfigError:
+        return False
+    if was_settled(req):
         return False
     budget = config.budget if options.budget is None else options.budget
     return budget < 1 and may_reuse(support.view_of(req, options.mode)) is None
@@ -292,8 +294,11 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         logger.warning("KVShare: request %s reuses nothing: %s", req.rid, error)
         state.decline = Decline.BAD_OPTIONS
         return state
-    state.decline = of_an_adapter or may_reuse(support.view_of(req, options.mode))
-    if state.decline is Decline.EXACT_REQUESTED and _says_nothing(req):
+    settled = was_settled(req)
+    state.decline = of_an_adapter or may_reuse(
+        support.view_of(req, "exact" if settled else options.mode)
+    )
+    if state.decline is Decline.EXACT_REQUESTED and not settled and _says_nothing(req):
         of_server = cache.config.default == "exact"
         state.decline = Decline.DEFAULT_EXACT if of_server else Decline.SHADOW
     if state.decline is not None:

@@ -10,6 +10,7 @@ from conftest import Texts
 from lab import Lab, lab, request
 from test_check import moved
 from test_life import assert_clean
+from tiny_models import make_adapter
 
 TOL = {"atol": 2e-3, "rtol": 1e-3}
 EVERY = {"doubt": 1000}
@@ -19,7 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "overlap, page 16": {"disable_overlap_schedule": False, "page_size": 16},
     "chunks, overlap": {"disable_overlap_schedule": False, "chunked_prefill_size": 96},
     "mixed chunks, page 16": {
-        "enable_mixed_chunk": True, "page_size": 16, "chunked_prefill_size": 96,
+        "disable_overlap_schedule": False, "enable_mixed_chunk": True, "page_size": 16,
+        "chunked_prefill_size": 96,
     },
 }  # fmt: skip
 
@@ -95,6 +97,41 @@ def test_a_later_token_in_doubt_leaves_those_before_as_they_are(it: Lab, texts: 
     assert any(at > 0 for at in settled_at), settled_at
 
 
+def test_each_in_a_batch_doubts_for_itself(it: Lab, texts: Texts) -> None:
+    """Requests that decode side by side, each with a margin of its own, beside one that is exact and
+    one that comes to its prompt meanwhile: as above for each, and the KV of who settled is full
+    prefill's."""
+    pairs = [moved(texts, length) for length in (90, 110, 130)]
+    doubts = {"a": (0, 0.05), "b": (1, 0.15), "c": (2, 0.4)}
+    it.flush()
+    sources = [request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)]
+    it.play(sources)
+    copies = [it.one(prompt, new=24)["output"] for _, prompt in pairs]
+    it.flush()
+    script = [*sources, ("idle",), [
+        request("x", pairs[0][1], kvshare="exact", extra_key="x", new=24),
+        *(request(name, pairs[i][1], kvshare={"doubt": doubt}, new=24, keep="kv")
+          for name, (i, doubt) in doubts.items()),
+    ], ("polls", 6), request("late", pairs[0][1], kvshare="exact", extra_key="y", new=4),
+    ]  # fmt: skip
+    answers, settled = it.play(script), 0
+    for name, (i, _) in doubts.items():
+        prompt, told, output = pairs[i][1], answers[name]["kvshare"], answers[name]["output"]
+        at = told.get("settled_tokens", 10**6) + told["exact_tokens"] + 20 - len(prompt)
+        assert output[:at] == copies[i][:at]
+        if at < 24:
+            settled += 1
+            full = exact(it, prompt + output[:at], new=24 - at)
+            assert output[at:] == full["output"]
+            for mine, theirs in zip(answers[name]["kv"], full["kv"], strict=True):
+                torch.testing.assert_close(mine, theirs[:, : len(prompt)], **TOL)
+    assert settled >= 2
+    full = exact(it, pairs[0][1], new=24)
+    assert answers["x"]["output"] == full["output"]
+    assert answers["late"]["output"] == full["output"][:4]
+    assert_clean(it)
+
+
 def test_what_others_read_stays_as_it_is(it: Lab, texts: Texts) -> None:
     """The same prompt for one that lives with reuse and, meanwhile, for one that doubts it: these
     share slots until then."""
@@ -164,6 +201,63 @@ def test_where_memory_is_short_the_answer_goes_on(llama: Path, texts: Texts) -> 
         assert_clean(it)
 
 
+def test_room_is_made_of_what_nobody_holds(llama: Path, texts: Texts) -> None:
+    """Here of the source, while the batch runs."""
+    source, prompt = moved(texts, 150)
+    with lab(llama, kvshare=True, max_total_tokens=1000, **COPIES) as it:
+        full = exact(it, prompt, new=20)
+        it.flush()
+        it.one(source, new=1)
+        script = [
+            request("lives", prompt, new=40),
+            ("polls", 4),
+            request("doubts", prompt, kvshare=EVERY, new=20, keep="kv"),
+        ]
+        answers = it.play(script)
+        assert answers["doubts"]["kvshare"]["settled_tokens"] > 200
+        assert_same(answers["doubts"], full)
+        assert it.one(source, new=1)["kvshare"]["exact_tokens"] < len(source) - 1  # it went
+        assert_clean(it)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_who_settled_is_exact_also_when_retracted(
+    llama: Path, texts: Texts, page_size: int
+) -> None:
+    pairs = [moved(texts, length) for length in (90, 140, 110)]
+    with lab(llama, kvshare=True, page_size=page_size, **COPIES) as it:
+        full = [exact(it, prompt, new=40)["output"] for _, prompt in pairs]
+        it.ask("probes:retract_every", 5)
+        it.play([request(f"s{i}", source, new=1) for i, (source, _) in enumerate(pairs)])
+        answers = it.play([[
+            request(f"d{i}", prompt, kvshare=EVERY, new=40) for i, (_, prompt) in enumerate(pairs)
+        ], ("polls", 9), ("abort", "d2")])  # fmt: skip
+        assert sum(answer["retractions"] for answer in answers.values()) > 0
+        for i in (0, 1):
+            assert answers[f"d{i}"]["output"] == full[i]
+            assert answers[f"d{i}"]["kvshare"]["settled_tokens"] > 100
+        assert it.ask("probes:counts")["doubts"] == {"settled": 3}
+        assert_clean(it)
+
+
+def test_with_adapters_no_token_is_settled(llama: Path, models: Path, texts: Texts) -> None:
+    """SGLang lays their segments out for the batch: one in between would mislay them."""
+    source, prompt = moved(texts, 150)
+    settings = {"enable_lora": True, "lora_paths": [str(make_adapter(models))]}
+    settings |= {"lora_backend": "torch_native", "kvshare_select": "window"}
+    settings |= {"mutation": "probes:no_pinning"}
+    with lab(llama, kvshare=True, **settings) as it:
+        it.one(source, new=1)
+        copies = it.one(prompt, new=12)
+        it.flush()
+        it.one(source, new=1)
+        part = it.one(prompt, kvshare=EVERY, new=12)
+        assert part["kvshare"]["copied_tokens"] > 200
+        assert part["output"] == copies["output"]
+        assert it.ask("probes:counts")["doubts"] == {"lora": 1}
+        assert_clean(it)
+
+
 @pytest.mark.parametrize("what", ["the pass", "the margin"])
 def test_a_fault_leaves_the_answer_that_there_was(llama: Path, texts: Texts, what: str) -> None:
     source, prompt = moved(texts, 150)
@@ -176,4 +270,5 @@ def test_a_fault_leaves_the_answer_that_there_was(llama: Path, texts: Texts, wha
         it.ask("probes:break_doubts", what)
         part = it.one(prompt, new=12)
         assert part["output"] == copies["output"]
+        assert it.ask("probes:counts")["doubts"] == {"fault": 1}  # and not at each token
         assert_clean(it)

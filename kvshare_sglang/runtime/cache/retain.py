@@ -22,7 +22,7 @@ from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.cache.branches import Branches, Row
 from kvshare_sglang.runtime.cache.index_sync import BranchKey
-from kvshare_sglang.runtime.request import RequestReuse, Stage
+from kvshare_sglang.runtime.request import RequestReuse, Stage, settle_all
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -150,7 +150,7 @@ class Retainer:
         self._give_back_spare(state)
         slots = cache.req_to_token_pool.req_to_token[row.req_pool_idx, :length]
         versions.move_lock(cache, req, _above(req.last_node), slots.to(torch.int64, copy=True))
-        state.settle_all(length - exact_len)
+        settle_all(req, state, length - exact_len)
 
     def _free_slots(self, req: "Req", need: int) -> torch.Tensor | None:
         """So many, evicting what nobody holds if it must; None where that is not enough."""
