@@ -98,9 +98,8 @@ def test_a_later_token_in_doubt_leaves_those_before_as_they_are(it: Lab, texts: 
 
 
 def test_each_in_a_batch_doubts_for_itself(it: Lab, texts: Texts) -> None:
-    """Requests that decode side by side, each with a margin of its own, beside one that is exact and
-    one that comes to its prompt meanwhile: as above for each, and the KV of who settled is full
-    prefill's."""
+    """Requests that decode side by side, each with a margin of its own, beside an exact one and
+    another that comes meanwhile: as above for each, and the KV of who settled is full prefill's."""
     pairs = [moved(texts, length) for length in (90, 110, 130)]
     doubts = {"a": (0, 0.05), "b": (1, 0.15), "c": (2, 0.4)}
     it.flush()
