@@ -233,7 +233,7 @@ def was_settled(req: Any) -> bool:
     """Whether the request had a token in doubt, and its prompt ran in full: it is exact from then
     on, also where it was retracted since."""
     shown = (req.customized_info or {}).get("kvshare")
-    return bool(shown) and "settled_tokens" in shown[0]
+    return bool(shown and "settled_tokens" in shown[0])
 
 
 def reuse_of(req: Any) -> RequestReuse | None:
