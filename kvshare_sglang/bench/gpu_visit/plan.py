@@ -15,6 +15,7 @@ STEPS = (
     "choice",
     "exact",
     "profiles",
+    "doubts",
     "life",
     "profile",
 )
@@ -83,7 +84,11 @@ def stages(
         [Stage("smoke", 200, backend) for backend in backends],
         [Stage("misses", 150, first)],
         *([Stage("ttft", 210, first, what=what)] for what in arms),
-        [*laws("partial", 150), *laws("choice", 150), *laws("exact", 150), *laws("profiles", 150)],
+        [
+            one
+            for law in ("partial", "choice", "exact", "profiles", "doubts")
+            for one in laws(law, 150)
+        ],
         laws("life", 150),
         *([Stage("ttft", 90, backend, what="plain-trace-short")] for backend in backends[1:]),
         *([Stage("profile", 90, first, what=what)] for what in ("trace", "window")),

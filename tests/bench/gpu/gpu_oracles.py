@@ -528,6 +528,46 @@ def check_profiles(case: Case, model: Path) -> Checks:
     return checks
 
 
+def check_doubts(case: Case, model: Path) -> Checks:
+    """From a token in doubt on a request is full prefill's, the first or a later one, and its
+    neighbours get the tokens that they get alone."""
+    checks, texts = Checks(), Texts(500 + case.page_size)
+    a, b = texts.passage(70), texts.passage(60)
+    source, prompt = texts.passage(9) + a + b, texts.passage(20) + b + a + texts.passage(20)
+    near = [texts.passage(40), texts.passage(50)]
+    with server(case, model, kvshare=True, kvshare_select="trace", kvshare_budget=1e-6) as it:
+        full = it.one(prompt, kvshare="exact", extra_key="full", new=10, keep="kv")
+        alone = [it.one(ids, kvshare="exact", extra_key="alone", new=10)["output"] for ids in near]
+        it.one(source, new=1)
+        copies = it.one(prompt, new=1, keep="kv")
+        far, off = kv_gap(copies["kv"], full["kv"]), rms(copies["logits"] - full["logits"])
+        checks.at_least("copies are another thing: KV", far, 0.1)
+        for when, told in (("first", {"doubt": 1000}), ("later", None)):
+            it.play([("flush",), request("source", source, new=1)])
+            script: list[Any] = [[
+                request("0", near[0], kvshare="exact", new=10),
+                request("doubts", prompt, kvshare=told, new=10, keep="kv"),
+                request("1", near[1], kvshare="exact", new=10),
+            ]]  # fmt: skip
+            if told is None:
+                script += [("polls", 4), ("call", "gpu_probes:doubt_now")]
+            answers = it.play(script)
+            part = answers["doubts"]
+            rows = part["kvshare"].get("settled_tokens", 0)
+            checks.at_least(f"{when}: rows settled", rows, len(prompt) - 20 + (told is None))
+            checks.at_most(
+                f"{when}: KV off full prefill's", kv_gap(part["kv"], full["kv"]), far / 4
+            )
+            if told is not None:
+                gap = rms(part["logits"] - full["logits"])
+                checks.at_most(f"{when}: logits off full prefill's", gap, off / 4)
+            for i, output in enumerate(alone):  # of bf16 one may be a toss, a batch apart
+                same = sum(map(int.__eq__, answers[str(i)]["output"], output))
+                checks.at_least(f"{when}: tokens of neighbour {i} as alone", same, 6)
+            assert_idle(checks, it, when)
+    return checks
+
+
 def check_life(case: Case, model: Path) -> Checks:
     """Slots churn in a pool that is too small; overlap, mixed chunks, aborts and flushes.
 

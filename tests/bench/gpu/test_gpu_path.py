@@ -28,6 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("choice", 1, "backend"),
         ("exact", 16, "auto"),
         ("profiles", 1, "auto"),
+        ("doubts", 16, "auto"),
     ],
 )
 def test_law(law: str, page: int, attention: str, model: Path) -> None:
