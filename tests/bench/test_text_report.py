@@ -108,3 +108,33 @@ def test_answers_are_drawn(tmp_path):
         (tmp_path / f"codes3-{case}.jsonl").write_text(json.dumps(lines[0]) + "\n")
     plot.draw(report.summary(tmp_path), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_what_a_doubt_would_settle_is_told_of_answers_without_one(tmp_path):
+    """Before an answer parts from full prefill's a doubt makes it that; later it comes too late."""
+
+    def line(full, ours, margins, apart):
+        mine = {"right": ours, "margins": margins, "apart_at": apart, "same": apart is None,
+                "doubted": False}  # fmt: skip
+        return {"tokens": 9, "arms": {"full": {"right": full}, "ours": mine}}
+
+    lines = [
+        line(True, True, [3.0, 0.15, 2.0], None),
+        line(True, False, [3.0, 0.5, 2.0], 1),  # parts where its margin is .5
+        line(True, False, [0.25, 2.0, 0.05], 1),  # a doubt of .1 comes too late
+        line(False, True, [3.0, 1.1, 2.0], 1),
+    ]
+    path = tmp_path / "codes3-splice.jsonl"
+    path.write_text("".join(json.dumps(n) + "\n" for n in lines))
+    told = {row["doubt"]: row for row in report.doubts(tmp_path)}
+    outcome = {d: (r["settled"], r["lost"], r["won"], r["same"]) for d, r in told.items()}
+    assert outcome[0.0] == (0.0, 2, 1, 0.25)
+    assert outcome[0.1] == (0.25, 2, 1, 0.25)
+    assert outcome[0.2] == (0.5, 2, 1, 0.25)
+    assert outcome[0.3] == (0.5, 1, 1, 0.5)
+    assert outcome[0.6] == (0.75, 0, 1, 0.75)
+    assert outcome[1.2] == (1.0, 0, 0, 1.0)
+    assert [told[d]["at_first"] for d in (0.2, 0.3)] == [0.0, 0.25]
+    lines[0]["arms"]["ours"]["doubted"] = True  # measured with one: nothing to tell
+    path.write_text("".join(json.dumps(n) + "\n" for n in lines))
+    assert report.doubts(tmp_path) == []

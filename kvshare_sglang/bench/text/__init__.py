@@ -178,8 +178,12 @@ def finish(args: argparse.Namespace, *, plotted: Path | None = None) -> int:
     """Sum up all that the folder holds, ``plotted`` too where there is a place for it."""
     rows = report.summary(args.out)
     level = report.same_flops(args.out)
+    doubts = report.doubts(args.out)
     text = report.show(rows) + ("\n\n" + report.show_level(level) if level else "")
-    found = {"rows": rows, "flips": report.flips(args.out), "same_flops": level}
+    text += "\n\n" + report.show_doubts(doubts) if doubts else ""
+    found = {
+        "rows": rows, "flips": report.flips(args.out), "same_flops": level, "doubts": doubts,
+    }  # fmt: skip
     common.report(args, text, found)
     if plotted:
         from kvshare_sglang.bench.text import plot

@@ -12,6 +12,7 @@ MEANS = (
     "f1", "kl", "kl_most", "margin", "nll", "top1", "top1_sure", "same", "rouge_l",
     "recomputed", "computed", "refreshed", "share", "first", "doubted",
 )  # fmt: skip
+DOUBTS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.2)  # nats
 CLEAR = 0.5  # nats: a margin of full prefill that is no toss
 OURS, NOTHING = "trace", "copies"
 OF_WORDS = ("qa1", "qa2", "qa3")  # tasks whose answers are judged word by word too, by F1
@@ -112,6 +113,52 @@ def flips(folder: Path, *, bins: int = 6) -> list[dict[str, Any]]:
         }
         for part in parts
     ]
+
+
+def doubts(folder: Path) -> list[dict[str, Any]]:
+    """What ``--kvshare-doubt`` would do, from answers of the real server without it: a token whose
+    margin is smaller makes the answer full prefill's, unless it had parted from that before."""
+    found = []
+    for file in sorted(folder.glob("*.jsonl")):
+        task, _, case = file.stem.partition("-")
+        lines = [json.loads(line)["arms"] for line in file.read_text().splitlines()]
+        pairs = [(one["full"], one["ours"]) for one in lines if "margins" in one.get("ours", {})]
+        if not pairs or any(mine["doubted"] for _, mine in pairs):
+            continue
+        for doubt in (0.0, *DOUBTS):
+            settled = [_settled_at(mine, doubt) for _, mine in pairs]
+            right = np.array([full["right"] for full, _ in pairs], bool)
+            got = np.array([
+                full["right"] if _in_time(mine, at) else mine["right"]
+                for (full, mine), at in zip(pairs, settled, strict=True)
+            ], bool)  # fmt: skip
+            same = [mine["same"] or _in_time(mine, at)
+                    for (_, mine), at in zip(pairs, settled, strict=True)]  # fmt: skip
+            found.append({
+                "task": task, "case": case, "n": len(pairs), "doubt": doubt,
+                "settled": _mean([at is not None for at in settled]),
+                "at_first": _mean([at == 0 for at in settled]),
+                "right": _mean(got), "lost": int((right & ~got).sum()),
+                "won": int((~right & got).sum()), "same": _mean(same),
+            })  # fmt: skip
+    return found
+
+
+def _settled_at(mine: dict[str, Any], doubt: float) -> int | None:
+    return next((i for i, margin in enumerate(mine["margins"]) if margin < doubt), None)
+
+
+def _in_time(mine: dict[str, Any], at: int | None) -> bool:
+    """Whether an answer that is settled at a token had not parted from full prefill's before."""
+    return at is not None and (mine["apart_at"] is None or at <= mine["apart_at"])
+
+
+def show_doubts(rows: list[dict[str, Any]]) -> str:
+    return common.columns(
+        rows, cell="{task} {case}", n="{n}", doubt="{doubt:g}", settled="{settled:.0%}",
+        at_the_first="{at_first:.0%}", right="{right:.3f}", lost="{lost}", won="{won}",
+        same="{same:.0%}",
+    )  # fmt: skip
 
 
 def _row(lines: list[dict[str, Any]], name: str, **cell: str) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
     full, _ = ask("exact")  # the plain branch holds no more of this prompt than without us
     for name in arms:
         found[name]["same"] = written[name] == full
+        pairs = enumerate(zip(written[name], full, strict=False))  # one may end before the other
+        found[name]["apart_at"] = next((i for i, (a, b) in pairs if a != b), None)
         found[name]["first"] = written[name][0] == full[0]
     said = texts.said(full, one) | {"same": True, "first": True}
     return {"tokens": len(ids), "answers": one.answers, "arms": {"full": said, **found}}
