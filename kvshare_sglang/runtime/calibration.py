@@ -23,10 +23,9 @@ FOLDER = "KVSHARE_CALIBRATION_DIR"
 BUILT_IN = Path(__file__).resolve().parent.parent / "calibrations"
 AUTO, OFF, NONE = "auto", "off", "none"  # values of --kvshare-calibration that are no files
 
-# Where a token's margin is below so many times what reuse moves margins by, it is in doubt. A normal
-# error is larger in one of fifteen cases; of SmolLM2's answers twice as much saves no more, and
-# settles 70 of 100 instead of 52.
-DOUBTED = 1.5
+# Where a token's margin is below so many times what reuse moves margins by, it is in doubt: of a
+# normal error one flip in forty is beyond. With less SmolLM2's answers are not within one point.
+DOUBTED = 2.0
 TOSS = 0.2  # nats: less is a toss for full prefill too, whose bf16 logits are an eighth apart
 
 # Times the default budget: what requests that ask get of a model that holds no answers yet.
