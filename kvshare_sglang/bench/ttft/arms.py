@@ -72,6 +72,9 @@ def server_spec(bench: Bench, name: str, setting: Setting) -> ServerSpec:
             str(bench.config.budget),
             "--kvshare-select",
             select,
+            # Of what follows random tokens no model is sure.
+            "--kvshare-doubt",
+            "0",
         )
     if name == "allrows":
         env = {"KVSHARE_MEASURE_ALL_ROWS": "1"}
