@@ -209,6 +209,11 @@ def calibration_of(child: Any) -> str:
     return str(child.cache.config.calibration)
 
 
+def doubt_of(child: Any) -> float:
+    """What the server doubts by default."""
+    return float(child.cache.config.doubt)
+
+
 def prefill_order(child: Any) -> list[str]:
     """Requests in the order in which their prompts came to prefill."""
     return list(child.logits)

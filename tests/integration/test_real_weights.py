@@ -72,9 +72,10 @@ def test_a_conversation_over_moved_passages_answers_as_full_prefill_does() -> No
         assert Path(it.ask("probes:calibration_of")).parent == calibration.BUILT_IN
         it.one(first.ids, new=1)
 
-        def ask() -> tuple[list[int], dict[str, Any]]:
-            exact = request("full", chat.ids, new=NEW, kvshare="exact", extra_key="apart")
-            got = it.play([exact, ("idle",), request("mine", chat.ids, new=NEW)])
+        def ask(doubt: float, new: int = NEW) -> tuple[list[int], dict[str, Any]]:
+            exact = request("full", chat.ids, new=new, kvshare="exact", extra_key="apart")
+            mine = request("mine", chat.ids, new=new, kvshare={"doubt": doubt})
+            got = it.play([exact, ("idle",), mine])
             full, mine = got["full"], got["mine"]
             assert mine["output"] == full["output"]
             record = mine["kvshare"]
@@ -84,12 +85,17 @@ def test_a_conversation_over_moved_passages_answers_as_full_prefill_does() -> No
             assert computed(record) < 0.4 * len(chat.ids)
             return mine["output"], record
 
-        answer, record = ask()
+        answer, record = ask(doubt=0)
         assert record["copied_tokens"] > 0.5 * len(chat.ids)
         assert record["recomputed_tokens"] > 0
         chat.goes_on(answer, "Who is the captain of the ferry?")
-        _, record = ask()
+        answer, record = ask(doubt=0)
         assert record["blended_tokens"] > 0.5 * len(chat.ids)  # its own past is a prefix
+        # As the calibration has it, of a long answer some token is in doubt; it is full prefill's.
+        chat.goes_on(answer, "Tell me about the ferry in your own words.")
+        _, record = ask(doubt=it.ask("probes:doubt_of"), new=32)
+        assert record["blended_tokens"] > 0.5 * len(chat.ids)
+        assert record["settled_tokens"] > 0.5 * len(chat.ids)
 
 
 @pytest.mark.parametrize("selector", ["copy", "window"])
