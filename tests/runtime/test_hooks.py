@@ -153,10 +153,11 @@ def test_a_point_of_another_version_is_neither_wrapped_nor_missed(
 
 def test_types_of_attributes_exist() -> None:
     import kvshare_sglang.config
-    from kvshare_sglang.runtime import attention, batch, request
+    from kvshare_sglang.runtime import attention, batch, doubt, request
     from kvshare_sglang.runtime.cache import index_sync
 
     rooms: Any = SimpleNamespace(**{"torch.Tensor": True})
-    for module in (builtins, kvshare_sglang.config, attention, batch, request, index_sync):
+    modules = (builtins, kvshare_sglang.config, attention, batch, doubt, request, index_sync)
+    for module in modules:
         vars(rooms).update(vars(module))
     assert all(hasattr(rooms, one.holds) for one in hooks.ATTRIBUTES)
