@@ -120,6 +120,16 @@ class BatchedRequest(NamedTuple):
     plan: ReusePlan
 
 
+class Answering(NamedTuple):
+    """A request that gets a token from a batch: its ``number`` in it, and how many tokens of it
+    have a slot, the newest included."""
+
+    number: int
+    length: int
+    req: "Req"
+    state: RequestReuse
+
+
 def on_cpu(runner: "ModelRunner") -> bool:
     return str(runner.device) == "cpu"
 

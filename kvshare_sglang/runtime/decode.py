@@ -9,7 +9,7 @@ runs again. Where such passes change nothing, the watch ends.
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from kvshare_sglang.runtime import versions
 from kvshare_sglang.runtime.attention_trace import Forward, MakePart, check_few, follow
 from kvshare_sglang.runtime.batch import (
     STOP,
+    Answering,
     BatchReuse,
     LayerView,
     Stop,
@@ -32,26 +33,17 @@ from kvshare_sglang.runtime.batch import (
     sub_batch,
     to_device,
 )
-from kvshare_sglang.runtime.cache.index_sync import as_tokens
+from kvshare_sglang.runtime.cache.index_sync import tokens_so_far
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.report import Report
-from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+from kvshare_sglang.runtime.request import reuse_of
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
-
-
-class Watched(NamedTuple):
-    """A watched request: its number in the decode batch, and its tokens, the newest included."""
-
-    number: int
-    length: int
-    req: "Req"
-    state: RequestReuse
 
 
 def watch(
@@ -70,7 +62,7 @@ def watch(
         if state.watch.over:
             state.watch = None
         elif state.watch.tick():
-            watched.append(Watched(i, int(fb.seq_lens_cpu[i]), req, state))
+            watched.append(Answering(i, int(fb.seq_lens_cpu[i]), req, state))
     if not watched:
         return None
     layer = probe_layer(len(runner.model.model.layers), config.probe_at)
@@ -83,9 +75,9 @@ class ReadObserver:
 
     narrows = False
 
-    def __init__(self, layer: int, watched: list[Watched], above: float) -> None:
+    def __init__(self, layer: int, watched: list[Answering], above: float) -> None:
         self.layer = layer
-        self.wanted: list[tuple[Watched, np.ndarray]] = []
+        self.wanted: list[tuple[Answering, np.ndarray]] = []
         self._watched, self._above = watched, above
 
     def observe(self, view: LayerView) -> Stop | None:
@@ -117,7 +109,7 @@ class RefreshStage:
     """A decode batch in which some requests are watched."""
 
     layer: int
-    watched: list[Watched]
+    watched: list[Answering]
     config: KVShareConfig
     report: Report
 
@@ -142,7 +134,7 @@ class RefreshStage:
 
     def _refresh(
         self,
-        wanted: list[tuple[Watched, np.ndarray]],
+        wanted: list[tuple[Answering, np.ndarray]],
         fb: "ForwardBatch",
         runner: "ModelRunner",
         forward: Forward,
@@ -156,7 +148,7 @@ class RefreshStage:
             watch = one.state.watch
             assert watch is not None
             row = versions.kv_row(one.req).req_pool_idx
-            tokens = _tokens(one.req)
+            tokens = tokens_so_far(one.req)
             parts.append(
                 functools.partial(part_of_row, fb, one.number, tokens=tokens, table=table[row])
             )
@@ -185,7 +177,7 @@ class RefreshStage:
         self.report.refreshed(requests=len(wanted), rows=sum(mine.num for mine in rows))
 
 
-def _owns_its_copies(one: Watched) -> bool:
+def _owns_its_copies(one: Answering) -> bool:
     """Whether all rows that a refresh may write are after the exact part, which alone the tree
     may share with others. Always so; if not, the watch ends and nothing is written."""
     assert one.state.watch is not None
@@ -199,8 +191,3 @@ def _owns_its_copies(one: Watched) -> bool:
     )  # fmt: skip
     one.state.watch = None
     return False
-
-
-def _tokens(req: "Req") -> np.ndarray:
-    """Prompt and output; a request that was retracted had part of its output as prompt."""
-    return np.concatenate([as_tokens(req.origin_input_ids), as_tokens(req.output_ids)])

@@ -7,7 +7,7 @@ taken. From then on the request is exact, and so is what it leaves.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ import torch
 from kvshare_sglang.plan import Rows
 from kvshare_sglang.runtime import repair, versions
 from kvshare_sglang.runtime.attention_trace import Forward
-from kvshare_sglang.runtime.batch import Part, part_of_row, sub_batch
-from kvshare_sglang.runtime.cache.index_sync import as_tokens
+from kvshare_sglang.runtime.batch import Answering, Part, part_of_row, sub_batch
+from kvshare_sglang.runtime.cache.index_sync import tokens_so_far
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
-from kvshare_sglang.runtime.request import RequestReuse, reuse_of
+from kvshare_sglang.runtime.request import reuse_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -28,19 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Asked(NamedTuple):
-    """A request that gets a token from a batch: its number there, and its tokens with a slot."""
-
-    number: int
-    length: int
-    req: "Req"
-    state: RequestReuse
-
-
 class Doubts:
     """The requests of one batch whose next token may be in doubt."""
 
-    def __init__(self, asked: list[_Asked], cache: FuzzyRadixCache) -> None:
+    def __init__(self, asked: list[Answering], cache: FuzzyRadixCache) -> None:
         self._asked, self._cache = asked, cache
 
     def settle(self, fb: "ForwardBatch", out: Any, runner: "ModelRunner", forward: Forward) -> None:
@@ -66,7 +57,7 @@ class Doubts:
 
     def _settle(
         self,
-        doubted: list[_Asked],
+        doubted: list[Answering],
         fb: "ForwardBatch",
         logits: torch.Tensor,
         runner: "ModelRunner",
@@ -94,7 +85,7 @@ class Doubts:
         rows = sum(part.rows.num for part in parts)
         self._cache.report.settled(requests=len(settled), rows=rows)
 
-    def _part(self, one: _Asked, fb: "ForwardBatch", runner: "ModelRunner") -> Part | None:
+    def _part(self, one: Answering, fb: "ForwardBatch", runner: "ModelRunner") -> Part | None:
         """All rows of a request behind its exact part, in slots of its own; None where memory does
         not have as many."""
         assert one.state.plan is not None
@@ -104,14 +95,14 @@ class Doubts:
             return None
         table = runner.req_to_token_pool.req_to_token[versions.kv_row(one.req).req_pool_idx]
         repair.own_slots(runner, one.req, one.state, table, rows)
-        known = _tokens(one.req)[: one.length]
+        known = tokens_so_far(one.req)[: one.length]
         tokens = np.concatenate([known, np.zeros(one.length - len(known), known.dtype)])
         part = part_of_row(fb, one.number, rows, tokens=tokens, table=table)
         if len(known) < one.length:  # with the overlap scheduler the device alone knows the newest
             part.ids[-1] = fb.input_ids[_last_row(fb, one.number)]
         return part
 
-    def _stays(self, one: _Asked, why: str) -> None:
+    def _stays(self, one: Answering, why: str) -> None:
         """The request goes on as it is: what is in the way now will be for its next tokens."""
         one.state.doubt = 0.0
         self._cache.report.doubt_stays(why)
@@ -127,7 +118,7 @@ def watch(fb: "ForwardBatch", batch: "ScheduleBatch", cache: FuzzyRadixCache) ->
             continue
         length = int(fb.seq_lens_cpu[number])
         if length >= state.plan.prompt_len:
-            asked.append(_Asked(number, length, req, state))
+            asked.append(Answering(number, length, req, state))
     return Doubts(asked, cache) if asked else None
 
 
@@ -144,11 +135,6 @@ def margins(logits: torch.Tensor) -> torch.Tensor:
 def is_greedy(req: "Req") -> bool:
     """SGLang makes ``top_k`` 1 of a temperature of 0."""
     return bool(req.sampling_params.top_k == 1)
-
-
-def _tokens(req: "Req") -> np.ndarray:
-    """Prompt and answer, as far as the host knows them."""
-    return np.concatenate([as_tokens(req.origin_input_ids), as_tokens(req.output_ids)])
 
 
 def _last_row(fb: "ForwardBatch", number: int) -> int:

@@ -219,6 +219,12 @@ class IndexSync:
         assert len(seen) == self.fuzzy.num_segments
 
 
+def tokens_so_far(req: Any) -> Tokens:
+    """Prompt and answer, as far as the host knows them, int32 [n]; a request that was retracted had
+    part of its answer as prompt."""
+    return np.concatenate([as_tokens(req.origin_input_ids), as_tokens(req.output_ids)])
+
+
 def as_tokens(token_ids: Any) -> Tokens:
     """SGLang's ``array('q')`` (or any ints) as int32 [n]."""
     if isinstance(token_ids, array) and token_ids.typecode == "q":
