@@ -7,7 +7,7 @@ taken. From then on the request is exact, and so is what it leaves.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +35,24 @@ class Doubts:
     def __init__(self, asked: list[Answering], cache: FuzzyRadixCache) -> None:
         self._asked, self._cache = asked, cache
 
-    def settle(self, fb: "ForwardBatch", out: Any, runner: "ModelRunner", forward: Forward) -> None:
-        """``out`` is what ``fb`` gave: logits of requests in doubt become those of full prefill.
-        A fault leaves them as they are, and the requests ask no more. Waits for the device."""
-        logits: torch.Tensor | None = out.logits_output.next_token_logits
+    def settle(
+        self, fb: "ForwardBatch", logits: torch.Tensor, runner: "ModelRunner", forward: Forward
+    ) -> None:
+        """``logits`` [batch, vocab] are what ``fb`` gave and tokens are about to be taken from:
+        those of requests in doubt become full prefill's. A fault leaves them as they are, and the
+        requests ask no more. Waits for the device."""
         # Some reuse nothing after all; that is known once the batch ran.
         asked = [one for one in self._asked if one.state.plan and one.state.plan.inexact]
-        if logits is None or not asked:
+        if not asked:
             return
         try:
             at = torch.tensor([one.number for one in asked], device=logits.device)
-            found = margins(logits[at]).tolist()
+            found = margins(as_taken(logits, fb.sampling_info)[at]).tolist()
             doubted = [
-                one for one, margin in zip(asked, found, strict=True) if margin < one.state.doubt
+                one
+                for one, margin in zip(asked, found, strict=True)
+                if margin < one.state.doubt
+                and not has_ended(one.req, one.length, int(fb.input_ids[_last_row(fb, one.number)]))
             ]
             if doubted:
                 self._settle(doubted, fb, logits, runner, forward)
@@ -74,14 +80,19 @@ class Doubts:
                 parts.append(part)
         if not settled:
             return
-        # Graphs write logits where those of the graph before are.
         kept = logits.clone()
-        exact = forward(sub_batch(fb, parts, None)).logits_output.next_token_logits.clone()
         at = torch.tensor([one.number for one in settled], device=logits.device)
-        kept[at] = exact.to(kept.dtype)
-        logits.copy_(kept)
+        try:
+            exact = forward(sub_batch(fb, parts, None)).logits_output.next_token_logits
+            kept[at] = exact.to(kept.dtype)
+        finally:  # graphs write logits where those of the graph before are
+            logits.copy_(kept)
         for one in settled:
             self._cache.retainer.make_exact(one.req, one.state, one.length)
+        if logits.is_cuda:
+            # Where a grammar delays sampling, the scheduler has waited for this stream already, and
+            # its own goes on with the slots that we give back.
+            torch.cuda.current_stream().synchronize()
         rows = sum(part.rows.num for part in parts)
         self._cache.report.settled(requests=len(settled), rows=rows)
 
@@ -120,6 +131,30 @@ def watch(fb: "ForwardBatch", batch: "ScheduleBatch", cache: FuzzyRadixCache) ->
         if length >= state.plan.prompt_len:
             asked.append(Answering(number, length, req, state))
     return Doubts(asked, cache) if asked else None
+
+
+def as_taken(logits: torch.Tensor, sampling: "SamplingBatchInfo") -> torch.Tensor:
+    """A copy of ``logits`` with what SGLang does to them before it takes a token: penalties, a
+    bias, what a grammar allows. Not what a custom logit processor does: it may keep a state."""
+    trial = logits.clone()
+    sampling.update_regex_vocab_mask()
+    sampling.apply_logits_bias(trial)
+    return trial
+
+
+def has_ended(req: "Req", length: int, newest: int) -> bool:
+    """Whether a request was through with its newest token, the last of ``length``: with the overlap
+    scheduler it is in one batch more. A stop string is not looked for."""
+    asked = req.sampling_params
+    answered = length - len(req.origin_input_ids)
+    if req.finished() or answered >= asked.max_new_tokens:
+        return True
+    if answered <= 0 or asked.ignore_eos:
+        return False
+    ends = {*(asked.stop_token_ids or ()), *(req.eos_token_ids or ())}
+    if req.tokenizer is not None:
+        ends |= {req.tokenizer.eos_token_id, *(req.tokenizer.additional_stop_token_ids or ())}
+    return newest in ends
 
 
 def margins(logits: torch.Tensor) -> torch.Tensor:

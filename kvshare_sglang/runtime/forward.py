@@ -67,13 +67,27 @@ def hook_forward(
         out = reuse.stage.run(fb, runner, forward)
     else:
         out = forward(fb)
+    return out
+
+
+def hook_sample(
+    original: Callable[..., Any],
+    runner: "ModelRunner",
+    logits_output: Any,
+    fb: "ForwardBatch",
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """AROUND ``ModelRunner.sample``: the logits are there and no token is taken yet. With the
+    overlap scheduler and a grammar that is after the batch before was looked through."""
+    logits = logits_output.next_token_logits
     doubts: doubt.Doubts | None = getattr(fb, "kvshare_doubts", None)
-    if doubts is not None:
-        doubts.settle(fb, out, runner, forward)
+    if doubts is not None and logits is not None:
+        doubts.settle(fb, logits, runner, runner.forward)
     note: Callable[[Any], None] | None = getattr(fb, "kvshare_shadow", None)
     if note is not None:
-        note(out.logits_output.next_token_logits)
-    return out
+        note(logits)
+    return original(runner, logits_output, fb, *args, **kw)
 
 
 def hook_can_run_graph(

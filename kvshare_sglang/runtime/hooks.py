@@ -182,6 +182,12 @@ WRAPPED = (
         "hand the rows to attention; passes before and after",
     ),
     HookPoint(
+        f"{_SRT}.model_executor.model_runner.ModelRunner.sample",
+        "AROUND",
+        "kvshare_sglang.runtime.forward:hook_sample",
+        "settle tokens in doubt before they are taken",
+    ),
+    HookPoint(
         f"{_SRT}.model_executor.runner.prefill_cuda_graph_runner"
         ".PrefillCudaGraphRunner.can_run_graph",
         "AROUND",
@@ -349,6 +355,14 @@ USED = (
         versions=FROM_0_5_21,
     ),
     Used(f"{_SRT}.runtime_context", "get_schedule", "called: the chunk size"),
+    *(
+        Used(f"{_SRT}.sampling.sampling_batch_info.SamplingBatchInfo", name, "called: margins")
+        for name in ("update_regex_vocab_mask", "apply_logits_bias")
+    ),
+    *(
+        Used(_REQ, name, "read: has the answer ended", True)
+        for name in ("eos_token_ids", "tokenizer")
+    ),
     Used(
         f"{_SRT}.managers.scheduler.Scheduler",
         "init_running_status",
@@ -361,6 +375,7 @@ FIELDS = (
     *("extend_num_tokens", "extend_seq_lens", "extend_seq_lens_cpu", "extend_prefix_lens"),
     *("extend_prefix_lens_cpu", "extend_start_loc", "extend_logprob_start_lens_cpu"),
     *("batch_size", "forward_mode", "orig_seq_lens", "return_logprob", "rids", "input_embeds"),
+    "sampling_info",
     *("mm_inputs", "seq_lens_sum", "top_logprobs_nums", "token_ids_logprobs"),
 )
 

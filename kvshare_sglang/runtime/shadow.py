@@ -82,6 +82,8 @@ class Shadow:
             state = reuse_of(req)
             if state is None or state.plan is None or state.told or state.budget != self._budget:
                 continue
+            if not req.sampling_params.max_new_tokens:  # no token is taken
+                continue
             if start + length == state.plan.prompt_len and self.gate.takes():
                 ids = req.full_untruncated_fill_ids[: start + length]
                 prompt = hash((versions.namespace(req), array("q", ids).tobytes()))

@@ -115,7 +115,8 @@ def event(text=None, **usage):
     return json.dumps({"choices": choices, "usage": usage or None})
 
 
-KVSHARE = {**{f"{kind}_tokens": i for i, kind in enumerate(KINDS)}, "declined": None}
+KVSHARE = {f"{kind}_tokens": i for i, kind in enumerate(KINDS)}
+KVSHARE |= {"declined": None, "settled_tokens": 8}
 
 
 def test_times_count_from_when_a_request_was_due():
@@ -139,7 +140,7 @@ def test_times_count_from_when_a_request_was_due():
     # It was sent a quarter of a second late: its user waited for that too.
     assert (second.ttft_s, second.total_s, second.late_s) == pytest.approx((0.75, 1.0, 0.25))
     assert second.tokens == {kind: i for i, kind in enumerate(KINDS)}
-    assert second.tenant == "t"
+    assert (second.tenant, second.settled, first.settled) == ("t", 8, 0)
     assert (third.error, fourth.error) == ("full", "no record")
 
 
@@ -168,6 +169,7 @@ OUTCOMES = st.lists(
         tenant=st.sampled_from([None, "a", "b"]),
         declined=st.none(),
         error=st.none(),
+        settled=st.sampled_from([0, 0, 40]),
     ),
     min_size=1,
     max_size=30,
@@ -197,6 +199,9 @@ def test_figures_are_those_of_the_definition(run):
     assert told["requests_per_s"] == pytest.approx(len(run) / end)
     answered = sum(one.new_tokens for one in run)
     assert told["tokens_per_s"] == pytest.approx((prompt + answered) / end)
+    many = sum(one.settled > 0 for one in run)
+    assert told["settled"] == pytest.approx(many / len(run))
+    assert told["settled_share"] == pytest.approx(40 * many / prompt)
     for kind in KINDS:
         count = sum(one.tokens[kind] for one in run)
         assert told["shares"][kind] == pytest.approx(count / prompt)

@@ -274,7 +274,7 @@ class Child:
             out = forward(fb, *args, **kw)
             if not prefill:
                 self.layer_rows.pop()
-            else:
+            else:  # that which settles a token too: its logits are those that count
                 logits = out.logits_output.next_token_logits.float().clone()
                 for rid, row in zip(fb.rids, logits, strict=False):
                     self.logits[rid] = row

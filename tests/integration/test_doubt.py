@@ -1,5 +1,6 @@
 """Tokens in doubt: from the first of them on an answer is full prefill's, whatever was before."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,75 @@ def test_a_drawn_token_is_never_in_doubt(it: Lab, texts: Texts) -> None:
     part = it.one(prompt, kvshare=EVERY, new=4, temperature=0.7)
     assert part["kvshare"]["copied_tokens"] > 200
     assert "settled_tokens" not in part["kvshare"]
+
+
+def test_what_a_request_asks_of_its_tokens_is_part_of_the_margin(it: Lab, texts: Texts) -> None:
+    """Logits of the tiny model lie within 50 nats; a bias of 1000 leaves nothing to doubt, and the
+    same for two tokens all that was between these."""
+    source, prompt = moved(texts, 150)
+    it.flush()
+    it.one(source, new=1)
+    asked = {"kvshare": {"doubt": 50}, "new": 4}
+    sure = it.one(prompt, **asked, logit_bias={"7": 1000.0})
+    assert sure["kvshare"]["copied_tokens"] > 200
+    assert "settled_tokens" not in sure["kvshare"]
+    assert sure["output"] == [7] * 4
+    two = {"logit_bias": {"7": 1000.0, "8": 1000.0}}
+    part = it.one(prompt, **asked, **two)
+    assert part["kvshare"]["settled_tokens"] > 200
+    full = it.one(prompt, kvshare="exact", extra_key="alone", new=4, **two)
+    assert set(part["output"]) <= {7, 8}
+    assert part["output"] == full["output"]
+    assert_clean(it)
+
+
+@pytest.mark.parametrize("end", ["length", "token"])
+def test_behind_its_end_an_answer_is_not_doubted(it: Lab, texts: Texts, end: str) -> None:
+    """With the overlap scheduler a request that is through is in one batch more."""
+
+    def play(**options: Any) -> dict[str, Any]:
+        it.flush()
+        it.one(source, new=1)
+        return it.one(prompt, **options)
+
+    ended = 0
+    for length, doubt in itertools.product((150, 130, 110, 90), (0.02, 0.05, 0.1, 0.2, 0.4)):
+        source, prompt = moved(texts, length)
+        copies = play(new=24)["output"]
+        told = play(kvshare={"doubt": doubt}, new=24)["kvshare"]
+        at = told.get("settled_tokens", 10**6) + told["exact_tokens"] + 20 - len(prompt)
+        if not 0 < at < 24 or (end == "token" and copies[at - 1] in copies[: at - 1]):
+            continue
+        ended += 1
+        before = it.ask("probes:counts")["doubts"]
+        stopped = {"stop_token_ids": [copies[at - 1]], "ignore_eos": False}
+        ends = {"new": at} if end == "length" else {"new": 24, **stopped}
+        assert play(kvshare={"doubt": doubt}, **ends)["output"] == copies[:at]
+        assert it.ask("probes:counts")["doubts"] == before
+        assert_clean(it)
+        if ended == 2:
+            return
+    assert ended
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_where_a_grammar_leaves_one_token_none_is_in_doubt(
+    model: Path, texts: Texts, overlap: bool
+) -> None:
+    """And where it leaves some, the one that is taken is full prefill's under the same grammar."""
+    source, prompt = moved(texts, 150)
+    settings = {"skip_tokenizer_init": False, "grammar_backend": "xgrammar"}
+    with lab(model, kvshare=True, disable_overlap_schedule=not overlap, **settings, **COPIES) as it:
+        it.one(source, new=1)
+        sure = it.one(prompt, kvshare=EVERY, new=4, regex="~~~~")
+        assert sure["kvshare"]["copied_tokens"] > 200
+        assert "settled_tokens" not in sure["kvshare"]
+        some = {"regex": "[a-e]+", "new": 12}
+        part = it.one(prompt, kvshare=EVERY, keep="kv", **some)
+        full = it.one(prompt, kvshare="exact", extra_key="alone", keep="kv", **some)
+        assert part["kvshare"]["settled_tokens"] > 200
+        assert_same(part, full)
+        assert_clean(it)
 
 
 def test_where_memory_is_short_the_answer_goes_on(llama: Path, texts: Texts) -> None:

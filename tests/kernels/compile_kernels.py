@@ -4,6 +4,7 @@ A program of its own: in a process with Triton's interpreter nothing can be comp
 """
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -49,6 +50,21 @@ MASS = dict.fromkeys(("q", "keys"), "*bf16") | {
     **dict.fromkeys(("num_rows", "kv", "each", "q_stride", "k_stride"), "i32"),
     **dict.fromkeys(("share", "scale"), "fp32"),
 }
+PARTS = dict.fromkeys(("parts", "lse"), "*fp32")
+MERGE = {**PARTS, "out": "*bf16", "num_rows": "i32", "splits": "i32"}
+MERGE_LSE = {**PARTS, "num": "i32", "splits": "i32"}
+MEAN = {**MERGE, "out": "*fp32"}
+EDGES = {"EDGES": 19, "EDGES_P2": 32}
+# Other ways to rotate: pairs side by side, a part of each head only, an fp8 cache.
+COPIES = {
+    "copy": (COPY, COPY_SHAPE),
+    "copy, gpt-j": (COPY, {**COPY_SHAPE, "NEOX": False}),
+    "copy, partial rotary": (COPY, {**COPY_SHAPE, "HALF": 32, "REST": 64}),
+    "copy, fp8": (
+        {name: kind.replace("bf16", "fp8e4nv") for name, kind in COPY.items()},
+        {**COPY_SHAPE, "LARGEST": 448.0},
+    ),
+}
 KINDS = ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 128))
 
 
@@ -93,7 +109,7 @@ def kernels_of(arch, dtype, dim):
     launch = {"num_warps": shape.warps, "num_stages": shape.stages}
     yield "attend", compiled(rows._attend, of_kind(ATTEND, dtype), how, arch, **launch)
     shape = profile.shape_of(dim, dtype)
-    how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "EDGES": 19, "EDGES_P2": 32}
+    how |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, **EDGES}
     launch = {"num_warps": shape.warps, "num_stages": shape.stages}
     yield "profile", compiled(profile._given, of_kind(GIVEN, dtype), how, arch, **launch)
     block_m, block_n = mass.blocks_of(dim, dtype)
@@ -101,21 +117,39 @@ def kernels_of(arch, dtype, dim):
     how |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
     types = of_kind(MASS, dtype)
     yield "lse", compiled(mass._lse, types, how, arch, num_warps=8)
-    how["STRONGEST"] = True
-    yield "mass", compiled(mass._mass, types, how, arch, num_warps=8)
+    for name, strongest in (("mass", True), ("mass, mean of heads", False)):
+        how["STRONGEST"] = strongest
+        yield name, compiled(mass._mass, types, how, arch, num_warps=8)
+    heads = {"HEADS": 32, "HEADS_P2": 32}
+    yield "merge", compiled(rows._merge, of_kind(MERGE, dtype), {**heads, "DIM": dim}, arch)
+
+
+def of_one_kind(arch):
+    """Those that know no head's size, or no product: for an 8B model alone."""
+    for name, (types, shape) in COPIES.items():
+        if arch >= 89 or "fp8" not in name:  # the cards that have the type
+            yield name, compiled(copy._copy, types, shape, arch)
+    yield "merge of sums", compiled(mass._merge_lse, MERGE_LSE, {"BLOCK": 256}, arch)
+    yield "mean", compiled(profile._mean, MEAN, {"HEADS": 32, "HEADS_P2": 32, **EDGES}, arch)
+
+
+def made(arch, dtype, dim):
+    kernels = [*kernels_of(arch, dtype, dim)]
+    kernels += of_one_kind(arch) if (dtype, dim) == KINDS[0] else []
+    told = {"arch": arch, "dtype": str(dtype)[6:], "dim": dim}
+    return [{"kernel": name, **told, **found} for name, found in kernels]
 
 
 def main():
-    out = []
-    for arch in map(int, sys.argv[1:]):
-        made = compiled(copy._copy, COPY, COPY_SHAPE, arch)
-        out.append({"kernel": "copy", "arch": arch, "dtype": "bfloat16", "dim": 128, **made})
-        # All kinds where memory is widest and where it is scarcest; the common one everywhere.
-        for dtype, dim in KINDS if arch in (86, 90) else KINDS[:1]:
-            for name, made in kernels_of(arch, dtype, dim):
-                told = {"kernel": name, "arch": arch, "dtype": str(dtype)[6:], "dim": dim}
-                out.append({**told, **made})
-    print(json.dumps(out))
+    # All kinds where memory is widest and where it is scarcest; the common one everywhere.
+    jobs = [
+        (arch, *kind)
+        for arch in map(int, sys.argv[1:])
+        for kind in (KINDS if arch in (86, 90) else KINDS[:1])
+    ]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(made, jobs, chunksize=1)
+    print(json.dumps([one for its in found for one in its]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from kvshare_sglang.bench.load.trace import Timed
 
 class Outcome(NamedTuple):
     """One request. Times in seconds after it was *due*, so a late client counts against nobody's
-    favour; ``late_s`` is how late it was sent. ``tokens``: of the prompt, by kind."""
+    favour; ``late_s`` is how late it was sent. ``tokens``: of the prompt, by kind; ``settled``:
+    rows that ran beside these for a token in doubt."""
 
     number: int
     due_s: float
@@ -22,6 +23,7 @@ class Outcome(NamedTuple):
     tenant: str | None = None
     declined: str | None = None
     error: str | None = None
+    settled: int = 0
 
     @property
     def ok(self) -> bool:
@@ -72,20 +74,20 @@ def _outcome(number: int, request: Timed, record: dict[str, Any] | None, begun: 
     if first is None or last is None or usage is None:
         why = record.get("error") or f"status {record.get('status')}, no token or no usage"
         return lost._replace(late_s=late, error=str(why)[:200])
-    tokens, declined = reuse(usage)
+    told = (usage.get("kvshare") or [{}])[0]
     return Outcome(
-        number, request.at_s, late, first, last, tokens, int(usage["completion_tokens"]),
-        request.tenant, declined,
+        number, request.at_s, late, first, last, reuse(usage), int(usage["completion_tokens"]),
+        request.tenant, told.get("declined"), settled=int(told.get("settled_tokens", 0)),
     )  # fmt: skip
 
 
-def reuse(usage: dict[str, Any]) -> tuple[dict[str, int], str | None]:
-    """Prompt tokens by kind, and why a request took the exact path, from ``usage`` of an answer.
+def reuse(usage: dict[str, Any]) -> dict[str, int]:
+    """Prompt tokens by kind, from ``usage`` of an answer.
 
     Of a server without the plug-in its prefix hit is known (``--enable-cache-report``).
     """
     if told := usage.get("kvshare"):
-        return {kind: int(told[0][f"{kind}_tokens"]) for kind in KINDS}, told[0]["declined"]
+        return {kind: int(told[0][f"{kind}_tokens"]) for kind in KINDS}
     exact = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
     kinds = dict.fromkeys(KINDS, 0)
-    return {**kinds, "exact": exact, "fresh": int(usage["prompt_tokens"]) - exact}, None
+    return {**kinds, "exact": exact, "fresh": int(usage["prompt_tokens"]) - exact}

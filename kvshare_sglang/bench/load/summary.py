@@ -19,7 +19,9 @@ def figures(run: Sequence[Outcome]) -> dict[str, Any]:
 
     ``tokens_per_s`` counts prompt and answer; rates are over the time from the first request to
     the last answer; ``behind_s`` is how long after the last request that was: a server that keeps
-    up is behind by about one request. Raises ZeroDivisionError for a run in which all failed.
+    up is behind by about one request. ``settled``: share of the requests that came to a token in
+    doubt; ``settled_share``: rows that ran for these, as a share of all prompt tokens. Raises
+    ZeroDivisionError for a run in which all failed.
     """
     good = [one for one in run if one.ok]
     waits = np.array([one.ttft_s for one in good])
@@ -41,6 +43,8 @@ def figures(run: Sequence[Outcome]) -> dict[str, Any]:
         "behind_s": ended - last,
         "late_p99_s": float(np.quantile([one.late_s for one in run], 0.99)),
         "prompt_tokens": prompt,
+        "settled": float(np.mean([one.settled > 0 for one in good])),
+        "settled_share": sum(one.settled for one in good) / prompt,
         "shares": {kind: count / prompt for kind, count in kinds.items()},
     }
 
@@ -129,11 +133,12 @@ def show(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
             f"{row['behind_s']:.1f}",
             f"{row['failed']:g}",
             *(f"{row['shares'][kind]:.1%}" for kind in KINDS),
+            f"{row['settled_share']:.1%}",
         ]
         for name, row in zip(names, rows, strict=True)
     ]
     head = ["seconds to the first token", "mean", "p50", "p99", "longest", "requests/s",
-            "tokens/s", "behind s", "failed", *KINDS]  # fmt: skip
+            "tokens/s", "behind s", "failed", *KINDS, "settled"]  # fmt: skip
     # A failed request is in no time: a configuration must not look fast by what it lost.
     ratios = [
         [
