@@ -6,6 +6,7 @@ the scheduler has been idle, so its own leak checks have run.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -53,14 +54,15 @@ class Lab:
         settings = {**BASE, **server_args, "model_path": str(model)}
         # ``env`` is there before SGLang is imported, which takes seconds; ``late_env`` before it
         # starts.
-        context = multiprocessing.get_context("spawn") if "env" in settings else imported()
+        context = imported()
         self._pipe, theirs = context.Pipe()
         if "kvshare" in server_args:
             # What structure says can be told in a test beforehand; other choices are asked for.
             settings.setdefault("kvshare_select", "window")
             settings.setdefault("kvshare_calibration", "off")
         self._process = context.Process(target=_child_main, args=(theirs, settings), daemon=True)
-        self._process.start()
+        with _imported_with(settings.get("env", {})):
+            self._process.start()
         theirs.close()
         self._answer()
 
@@ -181,6 +183,25 @@ def imported() -> Any:
     with mock.patch.dict(os.environ, _environment()):
         forkserver.ensure_running()
     return context
+
+
+def _imported_with(env: dict[str, str]) -> contextlib.AbstractContextManager[Any]:
+    """While a process of ``imported`` starts: these variables too are what the import found."""
+    import torch
+
+    if not env or torch.cuda.is_available():
+        return contextlib.nullcontext()
+    its = _fork_server(tuple(sorted(env.items())))
+    return mock.patch.object(forkserver, "connect_to_new_process", its.connect_to_new_process)
+
+
+@functools.cache
+def _fork_server(env: tuple[tuple[str, str], ...]) -> forkserver.ForkServer:
+    its = forkserver.ForkServer()
+    its.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, {**_environment(), **dict(env)}):
+        its.ensure_running()
+    return its
 
 
 # ---- the child -------------------------------------------------------------------------------

@@ -30,12 +30,15 @@ PROFILE_OFF = 0.05
 
 
 class Case(NamedTuple):
-    """One server to hold the laws against. ``attention``: --kvshare-attention."""
+    """One server to hold the laws against. ``attention``: --kvshare-attention. ``most_ranges``: how
+    many the rows of a batch may fall into where the backend attends (as many requests may run);
+    lone rows, which a trace takes, are one each."""
 
     backend: str = "triton"
     page_size: int = 1
     device: str = "cuda"
     attention: str = "auto"
+    most_ranges: int = 1024
 
     @property
     def on_gpu(self) -> bool:
@@ -54,7 +57,7 @@ class Case(NamedTuple):
 
     @property
     def unread(self) -> int:
-        """Tokens of an answer that nobody looks at: interpreted, each takes half a second."""
+        """Tokens of an answer that nobody looks at: interpreted, each takes a while."""
         return 2 if self.interpreted else 8
 
 
@@ -188,9 +191,9 @@ def settings(case: Case, *, env: dict[str, str] | None = None, **more: Any) -> d
         args["kvshare_attention"] = case.attention
     if case.interpreted:
         env["TRITON_INTERPRET"] = "1"
+        args["triton_attention_num_kv_splits"] = 1  # each takes as long as all of them would
     if case.backend != "torch_native":
-        # As many stretches may the rows of a batch fall into; those of a trace stand alone.
-        args["max_running_requests"] = 1024
+        args["max_running_requests"] = case.most_ranges
     if case.on_gpu:
         args |= {
             "sampling_backend": "pytorch",

@@ -15,6 +15,10 @@ def prepare(child: Any) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreter  # noqa: F401  (mended; its functions are looked up when called)
 
+        from kvshare_sglang.kernels.gpu import copy
+
+        copy.ROWS = 32  # a program takes as long for more tokens
+
     play = child.play
 
     def on_cpu(script: list[Any]) -> dict[str, dict[str, Any]]:
