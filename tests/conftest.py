@@ -33,22 +33,27 @@ def _why_not(marker: str) -> str | None:
 # The files that take 20 to 300 seconds, longest first: two workers that take whole files end
 # together.
 LONG = (
-    "test_gpu_path.py",
     "test_doors_launch.py",
-    "test_server.py",
+    "test_gpu_path.py",
     "test_doors_requests.py",
-    "test_doors_together.py",
+    "test_server.py",
     "test_visit.py",
-    "test_reader.py",
-    "test_life.py",
-    "test_conversation.py",
-    "test_exact_stays_exact.py",
-    "test_partial_prefill.py",
-    "test_conversations.py",
-    "test_check.py",
-    "test_refresh.py",
     "test_doubt.py",
+    "test_life.py",
+    "test_memory_over_time.py",
+    "test_conversation.py",
+    "test_doors_together.py",
+    "test_exact_stays_exact.py",
+    "test_conversations.py",
     "test_driver.py",
+    "test_reader.py",
+    "test_check.py",
+    "test_partial_prefill.py",
+    "test_any_length.py",
+    "test_refresh.py",
+    "test_schedule.py",
+    "test_reports.py",
+    "test_mutations.py",
 )
 
 

@@ -11,7 +11,9 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import traceback
+import types
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -41,6 +43,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 IMPORTED = ["sglang.srt.entrypoints.http_server", "sglang.srt.models.registry"]
+IMPORTED += [f"kvshare_sglang.runtime.{name}" for name in ("forward", "doors", "scheduler")]
 
 
 class LabError(AssertionError):
@@ -234,6 +237,30 @@ def _child_main(pipe: Any, settings: dict[str, Any]) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def look_once_for_who_imported() -> None:
+    """SGLang looks through all modules for those that imported a function that a hook wraps, at
+    each of our thirty: most of what a start takes. Here each module is looked through once."""
+    from sglang.srt.plugins import hook_registry
+
+    holders: dict[int, list[tuple[Any, str]]] = {}
+    seen: set[str] = set()
+
+    def propagate(original: Any, wrapped: Any, source: Any) -> int:
+        for name in [name for name in sys.modules if name not in seen]:
+            seen.add(name)
+            for attr, value in list(getattr(sys.modules[name], "__dict__", {}).items()):
+                if isinstance(value, types.FunctionType):
+                    holders.setdefault(id(value), []).append((sys.modules[name], attr))
+        known = holders.pop(id(original), [])
+        its = [(module, attr) for module, attr in known if vars(module).get(attr) is original]
+        for module, attr in its:
+            setattr(module, attr, wrapped)
+        holders.setdefault(id(wrapped), []).extend([*its, (source, wrapped.__name__)])
+        return len(its)
+
+    hook_registry._propagate_patch = propagate
+
+
 class Child:
     """Owns the scheduler; ``scheduler``, ``cache`` and ``runner`` are SGLang's objects."""
 
@@ -242,6 +269,7 @@ class Child:
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs
 
+        look_once_for_who_imported()
         load_plugins()
         mutation = settings.pop("mutation", None)
         server_args = Engine.server_args_class(**settings)

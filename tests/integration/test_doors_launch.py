@@ -19,7 +19,7 @@ import pytest
 import requests
 from conftest import Texts
 from lab import lab, request
-from server import SGLANG, SPEC, environment, forked, main, serve, unmeasured
+from server import SPEC, environment, forked, main, serve, unmeasured
 
 from kvshare_sglang.bench.processes import free_port
 from kvshare_sglang.config import KVShareConfig
@@ -189,13 +189,12 @@ def test_the_token_of_the_stream_is_told_nowhere(model: Path, tmp_path: Path) ->
 
 
 def test_a_start_that_fails_ends_the_process_with_that_line(tmp_path: Path) -> None:
-    done = run(
-        *(sys.executable, "-m", "sglang.launch_server", "--device", "cpu", "--kvshare"),
-        *("--model-path", str(tmp_path / "misspelt")),
-    )
+    misspelt = str(tmp_path / "misspelt")
+    given = ("--device", "cpu", "--kvshare", "--model-path", misspelt)
+    done = forked(main, "sglang.launch_server", *given)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: --model-path {tmp_path / 'misspelt'}:")
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.said.splitlines()[-1].startswith(f"error: --model-path {misspelt}:")
+    assert "Traceback" not in done.said
 
 
 def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
@@ -207,8 +206,8 @@ def test_the_help_of_sglang_serve_leads_to_the_flags(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert made.returncode == 0, made.stderr
-    general = run(str(SGLANG), "serve", "--help", path=tmp_path)
-    assert "--model-type {auto,llm,diffusion,kvshare}" in general.stdout
+    general = forked(sglang_command, str(tmp_path), "serve", "--help")
+    assert "--model-type {auto,llm,diffusion,kvshare}" in general.said
     help_of_ours = ("serve", "--model-type", "kvshare", "--help")
     ours = forked(sglang_command, str(tmp_path), *help_of_ours)
     assert ours.returncode == 0, ours.said
@@ -404,11 +403,10 @@ def test_the_offline_benchmark_reuses_when_the_plug_ins_come_first(
 ) -> None:
     module = "sglang.benchmark.offline_throughput"
     arguments = [*on(model, prompts), "--num-prompts", "3", "--sharegpt-output-len", "4"]
-    done = run(sys.executable, "-m", "kvshare_sglang", module, *arguments, path=datasets)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-3000:]
-    assert unmeasured(default="auto", seam=8) in said
-    assert "KVShare batch, #reuse-seq: 1" in said
+    done = forked(run_beside, str(datasets), "kvshare_sglang", module, *arguments)
+    assert done.returncode == 0, done.said[-3000:]
+    assert unmeasured(default="auto", seam=8) in done.said
+    assert "KVShare batch, #reuse-seq: 1" in done.said
     assert refused_alone(datasets, module, arguments)
 
 

@@ -53,7 +53,7 @@ def wanted(rng: random.Random, name: str, documents: list[str]) -> Wanted:
         words[rng.randrange(len(words))] = "otherwise"
         some[0] = " ".join(words)
     text = " ".join([rng.choice(["Read", "Here is", "So"]), *some, name])
-    new, samples, stranger = rng.choice([1, 8, 200]), 1, False
+    new, samples, stranger = rng.choice([1, 8, 64]), 1, False
     more: dict[str, Any] = {}
     if door.path in NATIVE:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}

@@ -70,7 +70,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
     reused, whole = 0, 0
     lengths: dict[str, int] = {}
     before = tight.ask("probes:counts")["tokens"]
-    for round_ in range(6):
+    for round_ in range(4):
         script: list = []
         sent: list[str] = []
         aborted: set[str] = set()
@@ -332,7 +332,8 @@ def test_what_is_let_through_of_the_sampling_parameters_ends_no_scheduler(
 ) -> None:
     """Each of them, those of a later SGLang too, with each value: a stream of tokens that are drawn
     from a few likely ones, which fails where one of them is no number."""
-    with lab(llama, kvshare=True, context_length=160, log_level="critical") as it:
+    settings = {"context_length": 160, "log_level": "critical", "max_running_requests": 64}
+    with lab(llama, kvshare=True, **settings) as it:
         drawn = {"temperature": 1.0, "top_k": 5, "max_new_tokens": 2, "ignore_eos": False}
         names = set(it.ask("probes:sampling_parameters")) - {"custom_params"}
         given = [{**drawn, name: odd} for name in sorted(names) for odd in ODD]

@@ -21,7 +21,7 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Lab]:
-    with lab(READER, kvshare=True, dtype="bfloat16", **FLAGS) as it:
+    with lab(READER, kvshare=True, dtype="float32", **FLAGS) as it:
         yield it
 
 

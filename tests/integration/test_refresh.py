@@ -26,9 +26,8 @@ def eager_lab(request: pytest.FixtureRequest, llama: Path) -> Iterator[Lab]:
 
 @pytest.mark.parametrize(
     ("name", "select"),
-    [("llama", "dhd"), ("llama", "trace"), ("qwen2", "trace"), ("qwen3", "trace"),
-     ("mistral", "trace")],
-)  # fmt: skip
+    [("llama", "dhd"), ("llama", "trace"), ("qwen2", "trace"), ("qwen3", "trace")],
+)
 def test_refreshing_every_row_gives_the_kv_of_full_prefill(
     name: str, select: str, models: Path, texts: Texts
 ) -> None:

@@ -249,7 +249,7 @@ def test_reuse_that_misleads_switches_itself_off_and_is_switched_on_again(tmp_pa
     asked = prompts(Encoder(READER), "hops", "adversarial", n=40, size=size, max_len=1024)
     flags: dict[str, Any] = {"kvshare_select": "trace", "kvshare_min_reuse": 32}
     flags |= {"kvshare_calibration": str(file), "kvshare_shadow": 1.0}
-    with lab(model, kvshare=True, dtype="bfloat16", **flags) as it:
+    with lab(model, kvshare=True, dtype="float32", **flags) as it:
         it.ask("probes:decide_early", 8)
 
         def ask(kvshare: Any = None) -> dict[str, Any]:
