@@ -37,6 +37,12 @@ class KVShareConfig:
         " that reused makes all of its prompt run before it is taken (0: none does; unless given,"
         " on CPUs what bench calibrate found for the model)", 0, 1000,
     )  # fmt: skip
+    doubt_shift: float = _option(
+        0.0, "on CPUs with trace: where computing the chosen tokens again moves the end of a prompt"
+        " by a smaller share than this, that much less of --kvshare-doubt, a quarter at least (0:"
+        " all of it for every request; unless given, what bench calibrate found for the model)",
+        0, 1000,
+    )  # fmt: skip
     seam: int = _option(
         16,
         "last tokens of a prompt that always run; by window and dhd also tokens computed again at"

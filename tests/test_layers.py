@@ -71,7 +71,7 @@ RUNTIME_ORDER = (
         "cache.branches",
         "cache.copies",
     ),
-    ("cache.queue", "cache.pins", "trace_graphs", "carry"),
+    ("cache.queue", "cache.pins", "trace_graphs", "carry", "felt"),
     ("cache.retain", "repair"),
     ("cache.radix",),
     ("support", "stream"),

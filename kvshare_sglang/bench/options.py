@@ -37,9 +37,10 @@ def measured(model: Path) -> dict[str, Any]:
     if found is None:
         return {}
     depends_at, budget = found.depends or (0.0, found.budget)
-    doubt = calibration.doubt_of(found.noise[1 if found.depends else 0])
+    which = 1 if found.depends else 0
     where = {"probe_at": found.probe_at, "stretch": found.stretch}
-    return {**where, "depends_at": depends_at, "budget": budget, "doubt": doubt}
+    where |= {"doubt": calibration.doubt_of(found.noise[which]), "doubt_shift": found.shift[which]}
+    return {**where, "depends_at": depends_at, "budget": budget}
 
 
 def check_layers(layers: list[int], *, of: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from kvshare_sglang.plan import ReusePlan, Rows
 from kvshare_sglang.policy.admit import Decline
 from kvshare_sglang.policy.select.attention_trace import AttentionTrace, Trace, probe_layer
-from kvshare_sglang.runtime import attention, carry, profiles, repair, trace_on_device
+from kvshare_sglang.runtime import attention, carry, felt, profiles, repair, trace_on_device
 from kvshare_sglang.runtime.batch import (
     BatchedRequest,
     BatchReuse,
@@ -27,7 +27,9 @@ from kvshare_sglang.runtime.batch import (
     cut_tokens,
     few_enough,
     few_enough_of,
+    is_greedy,
     keep_tokens,
+    on_cpu,
     together,
 )
 from kvshare_sglang.runtime.probe import Asking, attention_of
@@ -119,7 +121,19 @@ class TraceStage:
         parts = [functools.partial(repair.part_of, fb, runner, job) for job in self.jobs]
         layer = self._layer(runner)
         keep = carry.serves(fb, runner, layer)
-        firsts = follow(traces, parts, fb, runner, forward, layer=layer, keep=keep)
+        layers = len(runner.model.model.layers)
+        until = felt.layer_of(layers, layer) if self._feels(runner) else None
+        passed: list[Part] = []
+        firsts = follow(
+            traces, parts, fb, runner, forward, layer=layer, keep=keep, until=until, first=passed
+        )
+        further: dict[int, int] = {}  # rows by layers, by request
+        if until is not None:
+            there = {part.number: part for part in passed}
+            further = {number: part.rows.num * (until - layer) for number, part in there.items()}
+            for job in self.jobs:
+                if job.number in there and _may_doubt(job):
+                    job.state.felt = felt.before(there[job.number], runner, until)
         for job, trace in zip(self.jobs, traces, strict=True):
             rows[job.number] = self.selector.rows(job.plan, trace, job.chunk.start)
         rows = few_enough_of(rows, [job.number for job in self.jobs], runner)
@@ -135,7 +149,8 @@ class TraceStage:
         halves = {number: mine for number, (mine, _) in kept.items()}
         for job, trace in zip(self.jobs, traces, strict=True):
             once = halves.get(job.number, Rows()).num
-            job.state.traced(trace.ran - once, share=self._depth(runner))
+            ran = (trace.ran - once) * layer + further.get(job.number, 0)
+            job.state.traced(ran / layers)
         return _Chosen(rows, earlier, self._plans(rows, halves), kept)
 
     def _run_chosen(
@@ -167,7 +182,7 @@ class TraceStage:
         layer = self._layer(runner)
         trace_on_device.follow(there, self.jobs, fb, forward, layer=layer, recorded=recorded)
         for job, trace in zip(self.jobs, there, strict=True):
-            job.state.traced(trace.ran, share=self._depth(runner))
+            job.state.traced(trace.ran * layer / len(runner.model.model.layers))
         return [trace.chosen() for trace in there]
 
     def _run_chosen_on_device(
@@ -200,9 +215,10 @@ class TraceStage:
     def _layer(self, runner: "ModelRunner") -> int:
         return probe_layer(len(runner.model.model.layers), self.probe_at)
 
-    def _depth(self, runner: "ModelRunner") -> float:
-        """Which share of the layers a pass runs."""
-        return self._layer(runner) / len(runner.model.model.layers)
+    def _feels(self, runner: "ModelRunner") -> bool:
+        """Whether the first pass goes on to where it is felt what the choice changes."""
+        apart = attention.has_kernel(runner) or not on_cpu(runner)  # recorded passes end before
+        return not apart and any(map(_may_doubt, self.jobs))
 
     def _plans(self, rows: Sequence[Rows], carried: Mapping[int, Rows]) -> list[ReusePlan]:
         """By job: what is copied once ``rows`` ran, of which those ``carried`` ran their lower
@@ -230,6 +246,10 @@ class _Chosen(NamedTuple):
     kept: dict[int, tuple[Rows, carry.First]]
 
 
+def _may_doubt(job: BatchedRequest) -> bool:
+    return bool(job.state.doubt and job.state.doubt_shift) and is_greedy(job.req)
+
+
 def _ran(job: BatchedRequest) -> Rows:
     """The rows that earlier chunks of the prompt have computed."""
     return job.plan.compute.clip(job.plan.prefix_len, job.chunk.start)
@@ -250,9 +270,12 @@ def follow(
     *,
     layer: int,
     keep: bool = False,
+    until: int | None = None,
+    first: list[Part] | None = None,
 ) -> list[carry.First]:
     """Take the traces to their ends. ``parts[i]`` makes the tokens of trace ``i``'s request. By
-    trace, what its first pass gave, if that is to be kept."""
+    trace, what its first pass gave, if that is to be kept. The first pass goes on ``until`` a
+    layer; ``first`` gets what it ran."""
     firsts: list[carry.First] = []
     entry = Entry(layer) if keep else None
     if keep:
@@ -270,11 +293,15 @@ def follow(
             asking.append(Asking(places, positions, traces[i].length))
         recorded = runner.attn_backend.kvshare.recorded
         mass = torch.cat(
-            attention_of(fb, made, asking, forward, layer=layer, recorded=recorded, entry=entry)
+            attention_of(
+                fb, made, asking, forward, layer=layer, recorded=recorded, entry=entry, until=until
+            )
         )
+        if first is not None and not first:
+            first += made
         if entry is not None and len(live) == len(traces):
             firsts = carry.firsts_of(entry, rows, runner)
-        entry = None  # only the first pass runs all new text
+        entry = until = None  # only the first pass runs all new text
         cuts = np.cumsum([one.length for one in asking])[:-1]
         for i, mine in zip(live, np.split(mass.cpu().numpy(), cuts), strict=True):
             traces[i].feed(mine)

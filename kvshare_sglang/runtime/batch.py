@@ -130,6 +130,11 @@ class Answering(NamedTuple):
     state: RequestReuse
 
 
+def is_greedy(req: "Req") -> bool:
+    """SGLang makes ``top_k`` 1 of a temperature of 0."""
+    return bool(req.sampling_params.top_k == 1)
+
+
 def on_cpu(runner: "ModelRunner") -> bool:
     return str(runner.device) == "cpu"
 

@@ -42,7 +42,8 @@ class Calibration(NamedTuple):
     with which answers stay; ``holds``: whether they were good enough with it. ``depends``: where
     it is better that traces know what the sources attended to, the depth at which, and the budget
     with which answers hold then. ``noise``: by how many nats reuse moves the margin between the two
-    likeliest tokens, of a trace without that and of one with it; 0 where that was not measured."""
+    likeliest tokens, of a trace without that and of one with it; ``shift``: by what share it moves
+    the end of prompts whose margins move so much; each 0 where that was not measured."""
 
     path: Path
     fingerprint: str
@@ -54,6 +55,7 @@ class Calibration(NamedTuple):
     check: dict[str, dict[str, float]]
     depends: tuple[float, float] | None = None
     noise: tuple[float, float] = (0.0, 0.0)
+    shift: tuple[float, float] = (0.0, 0.0)
 
 
 def fingerprint(folder: Path) -> str:
@@ -144,10 +146,13 @@ def read(path: Path) -> Calibration:
         for name, value in shares.items():
             if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-        noise = (found["check"]["trace"].get("noise", 0.0), (depends or {}).get("noise", 0.0))
-        for value in noise:
+        noise, shift = (
+            (found["check"]["trace"].get(name, 0.0), (depends or {}).get(name, 0.0))
+            for name in ("noise", "shift")
+        )
+        for name, value in (*(("noise", one) for one in noise), *(("shift", one) for one in shift)):
             if isinstance(value, bool) or not 0 <= value <= 100:
-                raise ValueError(f"noise must be in [0, 100], got {value!r}")
+                raise ValueError(f"{name} must be in [0, 100], got {value!r}")
         if not isinstance(holds, bool):
             raise ValueError(f"holds must be true or false, got {holds!r}")
     except KeyError as error:
@@ -155,10 +160,10 @@ def read(path: Path) -> Calibration:
     except (TypeError, ValueError) as error:
         raise StartError(f"calibration {path} is broken: {error}") from None
     budget = float(found["budget"])
-    moves = (float(noise[0]), float(noise[1]))
+    moves, ends = (float(noise[0]), float(noise[1])), (float(shift[0]), float(shift[1]))
     both = None if depends is None else (float(depends["at"]), float(depends["budget"]))
     return Calibration(
-        path, mark, float(probe_at), stretch, budget, holds, prompts, check, both, moves
+        path, mark, float(probe_at), stretch, budget, holds, prompts, check, both, moves, ends
     )
 
 
@@ -226,6 +231,7 @@ def settled(
         says |= {"default": "exact", "budget": max(care, says.get("budget", 0.0))}
     if found is not None and on_cpu:
         says["doubt"] = doubt_of(found.noise["depends_at" in says])
+        says["doubt_shift"] = found.shift["depends_at" in says]
     mine = {name: value for name, value in says.items() if name not in given}
     return dataclasses.replace(config, **{**mine, "calibration": says["calibration"]})
 
@@ -245,6 +251,8 @@ def told(config: KVShareConfig, *, layers: int, model: str) -> tuple[str, bool]:
         here += f", what sources attended to in layer {probe_layer(layers, config.depends_at)}"
     if config.doubt:
         here += f", tokens in doubt below {config.doubt:g} nats"
+        if config.doubt_shift:
+            here += f" or less, all of it where ends of prompts move by {config.doubt_shift:.2g}"
     who = "only requests that ask for it reuse" if config.default == "exact" else "all reuse"
     if config.calibration == OFF:
         return f"KVShare: answers were not looked at: {here}", False

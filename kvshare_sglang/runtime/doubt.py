@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from kvshare_sglang.plan import Rows
-from kvshare_sglang.runtime import repair, versions
+from kvshare_sglang.runtime import felt, repair, versions
 from kvshare_sglang.runtime.attention_trace import Forward
-from kvshare_sglang.runtime.batch import Answering, Part, part_of_row, sub_batch
+from kvshare_sglang.runtime.batch import Answering, Part, is_greedy, part_of_row, sub_batch
 from kvshare_sglang.runtime.cache.index_sync import tokens_so_far
 from kvshare_sglang.runtime.cache.radix import FuzzyRadixCache
 from kvshare_sglang.runtime.request import reuse_of
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 logger = logging.getLogger(__name__)
+
+LEAST = 0.25  # of a doubt, wherever little moved
 
 
 class Doubts:
@@ -46,6 +48,8 @@ class Doubts:
         if not asked:
             return
         try:
+            for one in asked:
+                self._feel(one, runner)
             at = torch.tensor([one.number for one in asked], device=logits.device)
             found = margins(as_taken(logits, fb.sampling_info)[at]).tolist()
             doubted = [
@@ -113,6 +117,14 @@ class Doubts:
             part.ids[-1] = fb.input_ids[_last_row(fb, one.number)]
         return part
 
+    def _feel(self, one: Answering, runner: "ModelRunner") -> None:
+        """Behind the prompt, once: how much of the doubt there is room for."""
+        then, one.state.felt = one.state.felt, None
+        if then is not None:
+            moved = felt.shift(then, runner)
+            one.state.doubt *= share_of(moved, whole=one.state.doubt_shift)
+            one.state.record["doubt"] = round(one.state.doubt, 3)
+
     def _stays(self, one: Answering, why: str) -> None:
         """The request goes on as it is: what is in the way now will be for its next tokens."""
         one.state.doubt = 0.0
@@ -131,6 +143,15 @@ def watch(fb: "ForwardBatch", batch: "ScheduleBatch", cache: FuzzyRadixCache) ->
         if length >= state.plan.prompt_len:
             asked.append(Answering(number, length, req, state))
     return Doubts(asked, cache) if asked else None
+
+
+def share_of(shift: float, *, whole: float) -> float:
+    """What there is of a doubt where the end of a prompt moved by ``shift``; all from ``whole`` on.
+
+    >>> [share_of(shift, whole=0.2) for shift in (0.0, 0.1, 0.3)]
+    [0.25, 0.5, 1.0]
+    """
+    return min(1.0, max(LEAST, shift / whole))
 
 
 def as_taken(logits: torch.Tensor, sampling: "SamplingBatchInfo") -> torch.Tensor:
@@ -165,11 +186,6 @@ def margins(logits: torch.Tensor) -> torch.Tensor:
     """
     top = logits.float().topk(2, dim=-1).values
     return top[:, 0] - top[:, 1]
-
-
-def is_greedy(req: "Req") -> bool:
-    """SGLang makes ``top_k`` 1 of a temperature of 0."""
-    return bool(req.sampling_params.top_k == 1)
 
 
 def _last_row(fb: "ForwardBatch", number: int) -> int:

@@ -41,13 +41,15 @@ def attention_of(
     layer: int,
     recorded: Recorded | None = None,
     entry: Entry | None = None,
+    until: int | None = None,
 ) -> list[torch.Tensor]:
     """Run ``parts`` of the batch up to ``layer``, by a recording where there is one. By part, what
     each position gets there from those that are ``asking``: fp32 [length], on the device.
-    ``entry``: keeps what enters the layer. Raises what failed."""
-    if recorded is not None and entry is None and recorded.take(parts):
+    ``entry``: keeps what enters the layer. ``until``: a layer behind it, to go on up to; K and V of
+    the parts are in the pool there too. Raises what failed."""
+    if recorded is not None and entry is None and until is None and recorded.take(parts):
         return recorded.attention_of(fb, parts, asking)
-    observer = MassObserver(layer, [part.rows.num for part in parts], asking)
+    observer = MassObserver(layer, [part.rows.num for part in parts], asking, until=until)
     with contextlib.suppress(StopForward):
         view = sub_batch(fb, parts, observer)
         view.kvshare.entry = entry
@@ -73,22 +75,31 @@ def mass_of(view: LayerView, counts: Sequence[int], asking: Sequence[Asking]) ->
 
 
 class MassObserver:
-    """Notes the attention of some rows to each position, and stops the pass."""
+    """Notes the attention of some rows to each position, and stops the pass there, or in a layer
+    behind it."""
 
     narrows = False
 
-    def __init__(self, layer: int, counts: Sequence[int], asking: Sequence[Asking]) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: int, counts: Sequence[int], asking: Sequence[Asking], until: int | None = None
+    ) -> None:
+        self.layer, self._until = layer, until
         self._counts, self._asking = counts, asking
         self._mass: list[torch.Tensor] = []
         self._failed: Exception | None = None
 
-    def observe(self, view: LayerView) -> Stop:
+    def observe(self, view: LayerView) -> Stop | None:
+        if self._mass:
+            return STOP
         try:
             self._mass = mass_of(view, self._counts, self._asking)
         except Exception as error:
             self._failed = error
-        return STOP
+            return STOP
+        if self._until is None or self._until <= self.layer:
+            return STOP
+        self.layer = self._until
+        return None
 
     def found(self) -> list[torch.Tensor]:
         if self._failed is not None:

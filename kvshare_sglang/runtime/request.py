@@ -35,7 +35,9 @@ class RequestReuse:
     ``plan`` is None for a request that takes the exact path, from the start or because memory got
     short before anything was copied. ``selector`` chooses the rows; where it is not the one
     ``asked`` for, ``fallback`` says why. ``budget``: share of the reused rows that may run again.
-    ``doubt``: margin in nats below which a greedy token makes all of them run (0: none does).
+    ``doubt``: margin in nats below which a greedy token makes all of them run (0: none does);
+    ``doubt_shift``: of whom the end moves less as they do, less of it (0: all of it for all), and
+    ``felt`` is where that end was.
     ``src_slots`` holds the KV slots of ``plan.runs``, one after the other; they stay what they
     are while ``locked`` holds the tree nodes that own them. ``based_on``: what the lookup rested
     on. ``spare``: free slots for rows of the prefix hit that run again; ``private``: the rows that
@@ -51,6 +53,8 @@ class RequestReuse:
     selector: Selector | None = None
     budget: float = 0.0
     doubt: float = 0.0
+    doubt_shift: float = 0.0
+    felt: Any = None
     based_on: Any = None
     weights: int = 0  # how often they had been replaced when the request was planned
     fallback: Fallback | None = None
@@ -167,10 +171,11 @@ class RequestReuse:
         """Keep what is told of the prompt up to here, in case it is retracted."""
         self.marks.append({f"{kind}_tokens": self.record[f"{kind}_tokens"] for kind in KINDS})
 
-    def traced(self, rows: int, *, share: float) -> None:
-        """Passes through ``share`` of the layers ran so many rows to choose, beside the batch; with
-        those that ``ran`` a second time they are the work that is in no other count."""
-        self.record["traced_tokens"] = round(rows * share)
+    def traced(self, rows: float) -> None:
+        """Passes through some of the layers cost as much as so many rows through all, to choose,
+        beside the batch; with those that ``ran`` a second time they are the work that is in no
+        other count."""
+        self.record["traced_tokens"] = round(rows)
 
     def advance(self, stop: int) -> bool:
         """The prompt is through up to ``stop``; whether all that is copied has been enqueued."""

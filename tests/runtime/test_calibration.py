@@ -105,9 +105,17 @@ def test_a_token_is_in_doubt_by_what_reuse_moves_margins_by(model: Path, home: P
     depends = {"at": 0.69, "budget": 0.2, "kl": 0.01, "agree": 0.9}
     assert found(0.3, depends={**depends, "noise": 0.2}).doubt == 0.4
     assert found(0.3, depends=depends).doubt == 0.0  # written before that was measured
+    assert found(0.3).doubt_shift == 0.0  # the same
+    assert found(0.3, depends={**depends, "noise": 0.2, "shift": 0.13}).doubt_shift == 0.13
+    assert of(model, doubt_shift=0.5).doubt_shift == 0.5
+    assert of(model, device="cuda").doubt_shift == 0.0
+    said = calibration.told(of(model), layers=9, model="x")[0]
+    assert "below 0.4 nats or less, all of it where ends of prompts move by 0.13" in said
     for bad in (-1, True, "x", float("nan")):
         with pytest.raises(StartError, match=r"is broken: .*noise|is broken: '<='"):
             found(bad)
+        with pytest.raises(StartError, match=r"is broken: .*shift|is broken: '<='"):
+            found(0.3, depends={**depends, "shift": bad})
 
 
 def test_a_model_that_was_never_measured_reuses_only_where_asked_to_and_with_care(

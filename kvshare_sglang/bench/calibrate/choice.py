@@ -91,13 +91,18 @@ def _as_good(mine: np.ndarray, best: np.ndarray) -> bool:
 
 def means(rows: Sequence[Row]) -> dict[Candidate | None, Measured]:
     """Over prompts, by arm; of what margins move by the upper quartile: more than in most kinds of
-    reuse, and less than where a statement was missed, which no look at margins finds."""
+    reuse, and less than where a statement was missed, which no look at margins finds. Of what the
+    end of a prompt moves by the lower quartile of that half whose margins move most: all that move
+    as much are as these."""
     found = {}
     for arm in rows[0]:
         mine = np.array([row[arm] for row in rows])
         mean = Measured(*map(float, mine.mean(axis=0)))
-        noise = [row[arm].noise for row in rows]
-        found[arm] = mean._replace(noise=float(np.quantile(noise, QUARTILE)))
+        noise = np.array([row[arm].noise for row in rows])
+        most = np.array([row[arm].shift for row in rows])[noise >= np.median(noise)]
+        found[arm] = mean._replace(
+            noise=float(np.quantile(noise, QUARTILE)), shift=float(np.quantile(most, 1 - QUARTILE))
+        )
     return found
 
 
@@ -108,7 +113,8 @@ def show(best: Best, prompts: int, *, layers: int, depends: Best | None) -> str:
     ]
     table = common.columns(
         rows, arm="{arm}", KL="{kl:.4f}", of_the_first_token="{kl_first:.4f}",
-        same_first_token="{agree:.1%}", margin_moves="{noise:.2f}", FLOPs="{computed:.0%}",
+        same_first_token="{agree:.1%}", margin_moves="{noise:.2f}", end_moves="{shift:.3f}",
+        FLOPs="{computed:.0%}",
     )  # fmt: skip
     verdict = "answers hold" if best.holds else "answers suffer: only requests that ask reuse"
     text = f"{table}\n{prompts} prompts: {_name(best.chosen, layers)}; {verdict}"

@@ -10,6 +10,7 @@ from kvshare_sglang.bench.calibrate.prompts import Prompt
 from kvshare_sglang.bench.quality.outcomes import follow, shares
 from kvshare_sglang.config import KVShareConfig
 from kvshare_sglang.policy.select.attention_trace import probe_layer
+from kvshare_sglang.runtime import felt
 from kvshare_sglang.sim.engine import Lab, Model, Partial
 
 CONTINUED = 8  # tokens of full prefill's answer along which arms are compared
@@ -38,14 +39,16 @@ def candidates(model: Model, depths: Sequence[float]) -> list[Candidate]:
 
 class Measured(NamedTuple):
     """One prompt under one arm: KL to full prefill along its answer and of its first token, whether
-    the first token is the same (0 or 1), the FLOPs as a share of full prefill's, and by how many
-    nats the margin between full prefill's two likeliest tokens moves (root mean square)."""
+    the first token is the same (0 or 1), the FLOPs as a share of full prefill's, by how many
+    nats the margin between full prefill's two likeliest tokens moves (root mean square), and by
+    what share the end of the prompt moved from where copies leave it (``runtime/felt.py``)."""
 
     kl: float
     kl_first: float
     agree: float
     computed: float
     noise: float = 0.0
+    shift: float = 0.0
 
 
 Row = dict[Candidate | None, Measured]  # by arm; None: copies alone
@@ -69,13 +72,18 @@ def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | N
         two = logprobs.gather(-1, likeliest)
         return two[:, 0] - two[:, 1]
 
-    def judged(done: Partial, selector: str) -> Measured:
+    def moved(done: Partial, probe: int) -> float:
+        layer = felt.layer_of(len(model.layers), probe)
+        ends = (slice(known - felt.LAST, known), slice(None), slice(None))
+        return felt.shift_of(done.kv.v[layer][ends], copied.kv.v[layer][ends])
+
+    def judged(done: Partial, selector: str, shift: float = 0.0) -> Measured:
         along = follow(model, done.kv, done.logits, told, known)
         kl = (true.exp() * (true - along)).sum(-1)
         _, computed = shares(lab, plan, done, selector, layer=LAYER)
         agrees = float(along[0].argmax() == true[0].argmax())
         noise = float((margins(along) - margins(true)).square().mean().sqrt())
-        return Measured(float(kl.mean()), float(kl[0]), agrees, computed, noise)
+        return Measured(float(kl.mean()), float(kl[0]), agrees, computed, noise, shift)
 
     plan = lab.plan(prompt.ids)
     if not plan.copies:
@@ -86,5 +94,5 @@ def measure(model: Model, prompt: Prompt, among: Sequence[Candidate]) -> Row | N
         for one in among:
             lab.config = dataclasses.replace(config, **one._asdict())
             done = lab.prefill(prompt.ids, plan, "trace", budget=one.budget, room=CONTINUED)
-            row[one] = judged(done, "trace")
+            row[one] = judged(done, "trace", moved(done, one.layer(len(model.layers))))
     return row

@@ -43,6 +43,7 @@ def answers(server: Server, texts: Texts, one: Asked, arms: list[str]) -> dict[s
             # of the rows, once more all those that a token in doubt made run
             "computed": (rows["recomputed"] + rows["fresh"] + settled) / len(ids),
             "doubted": settled > 0,
+            "doubt": got.kvshare.get("doubt"),  # where it was this request's own
             "margins": margins(got)[: len(written[name])],
         }
     full, _ = ask("exact")  # the plain branch holds no more of this prompt than without us
