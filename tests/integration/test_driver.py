@@ -60,20 +60,27 @@ CHOICES = {
 }
 
 
+def moved_edited_and_carried(texts: Texts) -> tuple[list[int], list[list[int]]]:
+    """What is cached, and three prompts that share text with it."""
+    a, b = texts.passage(200), texts.passage(170)
+    source = texts.passage(11) + a + b
+    prompts = [
+        texts.passage(20) + b + a + texts.passage(30),
+        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
+        # so much new text before the question that it is carried on
+        b + texts.passage(CARRIED_FROM) + a + texts.passage(30),
+    ]
+    return source, prompts
+
+
 @pytest.mark.parametrize("choice", ["trace", "depends"])
 def test_a_doubt_is_by_how_far_the_choice_moves_the_end_of_the_prompt(
     choice: str, models: Path, texts: Texts
 ) -> None:
     """As the driver has it, which runs copies alone and the choice, each on its own."""
     path, config = make_model(models, "llama"), CHOICES[choice]
-    a, b = texts.passage(200), texts.passage(170)
-    source = texts.passage(11) + a + b
-    prompts = [
-        texts.passage(20) + b + a + texts.passage(30),
-        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
-        b + texts.passage(CARRIED_FROM) + a + texts.passage(30),
-        source[:-3] + texts.passage(3),  # next to nothing is copied that rests on other text
-    ]
+    source, prompts = moved_edited_and_carried(texts)
+    prompts.append(source[:-3] + texts.passage(3))  # nothing is copied that rests on other text
     driver = Driver(Model(path), config)
     driver.add(np.array(source, np.int32))
     layers = len(driver.model.layers)
@@ -84,12 +91,11 @@ def test_a_doubt_is_by_how_far_the_choice_moves_the_end_of_the_prompt(
     for prompt in prompts:
         ids = np.array(prompt, np.int32)
         plan = driver.plan(ids, "trace")
-        then, now = (
-            driver.prefill(ids, plan, how, budget=budget).kv.v[until][-felt.LAST :]
-            for how, budget in (("copy", 0.0), ("trace", config.budget))
-        )
+        copied = driver.prefill(ids, plan, "copy", budget=0.0)
+        done = driver.prefill(ids, plan, "trace", budget=config.budget)
+        then, now = (one.kv.v[until][-felt.LAST :] for one in (copied, done))
         shifts.append(felt.shift_of(now, then) if plan.copies else None)
-        passes.append(driver.prefill(ids, plan, "trace", budget=config.budget))
+        passes.append(done)
     assert shifts[-1] is None
     found = [one for one in shifts if one is not None]
     assert len(found) == 3
@@ -125,14 +131,7 @@ def test_the_server_chooses_and_computes_what_the_driver_does(
     name: str, choice: str, models: Path, texts: Texts
 ) -> None:
     path, config = make_model(models, name), CHOICES[choice]
-    a, b = texts.passage(200), texts.passage(170)
-    source = texts.passage(11) + a + b
-    prompts = [
-        texts.passage(20) + b + a + texts.passage(30),
-        source[:60] + b + a[:80] + texts.passage(3) + a[85:],
-        # so much new text before the question that it is carried on
-        b + texts.passage(CARRIED_FROM) + a + texts.passage(30),
-    ]
+    source, prompts = moved_edited_and_carried(texts)
     driver = Driver(Model(path), config)
     driver.add(np.array(source, np.int32))
     settings = {f"kvshare_{key}": value for key, value in dataclasses.asdict(config).items()}

@@ -72,7 +72,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
     reused, whole = 0, 0
     lengths: dict[str, int] = {}
     before = tight.ask("probes:counts")["tokens"]
-    for round_ in range(4):
+    for round_ in range(6):
         script: list = []
         sent: list[str] = []
         aborted: set[str] = set()
@@ -112,7 +112,7 @@ def test_random_life_under_memory_pressure(tight: Lab, texts: Texts) -> None:
                 assert 0 <= again <= len(answer["output"]) * bool(answer["retractions"])
         reused += sum((a["kvshare"] or {}).get("copied_tokens", 0) > 0 for a in answers.values())
         assert_clean(tight)
-    assert reused >= 8, "the mix must really reuse"
+    assert reused > 10, "the mix must really reuse"
     after = tight.ask("probes:counts")["tokens"]
     assert after["copied"] > before.get("copied", 0)
     # Each request is counted once, whatever became of it.
