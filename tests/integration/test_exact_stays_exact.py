@@ -168,7 +168,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
 @given(history=st.lists(STEP, min_size=4, max_size=14))
 def test_exact_requests_in_any_history(both: tuple[Lab, Lab], history: list[tuple]) -> None:
     ours, theirs = both
